@@ -1,0 +1,95 @@
+"""Hydra's composition, from Python and from the command line: overrides -> `DeploySpec`."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import ComposeError, InvalidSpecError, SanaDeployError, did_you_mean
+from .spec import COMPONENTS, DeploySpec
+
+_LOCK = threading.Lock()
+"""Hydra's composition state is one global."""
+
+
+def conf_dir() -> Path:
+    """Return the folder of the config groups: packaged beside this file, else the checkout's."""
+    packaged = Path(__file__).resolve().parent / "conf"
+    return packaged if packaged.is_dir() else packaged.parent.parent / "conf"
+
+
+def compose_spec(overrides: Sequence[str] = ()) -> DeploySpec:
+    """Compose the configuration with Hydra `overrides` and validate it; safe inside another Hydra app.
+
+    Raises:
+        ComposeError: a group, option or key is not known, or an override is malformed.
+        InvalidSpecError: a value breaks its bounds.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    with _LOCK:
+        outer = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(conf_dir()), job_name="sana_deploy", version_base="1.3"):
+                config = compose("config", overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as problem:
+            raise compose_error(problem) from problem
+        finally:
+            GlobalHydra.instance().hydra = outer
+    return spec_from_config(config)
+
+
+def spec_from_config(config: DictConfig) -> DeploySpec:
+    """Validate a composed configuration.
+
+    Raises:
+        InvalidSpecError: a value is missing or breaks its bounds.
+    """
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as problem:
+        key = str(getattr(problem, "full_key", "") or "a mandatory value")
+        raise InvalidSpecError("this value must be given", where=key, hint=f"{key}=VALUE") from None
+    except OmegaConfBaseException as problem:
+        raise compose_error(problem) from problem
+    return DeploySpec.from_mapping(cast("dict[str, Any]", values))
+
+
+def compose_error(problem: Exception) -> SanaDeployError:
+    """Turn Hydra's or OmegaConf's complaint into one sentence with the nearest known word."""
+    text = f"{problem} {problem.__cause__ or ''}"
+    key = re.search(r"Could not (?:override|append to config[^']*) '([\w.@/]+)'", text)
+    if key:
+        path = key.group(1)
+        if path.startswith("hardware.device_map."):
+            return InvalidSpecError(f"{path.rpartition('.')[2]!r} is not a component", where=path, hint=_closest(path))
+        return ComposeError("there is no such key", where=path, hint=_closest(path))
+    option = re.search(r"Could not find '(\w+)/([\w.-]+)'", text)
+    if option:
+        group, name = option.groups()
+        known = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        return ComposeError(f"{name!r} is not an option of this group", where=group, hint=did_you_mean(name, known))
+    first = str(problem).strip().splitlines() or [type(problem).__name__]
+    return ComposeError(first[0], hint="see --help for the groups and keys")
+
+
+def _closest(path: str) -> str:
+    parent, _, word = path.rpartition(".")
+    if parent == "hardware.device_map":
+        return did_you_mean(word, COMPONENTS)
+    root = conf_dir() / (parent or ".")
+    files = list(root.glob("*.yaml")) if parent else [conf_dir() / "config.yaml"]
+    known: set[str] = set()
+    for file in files:
+        loaded = OmegaConf.load(file)
+        known |= {str(key) for key in cast("DictConfig", loaded)} - {"defaults", "hydra"}
+    return did_you_mean(word, known) if known else ""

@@ -1,0 +1,224 @@
+"""What a user declares: frozen pydantic models, one per config group, and `DeploySpec` over them.
+
+Groups with variants are discriminated unions: `model` by `kind`, `hardware` by `strategy`, `machine` by `kind`.
+Sizes are pixels, counts are counts, times are not declared here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import InvalidSpecError, did_you_mean
+
+Component = Literal["text_encoder", "vae", "transformer", "controlnet"]
+COMPONENTS: tuple[Component, ...] = ("text_encoder", "vae", "transformer", "controlnet")
+Dtype = Literal["float16", "bfloat16", "float32"]
+DTYPE_BYTES: dict[Dtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+Stage = Literal["compile", "resolve", "apply", "generate"]
+STAGES: tuple[Stage, ...] = ("compile", "resolve", "apply", "generate")
+VAE_FACTOR = 32
+"""Pixels per latent cell and side: DC-AE f32, the only VAE of the SANA ControlNet pipeline."""
+
+GpuIndex = Annotated[int, Field(ge=0, le=1023)]
+Side = Annotated[int, Field(ge=VAE_FACTOR, le=8192, multiple_of=VAE_FACTOR)]
+"""Height or width in pixels."""
+
+
+class Declared(BaseModel):
+    """Base of every declared model: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Overrides(Declared):
+    """Other sources (folder or hub repository) for single components, e.g. a ControlNet published apart."""
+
+    controlnet: str | None = None
+
+
+class TinyModel(Declared):
+    """The generated checkpoint: same architecture, small seeded random weights.
+
+    `resolution`, here and below, is the side in pixels that the workload defaults to.
+    """
+
+    kind: Literal["tiny"]
+    cache_dir: str | None = None
+    resolution: Side = 1024
+    components: Overrides = Overrides()
+
+
+class CatalogueModel(Declared):
+    """A published architecture whose configs ship with this package; `source` says where the weights are."""
+
+    kind: Literal["catalogue"]
+    name: Literal["sana_600m_controlnet", "sana_1600m_controlnet"]
+    source: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    resolution: Side = 1024
+    components: Overrides = Overrides()
+
+
+class CheckpointModel(Declared):
+    """Any diffusers folder or hub repository with the components of a SANA ControlNet pipeline."""
+
+    kind: Literal["checkpoint"]
+    source: str
+    revision: str | None = None
+    variant: str | None = None
+    resolution: Side = 1024
+    components: Overrides = Overrides()
+
+
+class SingleGpu(Declared):
+    """All components on one GPU: the one named by `gpu`, or the best one that fits."""
+
+    strategy: Literal["single_gpu"]
+    gpu: GpuIndex | None = None
+    on_shortfall: Literal["cpu", "error"] = "cpu"
+
+
+class MultiGpuBalanced(Declared):
+    """Whole components dealt over all GPUs so that the fullest one is as empty as possible."""
+
+    strategy: Literal["multi_gpu_balanced"]
+    on_shortfall: Literal["cpu", "error"] = "cpu"
+    allow: list[Literal["split_controlnet"]] = ["split_controlnet"]
+
+
+class CustomMap(Declared):
+    """Exactly what the user wrote: each component's GPU index, or `cpu`."""
+
+    strategy: Literal["custom_map"]
+    device_map: dict[Component, GpuIndex | Literal["cpu"]]
+
+    @model_validator(mode="after")
+    def _complete(self) -> CustomMap:
+        missing = [name for name in COMPONENTS if name not in self.device_map]
+        if missing:
+            raise ValueError(f"device_map has no entry for {', '.join(missing)}; every component needs one")
+        return self
+
+
+class Precision(Declared):
+    """The dtype of each component, and what to do about risky or emulated ones."""
+
+    name: str
+    components: dict[Component, Dtype]
+    allow_emulated: bool = False
+    strict: bool = False
+
+    @model_validator(mode="after")
+    def _complete(self) -> Precision:
+        missing = [name for name in COMPONENTS if name not in self.components]
+        if missing:
+            raise ValueError(f"components has no dtype for {', '.join(missing)}; every component needs one")
+        return self
+
+
+class PresentMachine(Declared):
+    """The GPUs of this host, as CUDA_VISIBLE_DEVICES shows them."""
+
+    kind: Literal["present"]
+
+
+class Workload(Declared):
+    """One request. Height and width are pixels and multiples of the VAE's factor, 32."""
+
+    prompt: str
+    negative_prompt: str = ""
+    control_image: str | None = None
+    conditioning_scale: Annotated[float, Field(ge=0, le=10)] = 1.0
+    height: Side
+    width: Side
+    batch: Annotated[int, Field(ge=1, le=256)] = 1
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    guidance_scale: Annotated[float, Field(ge=0, le=100)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance doubles the batch of the denoiser."""
+        return self.guidance_scale > 1.0
+
+
+Model = Annotated[TinyModel | CatalogueModel | CheckpointModel, Field(discriminator="kind")]
+Hardware = Annotated[SingleGpu | MultiGpuBalanced | CustomMap, Field(discriminator="strategy")]
+
+
+class DeploySpec(Declared):
+    """Everything a user declares for one deployment."""
+
+    model: Model
+    hardware: Hardware
+    precision: Precision
+    machine: PresentMachine
+    workload: Workload
+    until: Stage = "generate"
+    output: Literal["text", "json"] = "text"
+    plan_file: str | None = None
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> DeploySpec:
+        """Validate a composed configuration.
+
+        Raises:
+            InvalidSpecError: naming the first offending key, the rule it breaks, and the nearest known word.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as problem:
+            raise _first_error(problem) from None
+
+
+_TAGS = {
+    "tiny", "catalogue", "checkpoint", "single_gpu", "multi_gpu_balanced", "custom_map", "[key]", "int",
+    "constrained-int", "literal['cpu']",
+}  # fmt: skip
+
+
+def _first_error(problem: ValidationError) -> InvalidSpecError:
+    error = problem.errors(include_url=False)[0]
+    path = [str(part) for part in error["loc"] if str(part) not in _TAGS]
+    where, value = ".".join(path), error.get("input")
+    context = error.get("ctx", {})
+    if error["loc"] and error["loc"][-1] == "[key]":
+        known = COMPONENTS
+        return InvalidSpecError(
+            f"{path[-1]!r} is not a component", where=where, hint=did_you_mean(path[-1], known), value=path[-1]
+        )
+    if error["type"] == "extra_forbidden":
+        return InvalidSpecError("this key is not known here", where=where, hint=_known_keys(path), value=value)
+    if error["type"] == "literal_error":
+        allowed = [word.strip(" '") for word in str(context["expected"]).replace(" or ", ", ").split(",")]
+        return InvalidSpecError(
+            f"{value!r} is not one of {', '.join(allowed)}",
+            where=where,
+            hint=did_you_mean(str(value), allowed),
+            value=value,
+        )
+    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    shown = "" if isinstance(value, Mapping) else f" (got {value!r})"
+    return InvalidSpecError(message + shown, where=where, hint=_hint_for(error["type"], where, value), value=value)
+
+
+def _hint_for(kind: str, where: str, value: Any) -> str:
+    if kind == "multiple_of" and isinstance(value, int):
+        return f"{where}={max(VAE_FACTOR, round(value / VAE_FACTOR) * VAE_FACTOR)} is the nearest that works"
+    return ""
+
+
+def _known_keys(path: list[str]) -> str:
+    groups: dict[str, tuple[type[BaseModel], ...]] = {
+        "model": (TinyModel, CatalogueModel, CheckpointModel),
+        "hardware": (SingleGpu, MultiGpuBalanced, CustomMap),
+        "precision": (Precision,),
+        "machine": (PresentMachine,),
+        "workload": (Workload,),
+    }
+    models = groups.get(path[0], (DeploySpec,)) if len(path) > 1 else (DeploySpec,)
+    return did_you_mean(path[-1], {name for model in models for name in model.model_fields})

@@ -1,0 +1,66 @@
+"""Fixtures: one tiny checkpoint for the whole session, small workloads, machines that are only described."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sana_deploy.compose import compose_spec
+from sana_deploy.machine import Gpu, Machine
+from sana_deploy.spec import DeploySpec
+from sana_deploy.tiny import ensure_tiny
+from sana_deploy.units import GIB
+
+CHECKOUT = Path(__file__).parent.parent
+SMALL = ("workload.height=64", "workload.width=96", "workload.steps=2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of this test run's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["SANA_DEPLOY_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(cache: Path) -> Path:
+    """The generated tiny checkpoint."""
+    return ensure_tiny()
+
+
+@pytest.fixture
+def small() -> Callable[..., DeploySpec]:
+    """Compose a declaration with a small workload and any further overrides."""
+    return lambda *overrides: compose_spec([*SMALL, *overrides])
+
+
+@pytest.fixture
+def machine() -> Callable[..., Machine]:
+    """Describe a machine by its GPUs' memory in GiB; compute capability 8.6 unless told."""
+
+    def describe(*sizes: float, capability: tuple[int, int] = (8, 6), used: float = 0) -> Machine:
+        gpus = [
+            Gpu(i, f"Test {size} GiB", int(size * GIB), int((size - used) * GIB), capability, 30)
+            for i, size in enumerate(sizes)
+        ]
+        return Machine("present", tuple(gpus), 64 * GIB)
+
+    return describe
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m sana_deploy` in an empty folder."""
+
+    def run(*arguments: str, cwd: Path = tmp_path, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sana_deploy", *arguments]
+        environment = {**os.environ, "COLUMNS": "100", **env}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+    return run

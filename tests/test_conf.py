@@ -1,0 +1,65 @@
+"""Every YAML composes, says what it is for, and shows how to run it."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from sana_deploy.compose import compose_spec, conf_dir
+from sana_deploy.errors import ComposeError
+
+GROUPS = ("model", "hardware", "precision", "machine", "workload")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
+FILES = sorted(conf_dir().rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group: str, option: str) -> None:
+    extra = ["model.source=folder"] if option == "checkpoint" else []
+    assert compose_spec([f"{group}={option}", *extra])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(conf_dir()).as_posix())
+def test_every_file_begins_with_its_purpose_and_a_command(path: Path) -> None:
+    head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")][:6]
+    assert len(head[0]) > 20
+    assert any("python -m sana_deploy" in line for line in head)
+
+
+def test_hardware_and_precision_combine_freely() -> None:
+    hardware = [option for group, option in OPTIONS if group == "hardware"]
+    precision = [option for group, option in OPTIONS if group == "precision"]
+    for one, other in product(hardware, precision):
+        spec = compose_spec([f"hardware={one}", f"precision={other}"])
+        assert (spec.hardware.strategy, spec.precision.name) == (one, other)
+
+
+def test_the_workload_follows_the_model_s_resolution() -> None:
+    assert compose_spec(["model=tiny"]).workload.height == 512
+    assert compose_spec(["model=sana_1600m_controlnet"]).workload.height == 1024
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("model=tinny", "did you mean 'tiny'?"),
+        ("hardware=multi_gpu", "did you mean 'multi_gpu_balanced'?"),
+        ("workload.heigth=64", "did you mean 'height'?"),
+        ("untill=compile", "did you mean 'until'?"),
+    ],
+)
+def test_what_hydra_refuses_gets_the_nearest_word(override: str, hint: str) -> None:
+    with pytest.raises(ComposeError) as caught:
+        compose_spec([override])
+    assert caught.value.hint == hint
+
+
+def test_composing_inside_another_hydra_app_leaves_it_as_it_was(tmp_path: Path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    (tmp_path / "other.yaml").write_text("value: 3\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        compose_spec()
+        assert compose("other").value == 3
