@@ -1,0 +1,258 @@
+"""Where a pipeline's configs and weights come from, read without loading a weight or importing torch.
+
+`open_checkpoint` turns the `model` group into a `Checkpoint`: each component's class, config, exact parameter
+count and files. Sources are a local folder, a hub repository, the shipped catalogue, or the generated `tiny` one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from . import catalogue, hub
+from .errors import CheckpointError
+from .headers import FLOATING, ITEM_BYTES, TensorFacts, read_header, weight_files
+from .spec import COMPONENTS, DTYPE_BYTES, CatalogueModel, Component, Dtype, Model, TinyModel
+from .tiny import ensure_tiny
+
+CLASSES: dict[Component, str] = {
+    "text_encoder": "Gemma2Model",
+    "vae": "AutoencoderDC",
+    "transformer": "SanaTransformer2DModel",
+    "controlnet": "SanaControlNetModel",
+}
+_ALIASES = {"Gemma2ForCausalLM": "Gemma2Model"}
+"""Gemma's own config names the class with the (tied, unstored) language head; the pipeline loads the body."""
+_VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version", "_class_name", "torch_dtype", "dtype")
+
+
+@dataclass(frozen=True)
+class ComponentFacts:
+    """What one component is: class, config, and the size of what it stores.
+
+    Attributes:
+        parameters: floating-point elements (buffers too) that are cast to the policy's dtype at load.
+        fixed_bytes: bytes whatever the dtype: integer tensors, and buffers that stay float32.
+        stored: safetensors dtype word -> bytes in the files; empty when the weights are not here.
+    """
+
+    name: Component
+    class_name: str
+    config: Mapping[str, Any]
+    parameters: int
+    fixed_bytes: int
+    shapes_digest: str
+    stored: Mapping[str, int] = field(default_factory=dict)
+    folder: Path | None = None
+    variant: str | None = None
+
+    def weights_bytes(self, dtype: Dtype) -> int:
+        """Bytes of all parameters and buffers once loaded in `dtype`; exact."""
+        return self.parameters * DTYPE_BYTES[dtype] + self.fixed_bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All components of one pipeline and where the rest of it (tokenizer, scheduler) lies.
+
+    `folder` is None when only the shapes are known (catalogue) and the weights are elsewhere (`source`).
+    """
+
+    kind: str
+    source: str
+    revision: str | None
+    components: Mapping[Component, ComponentFacts]
+    folder: Path | None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over classes, configs and tensor shapes; equal for equal architectures, wherever they lie."""
+        parts = {
+            name: [facts.class_name, _stable(facts.config), facts.shapes_digest]
+            for name, facts in self.components.items()
+        }
+        return "sha256:" + _digest(parts)
+
+
+def open_checkpoint(model: Model, *, weights: bool = False) -> Checkpoint:
+    """Read what the `model` group names.
+
+    Args:
+        model: the declared model.
+        weights: also make sure that the weights are on this host (downloads them for a hub source).
+
+    Raises:
+        CheckpointError: it is missing, damaged, or not a SANA ControlNet pipeline.
+    """
+    if isinstance(model, TinyModel):
+        return _from_folder("tiny", "tiny", ensure_tiny(model.cache_dir), None, None, model)
+    if isinstance(model, CatalogueModel) and not _is_local(model.source) and not weights:
+        return _with_overrides(_from_catalogue(model), model)
+    if model.source is None:
+        raise CheckpointError(
+            f"no weights of {getattr(model, 'name', 'this model')} are published in diffusers' format",
+            where="model.source",
+            hint="convert the ControlNet with diffusers' scripts/convert_sana_controlnet_to_diffusers.py and pass "
+            "model.source=FOLDER, or stop earlier with until=resolve",
+        )
+    folder, revision = hub.locate(model.source, model.revision, model.variant, "model.source")
+    return _from_folder(model.kind, model.source, folder, revision, model.variant, model)
+
+
+def _is_local(source: str | None) -> bool:
+    return source is not None and Path(source).expanduser().is_dir()
+
+
+def _from_catalogue(model: CatalogueModel) -> Checkpoint:
+    entry = catalogue.load(model.name)
+    components = {
+        name: ComponentFacts(
+            name=name,
+            class_name=part["class_name"],
+            config=part["config"],
+            parameters=part["parameters"],
+            fixed_bytes=part["fixed_bytes"],
+            shapes_digest=part["shapes_digest"],
+        )
+        for name, part in ((name, entry[name]) for name in COMPONENTS)
+    }
+    return Checkpoint("catalogue", model.name, model.revision, components, None)
+
+
+def _with_overrides(checkpoint: Checkpoint, model: Model) -> Checkpoint:
+    if model.components.controlnet is None:
+        return checkpoint
+    facts = _override_facts(model.components.controlnet)
+    return Checkpoint(
+        checkpoint.kind,
+        checkpoint.source,
+        checkpoint.revision,
+        {**checkpoint.components, "controlnet": facts},
+        checkpoint.folder,
+    )
+
+
+def _from_folder(
+    kind: str, source: str, folder: Path, revision: str | None, variant: str | None, model: Model
+) -> Checkpoint:
+    index = _read_json(folder / "model_index.json", "model.source")
+    overridden = {"controlnet"} if model.components.controlnet else set()
+    _check_index(index, folder, overridden)
+    components = {
+        name: component_facts(name, folder / name, variant, f"model.source ({name})")
+        for name in COMPONENTS
+        if name not in overridden
+    }
+    checkpoint = Checkpoint(kind, source, revision, components, folder)
+    return _with_overrides(checkpoint, model)
+
+
+def _override_facts(source: str) -> ComponentFacts:
+    where = "model.components.controlnet"
+    folder, _ = hub.locate(source, None, None, where)
+    if not (folder / "config.json").is_file() and (folder / "controlnet").is_dir():
+        folder = folder / "controlnet"
+    return component_facts("controlnet", folder, None, where)
+
+
+def component_facts(name: Component, folder: Path, variant: str | None, where: str) -> ComponentFacts:
+    """Read one component's config and safetensors headers.
+
+    Raises:
+        CheckpointError: the folder, its config or a weight file is missing, damaged or of another class.
+    """
+    config = _read_json(folder / "config.json", where)
+    class_name = str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
+    class_name = _ALIASES.get(class_name, class_name)
+    if class_name != CLASSES[name]:
+        raise CheckpointError(
+            f"{folder} holds a {class_name}, but the {name} of a SANA ControlNet pipeline is a {CLASSES[name]}",
+            where=where,
+        )
+    tensors: dict[str, TensorFacts] = {}
+    for path in weight_files(folder, variant, where):
+        tensors |= read_header(path, where)
+    stored: dict[str, int] = {}
+    for facts in tensors.values():
+        stored[facts.dtype] = stored.get(facts.dtype, 0) + facts.numel * ITEM_BYTES[facts.dtype]
+    parameters = sum(facts.numel for facts in tensors.values() if facts.dtype in FLOATING)
+    cast, kept = buffers(name, config)
+    integers = sum(size for dtype, size in stored.items() if dtype not in FLOATING)
+    return ComponentFacts(
+        name=name,
+        class_name=class_name,
+        config=config,
+        parameters=parameters + cast,
+        fixed_bytes=integers + kept,
+        shapes_digest=shapes_digest({key: facts.shape for key, facts in tensors.items()}),
+        stored=dict(sorted(stored.items())),
+        folder=folder,
+        variant=variant,
+    )
+
+
+def buffers(name: Component, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Buffers that a component makes from its config and that no file holds: (elements cast, bytes kept).
+
+    Gemma 2: the embedding scale follows the dtype, two copies of the rotary frequencies (head_dim / 2) stay
+    float32. SANA's patch embedding: float32 sine positions (tokens x width), where `interpolation_scale` is set
+    (2K and 4K models).
+    """
+    if name == "text_encoder":
+        return 1, 4 * 2 * (int(config["head_dim"]) // 2)
+    if name == "vae" or config.get("interpolation_scale") is None:
+        return 0, 0
+    tokens = (int(config["sample_size"]) // int(config["patch_size"])) ** 2
+    return 0, 4 * tokens * int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+def shapes_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Digest of tensor names and shapes, independent of order and dtype."""
+    return _digest({key: list(shape) for key, shape in shapes.items()})
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stable(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
+
+
+def _read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing", where=where, hint="name a folder in diffusers' layout, with a model_index.json"
+        ) from None
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{path} is not readable JSON: {problem}", where=where) from problem
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object", where=where)
+    return cast("dict[str, Any]", value)
+
+
+def _check_index(index: Mapping[str, Any], folder: Path, overridden: set[str]) -> None:
+    for name in COMPONENTS:
+        if name in overridden:
+            continue
+        entry = index.get(name)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if found != CLASSES[name]:
+            raise CheckpointError(
+                f"{folder} is no SANA ControlNet pipeline: its {name} is {found or 'missing'}, "
+                f"expected {CLASSES[name]} (its model_index.json names {index.get('_class_name')})",
+                where="model.source",
+                hint="a base SANA checkpoint takes model.components.controlnet=FOLDER_OR_REPO"
+                if name == "controlnet"
+                else "",
+            )
+    for helper in ("tokenizer", "scheduler"):
+        if not isinstance(index.get(helper), list) or not (folder / helper).is_dir():
+            raise CheckpointError(f"{folder} has no {helper}", where="model.source")

@@ -1,0 +1,132 @@
+"""Safetensors files seen from outside: which ones a component has, and what their headers say.
+
+No tensor is read. Format: https://huggingface.co/docs/safetensors/index#format (8 bytes little-endian header
+length, a JSON header with dtype, shape and data_offsets per tensor, then the data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .units import human_bytes
+
+BASE_NAMES = ("diffusion_pytorch_model", "model")
+"""File stems that diffusers and transformers give a component's weights."""
+
+FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "U64": 8, "I32": 4,
+              "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+_HEADER_LIMIT = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One stored tensor: its safetensors dtype word and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def weight_files(folder: Path, variant: str | None, where: str) -> list[Path]:
+    """Return the safetensors files of one component folder, the variant's if it has one.
+
+    Raises:
+        CheckpointError: there are none, a shard of the index is missing, or only pickled weights are there.
+    """
+    for suffix in ([f".{variant}"] if variant else []) + [""]:
+        for base in BASE_NAMES:
+            single = folder / f"{base}{suffix}.safetensors"
+            if single.is_file():
+                return [single]
+            index = folder / f"{base}.safetensors.index{suffix}.json"
+            if index.is_file():
+                return _shards(index, where)
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if pickled:
+        raise CheckpointError(
+            f"only pickled weights ({pickled[0]}) are in {folder}; pickles can run code and are not loaded",
+            where=where,
+            hint="convert them with save_pretrained(..., safe_serialization=True)",
+        )
+    raise CheckpointError(
+        f"no safetensors file in {folder} (looked for {' or '.join(f'{b}.safetensors' for b in BASE_NAMES)})",
+        where=where,
+        hint="download the whole checkpoint; a Git LFS clone without `git lfs pull` has no weights",
+    )
+
+
+def _shards(index: Path, where: str) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = [index.parent / Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
+        raise CheckpointError(f"the shard index {index} is damaged", where=where) from problem
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} of {len(shards)} shards are missing in {index.parent}: {absent[0]}", where=where
+        )
+    return shards
+
+
+def read_header(path: Path, where: str) -> dict[str, TensorFacts]:
+    """Read the tensors that one safetensors file declares and check that their data is all there.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or is shorter or longer than its header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file: its header would be {human_bytes(length)} long "
+                    f"in a file of {human_bytes(size)}",
+                    where=where,
+                    hint="download this file again",
+                )
+            entries = json.loads(stream.read(length))
+        tensors, end = parse_entries(entries)
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be read: {problem.strerror}", where=where) from problem
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise CheckpointError(f"the header of {path} is damaged", where=where) from problem
+    expected = 8 + length + end
+    if size != expected:
+        state = "truncated" if size < expected else "too long"
+        raise CheckpointError(
+            f"{path} is {state}: {human_bytes(size)} ({size} bytes) on disk, {expected} by its header",
+            where=where,
+            hint="download this file again",
+            expected_bytes=expected,
+            actual_bytes=size,
+        )
+    return tensors
+
+
+def parse_entries(entries: Mapping[str, Any]) -> tuple[dict[str, TensorFacts], int]:
+    """Turn a decoded header into tensor facts and the end of the last tensor's data, in bytes."""
+    tensors: dict[str, TensorFacts] = {}
+    end = 0
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        facts = TensorFacts(str(entry["dtype"]), tuple(int(side) for side in entry["shape"]))
+        start, stop = (int(offset) for offset in entry["data_offsets"])
+        if facts.numel * ITEM_BYTES[facts.dtype] != stop - start:
+            raise ValueError(name)
+        tensors[name] = facts
+        end = max(end, stop)
+    return tensors, end
