@@ -1,0 +1,270 @@
+"""The compiled artifact: models of plan.json, its digest, saving and loading. Upstream of all logic.
+
+A plan is data. Loading one reads JSON, checks version, shape and digest, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from . import __version__
+from .errors import PlanError
+from .files import write_text
+from .spec import COMPONENTS, Component, DeploySpec, Dtype
+
+if TYPE_CHECKING:
+    from .machine import Machine
+    from .resolve import ResolvedPlan
+
+SCHEMA_VERSION = "1.0"
+"""Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
+
+Place = int | Literal["cpu"]
+
+BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
+    "slots.*.capacity_bytes": "measured",
+    "slots.*.available_bytes": "measured",
+    "slots.*.weights_bytes": "exact",
+    "slots.*.activation_bytes": "estimated",
+    "slots.*.overhead_bytes": "estimated",
+    "slots.*.peak_bytes": "estimated",
+    "components.*.weights_bytes": "exact",
+    "components.*.activation_bytes": "estimated",
+    "transfers.*.bytes_per_step": "estimated",
+    "transfers.*.bytes_per_image": "estimated",
+    "estimates.worst_utilisation": "estimated",
+    "estimates.bytes_per_step": "estimated",
+    "estimates.bytes_per_image": "estimated",
+    "considered.runners_up.*.worst_utilisation": "estimated",
+    "considered.runners_up.*.bytes_per_image": "estimated",
+    "rejections.*.closest_shortfall_bytes": "estimated",
+}
+"""How each quantity was come by; counts and indices are exact."""
+
+
+class Record(BaseModel):
+    """Base of the artifact's models: frozen; unknown keys of a later minor version are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class Diagnostic(Record):
+    """One remark: a warning or a note, with the place and a hint."""
+
+    type: str
+    severity: Literal["info", "warning"]
+    message: str
+    where: str = ""
+    hint: str = ""
+
+
+class CheckpointRecord(Record):
+    """Which weights the plan was made for."""
+
+    kind: str
+    source: str
+    revision: str | None
+    fingerprint: str
+
+
+class Slot(Record):
+    """A logical GPU and what it must offer; bytes."""
+
+    name: str
+    index: int
+    gpu: str
+    compute_capability: list[int]
+    capacity_bytes: int
+    available_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    overhead_bytes: int
+    peak_bytes: int
+    peak_phase: str
+
+
+class PlacedComponent(Record):
+    """One component: class, dtype, bytes and place."""
+
+    class_name: str
+    dtype: Dtype
+    weights_bytes: int
+    activation_bytes: int
+    slot: Place
+
+
+class Transfer(Record):
+    """A tensor that crosses from one place to another; bytes per denoising step and per image."""
+
+    src: Place
+    dst: Place
+    tensor: str
+    bytes_per_step: int
+    bytes_per_image: int
+
+
+class Estimates(Record):
+    """Totals over the whole plan."""
+
+    worst_utilisation: float
+    bytes_per_step: int
+    bytes_per_image: int
+
+
+class RunnerUp(Record):
+    """A placement that also fits, and what it would cost."""
+
+    device_map: dict[Component, Place]
+    worst_utilisation: float
+    bytes_per_image: int
+
+
+class Considered(Record):
+    """How many placements were looked at, and the next best ones."""
+
+    placements: int
+    feasible: int
+    runners_up: list[RunnerUp]
+
+
+class RejectionCount(Record):
+    """How many placements one reason ruled out on one GPU; the closest miss in words and bytes."""
+
+    reason: str
+    gpu: int
+    count: int
+    closest: str
+    closest_shortfall_bytes: int
+
+
+class Plan(Record):
+    """An explicit device and dtype for every component, with the reasons. See the module docstring."""
+
+    schema_version: str
+    tool_version: str
+    digest: str
+    spec: DeploySpec
+    checkpoint: CheckpointRecord
+    slots: list[Slot]
+    home: Place
+    device_map: dict[Component, Place]
+    components: dict[Component, PlacedComponent]
+    knobs: list[str]
+    transfers: list[Transfer]
+    estimates: Estimates
+    considered: Considered
+    rejections: list[RejectionCount]
+    diagnostics: list[Diagnostic]
+    basis: dict[str, str]
+
+    @classmethod
+    def build(cls, **fields: Any) -> Plan:
+        """Make a plan from its parts, adding version, basis and digest."""
+        draft = cls(schema_version=SCHEMA_VERSION, tool_version=__version__, digest="", basis=dict(BASIS), **fields)
+        return draft.model_copy(update={"digest": digest_of(draft.model_dump(mode="json"))})
+
+    def to_json(self) -> str:
+        """The text of plan.json: sorted keys, two-space indent, one newline at the end."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write plan.json under a temporary name, then rename it.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        return write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file and check version, shape and digest.
+
+        Raises:
+            PlanError: it is missing, damaged, changed by hand, or of another major version.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"there is no plan file {path}", where="plan_file") from None
+        except (OSError, ValueError, RecursionError) as problem:
+            raise PlanError(f"{path} is not readable JSON: {problem}", where="plan_file") from problem
+        return cls.from_values(values, str(path))
+
+    @classmethod
+    def from_values(cls, values: Any, origin: str) -> Plan:
+        """Check decoded JSON as `load` does; `origin` names it in messages."""
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if not isinstance(version, str):
+            raise PlanError(f"{origin} is no plan file: it has no schema_version", where="plan_file")
+        if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+            raise PlanError(
+                f"{origin} has schema version {version}, this sana_deploy {__version__} reads {SCHEMA_VERSION}",
+                where="plan_file",
+                hint="compile the plan again with this version",
+            )
+        try:
+            plan = cls.model_validate(values)
+        except ValidationError as problem:
+            first = problem.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise PlanError(f"{origin} is damaged at {place}: {first['msg']}", where="plan_file") from None
+        if digest_of(values) != plan.digest:
+            raise PlanError(
+                f"{origin} was changed after it was compiled: its digest does not match its content",
+                where="plan_file",
+                hint="compile it again; change the declaration, not the plan",
+            )
+        plan.verify(origin)
+        return plan
+
+    def verify(self, origin: str = "the plan") -> None:
+        """Check that the parts agree with each other.
+
+        Raises:
+            PlanError: naming the first contradiction.
+        """
+        indices = {slot.index for slot in self.slots}
+        for name in COMPONENTS:
+            place = self.device_map.get(name)
+            part = self.components.get(name)
+            if place is None or part is None or part.slot != place:
+                raise PlanError(f"{origin} contradicts itself about the place of {name}", where="plan_file")
+            if place != "cpu" and place not in indices:
+                raise PlanError(f"{origin} puts {name} on slot {place}, which it lacks", where="plan_file")
+        if self.home != self.device_map["transformer"]:
+            raise PlanError(f"{origin}: home is {self.home}, the transformer is elsewhere", where="plan_file")
+
+    def resolve(self, machine: Machine | None = None) -> ResolvedPlan:
+        """Bind slots to the GPUs present (probed through torch unless `machine` is given).
+
+        Raises:
+            PlanError: a GPU is missing, smaller, busier or older than the plan needs.
+        """
+        from .resolve import resolve_plan
+
+        return resolve_plan(self, machine)
+
+
+_OUTSIDE_DIGEST = ("digest", "tool_version")
+_HOST_PATHS = (("model", "cache_dir"), ("workload", "control_image"), ("plan_file",), ("until",), ("output",))
+
+
+def digest_of(values: dict[str, Any]) -> str:
+    """sha256 over the canonical JSON of inputs and decisions; the tool's version and this host's paths left out."""
+    content = json.loads(json.dumps({k: v for k, v in values.items() if k not in _OUTSIDE_DIGEST}))
+    spec = content.get("spec", {})
+    for path in _HOST_PATHS:
+        group = spec if len(path) == 1 else spec.get(path[0])
+        if isinstance(group, dict):
+            group.pop(path[-1], None)
+    if spec.get("model", {}).get("kind") != "tiny" and content.get("checkpoint", {}).get("revision") is None:
+        spec.get("model", {}).pop("source", None)
+        content.get("checkpoint", {}).pop("source", None)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
