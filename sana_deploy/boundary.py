@@ -1,0 +1,148 @@
+"""The one hook of a placed component: it moves tensors across devices at the component's border, and only there.
+
+Inputs are pulled to the component's device, outputs are pushed to where they are needed next: `home`, the device
+of the denoising loop. diffusers reads `execution_device` off the first component's hook, so that every hook
+answers `home` and the pipeline's own tensors (latents, timesteps, embeddings) are made there.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch import nn
+
+Pair = tuple[str, str]
+Event = Literal["enter", "leave"]
+Observer = Callable[[Event, str], None]
+"""Called with the event and `component.method` at every border, on the calling thread."""
+
+
+@dataclass
+class Traffic:
+    """Bytes moved between devices, counted where they move; keys are (source, destination)."""
+
+    moved: Counter[Pair] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, src: torch.device, dst: torch.device, count: int) -> None:
+        """Count `count` bytes from `src` to `dst`."""
+        with self._lock:
+            self.moved[str(src), str(dst)] += count
+
+
+@dataclass
+class Border:
+    """What all hooks of one pipeline share: the home device, the traffic counted, who listens."""
+
+    home: torch.device
+    traffic: Traffic = field(default_factory=Traffic)
+    observers: list[Observer] = field(default_factory=list)
+
+    def notify(self, event: Event, place: str) -> None:
+        """Tell every observer."""
+        for observer in self.observers:
+            observer(event, place)
+
+
+class BorderHook(ModelHook):  # type: ignore[misc]
+    """accelerate hook of one whole component.
+
+    Args:
+        name: the component.
+        device: where its weights are.
+        border: shared by the pipeline's hooks.
+        methods: methods besides `forward` that take tensors (the VAE's `encode`).
+        keep: methods whose result stays on `device` (the VAE's `decode`: pixels go to the host next).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        border: Border,
+        methods: tuple[str, ...] = (),
+        keep: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.device = device
+        self.border = border
+        self.methods = methods
+        self.keep = keep
+        self.execution_device = border.home
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
+        if not args and not kwargs:
+            return args, kwargs
+        self.border.notify("enter", f"{self.name}.forward")
+        return self._pull(args), self._pull(kwargs)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Push the outputs home."""
+        self.border.notify("leave", f"{self.name}.forward")
+        return self._push(output)
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """Wrap the methods that are no `forward`."""
+        for method in (*self.methods, *self.keep):
+            setattr(module, method, self._wrapped(getattr(module, method), method))
+        return module
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Give the methods back as the class defines them."""
+        for method in (*self.methods, *self.keep):
+            module.__dict__.pop(method, None)
+        return module
+
+    def _wrapped(self, inner: Callable[..., Any], method: str) -> Callable[..., Any]:
+        @functools.wraps(inner)
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            self.border.notify("enter", f"{self.name}.{method}")
+            output = inner(*self._pull(args), **self._pull(kwargs))
+            self.border.notify("leave", f"{self.name}.{method}")
+            return output if method in self.keep else self._push(output)
+
+        return outer
+
+    def _pull(self, value: Any) -> Any:
+        return move(value, self.device, self.border.traffic)
+
+    def _push(self, value: Any) -> Any:
+        return move(value, self.border.home, self.border.traffic)
+
+
+def move(value: Any, device: torch.device, traffic: Traffic) -> Any:
+    """Return `value` with every tensor in it (dict, list, tuple, model output) on `device`, counting bytes."""
+    if isinstance(value, torch.Tensor):
+        if value.device == device:
+            return value
+        traffic.add(value.device, device, value.nbytes)
+        return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move(item, device, traffic) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(move(item, device, traffic) for item in value)
+    if isinstance(value, dict):
+        moved = {key: move(item, device, traffic) for key, item in value.items()}
+        return moved if type(value) is dict else type(value)(**moved)
+    return value
+
+
+def attach(module: nn.Module, name: str, device: torch.device, border: Border) -> None:
+    """Put the border hook on one component; accelerate's `remove_hook_from_module` takes it off again."""
+    codec = name == "vae"
+    hook = BorderHook(name, device, border, ("encode",) if codec else (), ("decode",) if codec else ())
+    add_hook_to_module(module, hook)
+
+
+def border_of(pipeline: Any) -> Border | None:
+    """Return the border that a placed pipeline's hooks share, or None for an unplaced one."""
+    hook = getattr(getattr(pipeline, "transformer", None), "_hf_hook", None)
+    return hook.border if isinstance(hook, BorderHook) else None

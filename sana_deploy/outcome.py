@@ -1,0 +1,80 @@
+"""What became of one deployment: the model of outcome.json. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .errors import SanaDeployError
+
+Status = Literal["done", "infeasible", "invalid", "stale", "failed"]
+
+
+class Frozen(BaseModel):
+    """Base of the outcome's models."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Measured(Frozen):
+    """What was measured while running; every number here is a measurement.
+
+    Attributes:
+        peak_bytes: device -> most bytes allocated during the request; absent where the device cannot tell.
+        seconds: phase -> wall seconds (load, encode, prepare, denoise, decode, total).
+        bytes_moved: "src->dst" -> bytes of the whole request.
+        bytes_per_step: the same for one denoising step.
+        host_peak_bytes: largest resident size of this process so far.
+    """
+
+    peak_bytes: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    bytes_moved: dict[str, int] = {}
+    bytes_per_step: dict[str, int] = {}
+    host_peak_bytes: int = 0
+
+
+class Failure(Frozen):
+    """An error as data."""
+
+    type: str
+    message: str
+    where: str = ""
+    facts: dict[str, Any] = {}
+    hint: str = ""
+
+
+class Outcome(Frozen):
+    """The result of one run; `images` are paths relative to the run folder."""
+
+    status: Status
+    exit_code: int
+    stage: str
+    plan_digest: str | None = None
+    device_map: dict[str, str] = {}
+    measured: Measured = Measured()
+    images: list[str] = []
+    error: Failure | None = None
+
+    def to_json(self) -> str:
+        """The text of outcome.json."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def failure_of(problem: BaseException) -> tuple[Status, int, Failure]:
+    """Describe an exception: its status, exit code, and the error as data."""
+    if isinstance(problem, SanaDeployError):
+        facts = {key: value for key, value in problem.facts.items() if _is_plain(value)}
+        failure = Failure(
+            type=type(problem).__name__, message=problem.message, where=problem.where, facts=facts, hint=problem.hint
+        )
+        return problem.status, problem.exit_code, failure  # type: ignore[return-value]
+    message = f"{type(problem).__name__}: {problem}"
+    hint = "this is a defect or an interrupted run; the log file in the run folder has the traceback"
+    return "failed", 1, Failure(type=type(problem).__name__, message=message, hint=hint)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool))

@@ -1,0 +1,109 @@
+"""Binds a plan's slots to the GPUs that are there, and lists what differs from what was planned for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import PlanError
+from .machine import Gpu, Machine, probe_torch
+from .plan import Diagnostic, Plan, Slot
+from .precision import is_native
+from .spec import Component, CustomMap
+from .units import human_bytes
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """A plan bound to devices: `device_map` gives each component's torch device string.
+
+    `home` is the device where the denoising loop lives; `drift` lists differences that do no harm.
+    """
+
+    plan: Plan
+    device_map: Mapping[Component, str]
+    home: str
+    drift: tuple[Diagnostic, ...] = ()
+
+
+def resolve_plan(plan: Plan, machine: Machine | None = None) -> ResolvedPlan:
+    """Bind every slot of `plan` to a device of `machine` (probed through torch unless given).
+
+    Raises:
+        PlanError: a GPU is missing, busier, smaller or older than its slot needs; each difference is named.
+    """
+    machine = machine or probe_torch()
+    if plan.slots and not machine.gpus and _may_fall_back(plan):
+        return _on_cpu(plan, machine)
+    bound: dict[int, Gpu] = {}
+    problems: list[str] = []
+    for slot in sorted(plan.slots, key=lambda slot: -slot.peak_bytes):
+        gpu, why = _bind(slot, plan, machine, {g.index for g in bound.values()})
+        if gpu is None:
+            problems.append(why)
+        else:
+            bound[slot.index] = gpu
+    if problems:
+        raise PlanError(
+            f"the plan does not fit the GPUs present: {'; '.join(problems)} ({machine.inventory()})",
+            where="resolve",
+            hint="compile it again on this machine",
+        )
+    devices = {name: _device(place, bound) for name, place in plan.device_map.items()}
+    return ResolvedPlan(plan, devices, devices["transformer"], tuple(_drift(plan, bound)))
+
+
+def _device(place: int | str, bound: Mapping[int, Gpu]) -> str:
+    return f"cuda:{bound[place].index}" if isinstance(place, int) else place
+
+
+def _may_fall_back(plan: Plan) -> bool:
+    hardware = plan.spec.hardware
+    return not isinstance(hardware, CustomMap) and hardware.on_shortfall == "cpu"
+
+
+def _on_cpu(plan: Plan, machine: Machine) -> ResolvedPlan:
+    remark = Diagnostic(
+        type="no_gpu",
+        severity="warning",
+        message=f"the plan wants {len(plan.slots)} GPU(s), {machine.inventory()}; everything runs on the CPU",
+        where="resolve",
+        hint="hardware.on_shortfall=error makes this an error",
+    )
+    return ResolvedPlan(plan, dict.fromkeys(plan.device_map, "cpu"), "cpu", (remark,))
+
+
+def _bind(slot: Slot, plan: Plan, machine: Machine, taken: set[int]) -> tuple[Gpu | None, str]:
+    """Find a free GPU for `slot`: the one of the same index if it will do, else the emptiest that will."""
+    free = [gpu for gpu in machine.gpus if gpu.index not in taken]
+    if not free:
+        return None, f"slot {slot.name} wants a GPU, none is left"
+    for gpu in sorted(free, key=lambda gpu: (gpu.index != slot.index, -gpu.free_bytes)):
+        if not _lacks(slot, plan, gpu):
+            return gpu, ""
+    nearest = min(free, key=lambda gpu: (gpu.index != slot.index, -gpu.free_bytes))
+    return None, f"slot {slot.name} {_lacks(slot, plan, nearest)}"
+
+
+def _lacks(slot: Slot, plan: Plan, gpu: Gpu) -> str:
+    if gpu.free_bytes < slot.peak_bytes:
+        return (
+            f"needs {human_bytes(slot.peak_bytes)}, GPU {gpu.index} ({gpu.name}) has {human_bytes(gpu.free_bytes)} free"
+        )
+    for name, part in plan.components.items():
+        emulated = not plan.spec.precision.allow_emulated and not is_native(part.dtype, gpu)
+        if part.slot == slot.index and emulated:
+            return f"holds {name} in {part.dtype}, which GPU {gpu.index} ({gpu.name}) only emulates"
+    return ""
+
+
+def _drift(plan: Plan, bound: Mapping[int, Gpu]) -> list[Diagnostic]:
+    remarks = []
+    for slot in plan.slots:
+        gpu = bound[slot.index]
+        planned = f"GPU {slot.index}: {slot.gpu}, {human_bytes(slot.capacity_bytes)}"
+        found = f"GPU {gpu.index}: {gpu.name}, {human_bytes(gpu.total_bytes)}"
+        if planned != found:
+            message = f"slot {slot.name} was {planned}, is {found}"
+            remarks.append(Diagnostic(type="drift", severity="info", message=message, where="resolve"))
+    return remarks
