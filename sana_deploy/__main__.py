@@ -1,0 +1,71 @@
+"""The command: composes with Hydra, runs the stages, maps the outcome to an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from . import report
+from .compose import compose_error, conf_dir, spec_from_config
+from .deploy import deploy, reject
+from .errors import InputError, SanaDeployError
+
+_codes: list[int] = []
+"""Exit codes of the jobs run in this process; hydra.main drops return values."""
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")  # type: ignore[untyped-decorator]
+def _job(config: DictConfig) -> None:
+    context = HydraConfig.get()
+    folder = Path(context.runtime.output_dir)
+    overrides = [str(override) for override in context.overrides.task]
+    swept = context.mode == RunMode.MULTIRUN
+    try:
+        spec = spec_from_config(config)
+    except SanaDeployError as problem:
+        outcome, document = reject(problem, folder), None
+    else:
+        outcome, plan = deploy(spec, folder, overrides, brief=swept)
+        document = plan if plan and spec.until in ("compile", "resolve") and not outcome.error else outcome
+    if config.get("output") == "json":
+        sys.stdout.write((document or outcome).to_json())
+    # A sweep goes on whatever became of a job: an infeasible one is a result.
+    _codes.append(0 if swept and outcome.status in ("done", "infeasible") else outcome.exit_code)
+
+
+def main() -> None:
+    """Run the command line and exit with the code of the table in --help."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come back here instead of as a traceback
+    try:
+        _job()
+    except (HydraException, OmegaConfBaseException) as problem:
+        _fail(compose_error(problem))
+    except SanaDeployError as problem:
+        _fail(problem)
+    except OSError as problem:
+        _fail(
+            InputError(
+                f"the output folder cannot be written: {problem}", where="hydra.run.dir", hint="hydra.run.dir=FOLDER"
+            )
+        )
+    except KeyboardInterrupt:
+        report.console().print("interrupted")
+        sys.exit(130)
+    sys.exit(max(_codes, default=0))
+
+
+def _fail(problem: SanaDeployError) -> None:
+    report.show_error(problem)
+    sys.exit(problem.exit_code)
+
+
+if __name__ == "__main__":
+    main()

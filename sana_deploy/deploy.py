@@ -1,0 +1,169 @@
+"""The stages of one run in order, and the files each leaves in the run folder. Never raises: returns an `Outcome`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .compile import compile_spec
+from .errors import SanaDeployError, UsageError
+from .files import write_text
+from .inputs import check_control_image
+from .outcome import Measured, Outcome, failure_of
+from .plan import Plan
+from .resolve import ResolvedPlan
+from .spec import STAGES, DeploySpec, Stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """State of one run as it passes the stages."""
+
+    spec: DeploySpec
+    folder: Path
+    brief: bool = False
+    stage: Stage = "compile"
+    plan: Plan | None = None
+    resolved: ResolvedPlan | None = None
+    pipeline: Any = None
+    measured: Measured = field(default_factory=Measured)
+    images: list[str] = field(default_factory=list)
+
+    def outcome(self, problem: BaseException | None = None) -> Outcome:
+        """Describe where the run stands; with `problem`, why it ended there."""
+        status, code, error = ("done", 0, None) if problem is None else failure_of(problem)
+        return Outcome(
+            status=status,  # type: ignore[arg-type]
+            exit_code=code,
+            stage=self.stage,
+            plan_digest=self.plan.digest if self.plan else None,
+            device_map={str(k): v for k, v in self.resolved.device_map.items()} if self.resolved else {},
+            measured=self.measured,
+            images=self.images,
+            error=error,
+        )
+
+
+def deploy(
+    spec: DeploySpec, folder: Path, overrides: Sequence[str] = (), brief: bool = False
+) -> tuple[Outcome, Plan | None]:
+    """Run the stages up to `spec.until`, write plan.json and outcome.json, and report on stderr.
+
+    Args:
+        spec: the declaration.
+        folder: the run folder.
+        overrides: the command line's, to tell what the user set beside a `plan_file`.
+        brief: one line for the whole run, as in a sweep.
+    """
+    run = Run(spec, folder, brief)
+    try:
+        if spec.plan_file:
+            run.spec = _spec_of_saved_plan(spec, overrides)
+        for stage in STAGES[: STAGES.index(spec.until) + 1]:
+            run.stage = stage
+            _STEPS[stage](run)
+        outcome = run.outcome()
+    except KeyboardInterrupt as interrupt:
+        write_text(folder / "outcome.json", run.outcome(interrupt).to_json())
+        raise
+    except Exception as problem:
+        outcome = run.outcome(problem)
+        log.info("stage %s ended", run.stage, exc_info=problem)
+    write_text(folder / "outcome.json", outcome.to_json())
+    (report.show_brief if brief else report.show_outcome)(outcome, spec, folder)
+    return outcome, run.plan
+
+
+def reject(problem: SanaDeployError, folder: Path) -> Outcome:
+    """Write and report the outcome of a declaration that is not valid."""
+    status, code, error = failure_of(problem)
+    outcome = Outcome(status=status, exit_code=code, stage="compile", error=error)
+    write_text(folder / "outcome.json", outcome.to_json())
+    report.show_error(problem)
+    return outcome
+
+
+def _compile(run: Run) -> None:
+    check_control_image(run.spec.workload)
+    run.plan = Plan.load(run.spec.plan_file) if run.spec.plan_file else compile_spec(run.spec)
+    run.plan.save(run.folder / "plan.json")
+    if not run.brief:
+        report.show_plan(run.plan)
+
+
+def _resolve(run: Run) -> None:
+    assert run.plan is not None
+    run.resolved = run.plan.resolve()
+    if not run.brief:
+        report.show_resolved(run.resolved)
+
+
+def _apply(run: Run) -> None:
+    assert run.resolved is not None
+    started = time.perf_counter()
+    with report.progress("loading", run.brief) as advance:
+        from .load import load_pipeline
+
+        run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of))
+    run.measured = Measured(seconds={"load": round(time.perf_counter() - started, 6)})
+
+
+def _generate(run: Run) -> None:
+    from .generate import generate, save_images
+
+    with report.progress("denoising", run.brief) as advance:
+        images, measured = generate(
+            run.pipeline, run.spec.workload, lambda done, of: advance(f"step {done}/{of}", done, of)
+        )
+    seconds = {**run.measured.seconds, **measured.seconds}
+    run.measured = measured.model_copy(update={"seconds": seconds})
+    run.images = [path.name for path in save_images(images, run.folder)]
+
+
+_STEPS = {"compile": _compile, "resolve": _resolve, "apply": _apply, "generate": _generate}
+
+
+_REQUEST = ("prompt", "negative_prompt", "seed", "control_image")
+"""Keys of the workload that a saved plan leaves open."""
+
+
+def _spec_of_saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> DeploySpec:
+    """Return the saved plan's declaration with the request's prompt, seed and control image where they were given.
+
+    Raises:
+        UsageError: an override would plan anew; all of them are named.
+    """
+    assert spec.plan_file is not None
+    given: dict[str, Any] = {}
+    clashing = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        group, _, name = key.partition(".")
+        if group == "workload" and name in _REQUEST:
+            given[name] = getattr(spec.workload, name)
+        elif group.partition("@")[0] in ("model", "hardware", "precision", "machine", "workload"):
+            clashing.append(override)
+    if clashing:
+        raise UsageError(
+            f"plan_file applies a saved plan exactly; {', '.join(clashing)} would change it",
+            where="plan_file",
+            hint="leave them out, or compile a new plan without plan_file",
+        )
+    planned = Plan.load(spec.plan_file).spec
+    workload = planned.workload.model_copy(update=given)
+    return spec.model_copy(
+        update={
+            "workload": workload,
+            "model": planned.model,
+            "hardware": planned.hardware,
+            "precision": planned.precision,
+            "machine": planned.machine,
+        }
+    )

@@ -1,0 +1,158 @@
+"""The command as a user runs it: exit codes, streams, files, sweeps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+
+from sana_deploy.outcome import Outcome
+from sana_deploy.plan import Plan
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+FAST = (*SMALL, "workload.steps=1")
+
+
+def run_folder(cwd: Path) -> Path:
+    (folder,) = (cwd / "outputs").glob("*/*")
+    return folder
+
+
+def test_the_main_job_ends_with_an_image_on_disk(cli: Run, tiny: Path, tmp_path: Path) -> None:
+    done = cli("hardware=multi_gpu_balanced", *FAST)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    folder = run_folder(tmp_path)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"plan.json", "outcome.json", "image-000.png", "sana_deploy.log", ".hydra"}
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert (outcome["status"], outcome["exit_code"], outcome["stage"]) == ("done", 0, "generate")
+    assert outcome["images"] == ["image-000.png"]
+    assert outcome["plan_digest"] == Plan.load(folder / "plan.json").digest
+    assert "next: python -m sana_deploy plan_file=" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_printed_next_works(cli: Run, tiny: Path, tmp_path: Path) -> None:
+    first = cli(*FAST, "until=compile")
+    line = next(line for line in first.stderr.splitlines() if line.startswith("next: python -m sana_deploy "))
+    again = cli(*line.removeprefix("next: python -m sana_deploy ").split(), "workload.seed=4")
+    assert again.returncode == 0, again.stderr
+    assert len(list(tmp_path.glob("outputs/*/*/image-000.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["workload.heigth=64"], 1, "did you mean 'height'?"),
+        (["hardware=custom_mapp"], 1, "did you mean 'custom_map'?"),
+        (["workload.height=100"], 3, "workload.height: must be a multiple of 32 (got 100)"),
+        (["hardware=custom_map", "hardware.device_map.vea=0"], 3, "did you mean 'vae'?"),
+        (["model=checkpoint", "model.source=/no/folder"], 3, "there is no folder '/no/folder'"),
+        (["workload.control_image=/no/photo.png"], 3, "there is no such file"),
+        (["hydra.run.dir=/proc/nothing"], 3, "output folder cannot be written"),
+        (["hardware=custom_map"], 4, "GPU 1 is not there"),
+        (["hardware.on_shortfall=error"], 4, "refuses the CPU"),
+        (["plan_file=/no/plan.json"], 5, "there is no plan file"),
+        (["model=sana_1600m_controlnet", "until=apply"], 3, "no weights of sana_1600m_controlnet are published"),
+    ],
+)
+def test_each_failure_has_its_exit_code_and_one_clear_message(
+    cli: Run, tiny: Path, arguments: list[str], code: int, says: str
+) -> None:
+    ended = cli(*arguments, CUDA_VISIBLE_DEVICES="")
+    assert ended.returncode == code, ended.stderr
+    assert says in ended.stderr
+    assert ended.stderr.count("error: ") == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+
+
+def test_a_saved_plan_takes_a_new_prompt_and_refuses_new_planning(cli: Run, tiny: Path, tmp_path: Path) -> None:
+    cli(*FAST, "until=compile", "hydra.run.dir=first")
+    planned = f"plan_file={tmp_path / 'first' / 'plan.json'}"
+    refused = cli(planned, "precision=fp16", "workload.steps=4")
+    assert refused.returncode == 2
+    assert "precision=fp16, workload.steps=4 would change it" in refused.stderr
+    taken = cli(planned, "workload.prompt=another", "until=resolve", "hydra.run.dir=second")
+    assert taken.returncode == 0, taken.stderr
+    assert (tmp_path / "first" / "plan.json").read_bytes() == (tmp_path / "second" / "plan.json").read_bytes()
+
+
+def test_json_output_is_the_only_thing_on_stdout(cli: Run, tiny: Path) -> None:
+    plan = cli(*FAST, "until=compile", "output=json")
+    assert Plan.from_values(json.loads(plan.stdout), "stdout").device_map["vae"] == "cpu"
+    failed = cli("hardware=custom_map", "output=json", "until=compile", CUDA_VISIBLE_DEVICES="")
+    assert Outcome.model_validate_json(failed.stdout).status == "infeasible"
+    invalid = cli("workload.steps=0", "output=json")
+    assert Outcome.model_validate_json(invalid.stdout).exit_code == 3
+
+
+def test_six_jobs_are_compared_and_an_infeasible_one_is_a_row(cli: Run, tiny: Path, tmp_path: Path) -> None:
+    swept = cli(
+        "-m", "hardware=single_gpu,multi_gpu_balanced,custom_map", "precision=fp16,mixed_bf16", *FAST,
+        CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert swept.returncode == 0, swept.stderr
+    assert swept.stdout == ""
+    (folder,) = (tmp_path / "outputs" / "multirun").glob("*/*")
+    rows = json.loads((folder / "summary.json").read_text())
+    assert [row["status"] for row in rows] == ["done"] * 4 + ["infeasible"] * 2
+    assert [row["overrides"]["precision"] for row in rows] == ["fp16", "mixed_bf16"] * 3
+    assert all(row["seconds"] > 0 for row in rows[:4])
+    assert "GPU 1 is not there" in rows[4]["reason"]
+    with (folder / "summary.csv").open() as table:
+        assert [row["exit_code"] for row in csv.DictReader(table)] == ["0"] * 4 + ["4"] * 2
+    markdown = (folder / "summary.md").read_text().splitlines()
+    assert len(markdown) == 2 + 6
+    assert "multi_gpu_balanced" in swept.stderr
+    assert all((folder / str(job) / "image-000.png").is_file() for job in range(4))
+
+
+def test_help_and_config_are_useful_and_clean(cli: Run) -> None:
+    shown = cli("--help")
+    assert shown.returncode == 0
+    for word in ("multi_gpu_balanced", "mixed_bf16", "sana_1600m_controlnet", "Exit codes", "guidance_scale"):
+        assert word in shown.stdout
+    config = cli("--cfg", "job", "--resolve")
+    assert config.returncode == 0
+    assert "height: 512" in config.stdout
+    assert "hydra" not in config.stdout
+    assert cli("--info", "defaults").returncode == 0
+
+
+def test_compiling_never_imports_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.argv = ['sana_deploy', 'until=compile', 'model=sana_1600m_controlnet']\n"
+        "from sana_deploy.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_is_light() -> None:
+    script = "import sys, sana_deploy; assert not {'torch', 'hydra', 'pydantic', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_console_script_is_the_same_command(cli: Run) -> None:
+    script = Path(sys.executable).with_name("sana-deploy")
+    shown = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    assert "Exit codes" in shown.stdout
+
+
+def test_plain_terminals_get_plain_text(cli: Run, tiny: Path) -> None:
+    shown = cli(*FAST, "until=compile", NO_COLOR="1", TERM="dumb", PYTHONIOENCODING="ascii", COLUMNS="80")
+    assert shown.returncode == 0, shown.stderr
+    assert "\x1b" not in shown.stderr
+    assert shown.stderr.isascii()
+    assert max(len(line) for line in shown.stderr.splitlines() if not line.startswith(("saved", "next", " "))) <= 80
