@@ -1,0 +1,93 @@
+"""What other code relies on: the public names, the README's commands and snippet, the wheel."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import site
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT
+
+import sana_deploy
+from sana_deploy import errors
+
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_public_name_is_there_and_listed() -> None:
+    for name in sana_deploy.__all__:
+        assert getattr(sana_deploy, name) is not None
+    assert set(sana_deploy.__all__) <= set(dir(sana_deploy))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sana_deploy.nothing
+
+
+def test_the_readme_s_python_runs(tiny: Path, tmp_path: Path) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lighthouse.png").is_file()
+
+
+def test_ci_runs_the_readme_s_two_commands_as_written() -> None:
+    commands = re.findall(r"```sh\n(pip install .*?)\n```", README)
+    assert len(commands) == 2
+    assert "README.md" in (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_readme_and_help_and_classes_agree_on_exit_codes() -> None:
+    shown = (CHECKOUT / "conf" / "hydra" / "help" / "sana_deploy.yaml").read_text(encoding="utf-8")
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    for code in {0, *(kind.exit_code for kind in classes)}:
+        assert re.search(rf"^\| {code} \|", README, re.MULTILINE), f"README lacks exit code {code}"
+        assert re.search(rf"^    {code}  ", shown, re.MULTILINE), f"--help lacks exit code {code}"
+
+
+def test_errors_survive_pickling() -> None:
+    import pickle
+
+    error = errors.InfeasibleError("too large", where="hardware", hint="smaller", shortfall_bytes=3)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.hint, again.facts) == (str(error), "smaller", {"shortfall_bytes": 3})
+
+
+def test_files_of_the_package_stay_short_and_import_downwards() -> None:
+    for path in (CHECKOUT / "sana_deploy").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 320, path.name
+    assert len((CHECKOUT / "sana_deploy" / "__main__.py").read_text().splitlines()) < 80
+    for name in ("spec", "checkpoint", "profile", "cost", "planner", "plan", "compile", "resolve", "report", "sweep"):
+        module = importlib.import_module(f"sana_deploy.{name}")
+        assert not hasattr(module, "torch"), f"{name} holds torch"
+
+
+def test_the_wheel_carries_conf_and_works_outside_the_checkout(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, CHECKOUT]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "sana_deploy/conf/config.yaml" in names
+    assert "sana_deploy/architectures/sana_600m_controlnet.json" in names
+    assert not [name for name in names if name.startswith(("tests", "outputs", "conf/"))]
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False)
+    inside = home / "bin" / "python"
+    target = subprocess.run([inside, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True,
+                            text=True, check=True).stdout.strip()  # fmt: skip
+    zipfile.ZipFile(wheel).extractall(target)
+    # Dependencies come from this environment; a .pth inside it (an editable install) is not followed from here.
+    (Path(target) / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    done = subprocess.run(
+        [inside, "-m", "sana_deploy", "until=compile", "model=sana_600m_controlnet"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    where = subprocess.run([inside, "-c", "import sana_deploy; print(sana_deploy.__file__)"], cwd=tmp_path,
+                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert str(home) in where
