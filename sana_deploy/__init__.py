@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .load import place as place
     from .outcome import Outcome as Outcome
     from .plan import Plan as Plan
+    from .rehearsal import rehearse as rehearse
     from .resolve import ResolvedPlan as ResolvedPlan
     from .spec import DeploySpec as DeploySpec
 
@@ -32,6 +33,7 @@ _HOMES = {
     "compile_plan": "compile",
     "load_pipeline": "load",
     "place": "load",
+    "rehearse": "rehearsal",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

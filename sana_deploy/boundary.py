@@ -8,9 +8,10 @@ answers `home` and the pipeline's own tensors (latents, timesteps, embeddings) a
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-Pair = tuple[str, str]
+Movement = tuple[str, str, str]
+"""Source device, destination device, tensor."""
 Event = Literal["enter", "leave"]
 Observer = Callable[[Event, str], None]
 """Called with the event and `component.method` at every border, on the calling thread."""
@@ -26,24 +28,36 @@ Observer = Callable[[Event, str], None]
 
 @dataclass
 class Traffic:
-    """Bytes moved between devices, counted where they move; keys are (source, destination)."""
+    """Bytes moved between devices, counted where they move, by tensor."""
 
-    moved: Counter[Pair] = field(default_factory=Counter)
+    moved: Counter[Movement] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(self, src: torch.device, dst: torch.device, count: int) -> None:
-        """Count `count` bytes from `src` to `dst`."""
+    def add(self, src: torch.device, dst: torch.device, tensor: str, count: int) -> None:
+        """Count `count` bytes of `tensor` from `src` to `dst`."""
         with self._lock:
-            self.moved[str(src), str(dst)] += count
+            self.moved[str(src), str(dst), tensor] += count
+
+
+def by_pair(moved: Counter[Movement]) -> dict[str, int]:
+    """Sum movements over tensors: "src->dst" -> bytes."""
+    pairs: Counter[str] = Counter()
+    for (src, dst, _), count in sorted(moved.items()):
+        pairs[f"{src}->{dst}"] += count
+    return dict(pairs)
 
 
 @dataclass
 class Border:
-    """What all hooks of one pipeline share: the home device, the traffic counted, who listens."""
+    """What all hooks of one pipeline share: the home device, the traffic counted, who listens.
+
+    `failure` keeps a decoder's OutOfMemoryError, which diffusers' pipeline swallows.
+    """
 
     home: torch.device
     traffic: Traffic = field(default_factory=Traffic)
     observers: list[Observer] = field(default_factory=list)
+    failure: torch.OutOfMemoryError | None = None
 
     def notify(self, event: Event, place: str) -> None:
         """Tell every observer."""
@@ -82,12 +96,13 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         if not args and not kwargs:
             return args, kwargs
         self.border.notify("enter", f"{self.name}.forward")
-        return self._pull(args), self._pull(kwargs)
+        names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
+        return self._pull(args, names), self._pull(kwargs)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Push the outputs home."""
         self.border.notify("leave", f"{self.name}.forward")
-        return self._push(output)
+        return self._push(output, _OUTPUTS[self.name, "forward"])
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Wrap the methods that are no `forward`."""
@@ -105,32 +120,52 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         @functools.wraps(inner)
         def outer(*args: Any, **kwargs: Any) -> Any:
             self.border.notify("enter", f"{self.name}.{method}")
-            output = inner(*self._pull(args), **self._pull(kwargs))
+            names = [_INPUTS[self.name, method]]
+            try:
+                output = inner(*self._pull(args, names), **self._pull(kwargs))
+            except torch.OutOfMemoryError as problem:
+                self.border.failure = problem
+                raise
             self.border.notify("leave", f"{self.name}.{method}")
-            return output if method in self.keep else self._push(output)
+            return output if method in self.keep else self._push(output, _OUTPUTS[self.name, method])
 
         return outer
 
-    def _pull(self, value: Any) -> Any:
-        return move(value, self.device, self.border.traffic)
+    def _pull(self, value: Any, names: Sequence[str] = ()) -> Any:
+        if isinstance(value, tuple):
+            padded = [*names, *[f"argument {i}" for i in range(len(names), len(value))]]
+            pairs = zip(value, padded, strict=False)
+            return tuple(move(item, self.device, self.border.traffic, name) for item, name in pairs)
+        return {key: move(item, self.device, self.border.traffic, key) for key, item in value.items()}
 
-    def _push(self, value: Any) -> Any:
-        return move(value, self.border.home, self.border.traffic)
+    def _push(self, value: Any, name: str) -> Any:
+        return move(value, self.border.home, self.border.traffic, name)
 
 
-def move(value: Any, device: torch.device, traffic: Traffic) -> Any:
+_INPUTS = {("vae", "encode"): "control_image", ("vae", "decode"): "latents"}
+_OUTPUTS = {
+    ("text_encoder", "forward"): "prompt_embeds",
+    ("vae", "forward"): "sample",
+    ("vae", "encode"): "control_latents",
+    ("transformer", "forward"): "noise_pred",
+    ("controlnet", "forward"): "controlnet_block_samples",
+}
+"""What reports call the tensors at a border; other inputs keep their argument's name."""
+
+
+def move(value: Any, device: torch.device, traffic: Traffic, name: str) -> Any:
     """Return `value` with every tensor in it (dict, list, tuple, model output) on `device`, counting bytes."""
     if isinstance(value, torch.Tensor):
         if value.device == device:
             return value
-        traffic.add(value.device, device, value.nbytes)
+        traffic.add(value.device, device, name, value.nbytes)
         return value.to(device)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move(item, device, traffic) for item in value))
+        return type(value)(*(move(item, device, traffic, name) for item in value))
     if isinstance(value, (list, tuple)):
-        return type(value)(move(item, device, traffic) for item in value)
+        return type(value)(move(item, device, traffic, name) for item in value)
     if isinstance(value, dict):
-        moved = {key: move(item, device, traffic) for key, item in value.items()}
+        moved = {key: move(item, device, traffic, name) for key, item in value.items()}
         return moved if type(value) is dict else type(value)(**moved)
     return value
 

@@ -8,6 +8,7 @@ from . import machine as machines
 from .checkpoint import Checkpoint, open_checkpoint
 from .compose import compose_spec
 from .cost import Placement, bytes_per_request, bytes_per_step, crossings_of, home_of, is_split, slot_use
+from .describe import describe_machine
 from .errors import InfeasibleError
 from .machine import Gpu, Machine
 from .plan import (
@@ -25,7 +26,7 @@ from .plan import (
 from .planner import Rules, Search, search_balanced, search_custom, search_single
 from .precision import FRAGILE, fragile_components
 from .profile import PipelineProfile, profile_pipeline
-from .spec import COMPONENTS, CustomMap, DeploySpec, Dtype, MultiGpuBalanced, SingleGpu
+from .spec import COMPONENTS, CustomMap, DeploySpec, Dtype, MultiGpuBalanced, SingleGpu, VirtualMachine
 from .units import human_bytes
 
 
@@ -43,7 +44,7 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None) -> Plan:
     diagnostics = _precision_remarks(spec)
     checkpoint = open_checkpoint(spec.model)
     profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components)
-    machine = machine or machines.probe()
+    machine = machine or machine_of(spec)
     _check_indices(spec, machine)
     if not machine.gpus and not isinstance(spec.hardware, CustomMap):
         return _cpu_plan(spec, checkpoint, profile, machine, diagnostics)
@@ -51,6 +52,13 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None) -> Plan:
     if search.best is None:
         raise _infeasible(spec, checkpoint, machine, search)
     return _assemble(spec, checkpoint, profile, machine, search.best.placement, search, diagnostics)
+
+
+def machine_of(spec: DeploySpec) -> Machine:
+    """Return the machine that `spec` plans for: described, or probed without torch."""
+    if isinstance(spec.machine, VirtualMachine):
+        return describe_machine(spec.machine)
+    return machines.probe()
 
 
 def _search(spec: DeploySpec, profile: PipelineProfile, machine: Machine) -> Search:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from .compile import compile_spec
 from .errors import SanaDeployError, UsageError
 from .files import write_text
 from .inputs import check_control_image
-from .outcome import Measured, Outcome, failure_of
+from .outcome import Measured, Outcome, Rehearsal, failure_of
 from .plan import Plan
 from .resolve import ResolvedPlan
 from .spec import STAGES, DeploySpec, Stage
@@ -32,7 +32,9 @@ class Run:
     stage: Stage = "compile"
     plan: Plan | None = None
     resolved: ResolvedPlan | None = None
+    host: Any = None
     pipeline: Any = None
+    rehearsal: Rehearsal | None = None
     measured: Measured = field(default_factory=Measured)
     images: list[str] = field(default_factory=list)
 
@@ -46,6 +48,7 @@ class Run:
             plan_digest=self.plan.digest if self.plan else None,
             device_map={str(k): v for k, v in self.resolved.device_map.items()} if self.resolved else {},
             measured=self.measured,
+            rehearsal=self.rehearsal,
             images=self.images,
             error=error,
         )
@@ -111,13 +114,20 @@ def _apply(run: Run) -> None:
     with report.progress("loading", run.brief) as advance:
         from .load import load_pipeline
 
-        run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of))
+        if run.resolved.machine.kind == "virtual":
+            from .rehearsal import open_host
+
+            run.host = open_host(run.resolved)
+        run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of), run.host)
     run.measured = Measured(seconds={"load": round(time.perf_counter() - started, 6)})
 
 
 def _generate(run: Run) -> None:
     from .generate import generate, save_images
 
+    if run.host is not None:
+        _rehearse(run)
+        return
     with report.progress("denoising", run.brief) as advance:
         images, measured = generate(
             run.pipeline, run.spec.workload, lambda done, of: advance(f"step {done}/{of}", done, of)
@@ -125,6 +135,23 @@ def _generate(run: Run) -> None:
     seconds = {**run.measured.seconds, **measured.seconds}
     run.measured = measured.model_copy(update={"seconds": seconds})
     run.images = [path.name for path in save_images(images, run.folder)]
+
+
+def _rehearse(run: Run) -> None:
+    from .generate import host_peak, save_images
+    from .rehearsal import rehearse_request
+
+    assert run.resolved is not None
+    resolved = replace(run.resolved, plan=run.resolved.plan.model_copy(update={"spec": run.spec}))
+    started = time.perf_counter()
+    with report.progress("rehearsing", run.brief) as advance:
+        ended = rehearse_request(
+            run.pipeline, resolved, run.host, lambda done, of: advance(f"step {done}/{of}", done, of)
+        )
+    run.rehearsal = ended.report
+    seconds = {**run.measured.seconds, "rehearse": round(time.perf_counter() - started, 6)}
+    run.measured = Measured(seconds=seconds, host_peak_bytes=host_peak())
+    run.images = [path.name for path in save_images(ended.images, run.folder)]
 
 
 _STEPS = {"compile": _compile, "resolve": _resolve, "apply": _apply, "generate": _generate}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from diffusers import SanaControlNetPipeline
 from PIL.Image import Image
 
-from .boundary import Border, Event, Pair, border_of
+from .boundary import Border, Event, Movement, border_of, by_pair
 from .errors import RunError
 from .files import write_bytes
 from .inputs import read_control_image
@@ -26,7 +27,7 @@ from .spec import Workload
 StepDone = Callable[[int, int], None]
 """Called after each denoising step with the steps done and the steps in all."""
 
-_PHASE_OF: dict[str, Phase] = {
+PHASE_OF: dict[str, Phase] = {
     "text_encoder.forward": "encode",
     "vae.encode": "prepare",
     "controlnet.forward": "denoise",
@@ -45,7 +46,7 @@ class PhaseClock:
     since: float = 0.0
 
     def __call__(self, event: Event, place: str) -> None:
-        phase = _PHASE_OF.get(place)
+        phase = PHASE_OF.get(place)
         if event == "enter" and phase and phase != self.current:
             self.switch(phase)
 
@@ -64,8 +65,8 @@ class StepTraffic:
     """Bytes moved between the ends of two neighbouring steps: one whole step, prompt and decode left out."""
 
     border: Border
-    before: Counter[Pair] | None = None
-    per_step: Counter[Pair] = field(default_factory=Counter)
+    before: Counter[Movement] | None = None
+    per_step: Counter[Movement] = field(default_factory=Counter)
 
     def step_done(self) -> None:
         """Note the traffic so far; from the second step on the difference is one step's."""
@@ -91,27 +92,65 @@ def generate(
     Raises:
         RunError: out of memory, a failed operation, or an image that is NaN or one flat colour.
     """
-    border = border_of(pipeline)
-    if border is None:
-        raise RunError("the pipeline is not placed", hint="use load_pipeline(plan) or place(pipeline, resolved)")
-    gpus = sorted({place for place in pipeline.hf_device_map.values() if place.startswith("cuda")})
-    devices = [torch.device(gpu) for gpu in gpus]
-    clock, steps = PhaseClock(devices), StepTraffic(border)
-    border.traffic.moved.clear()
+    border = _border(pipeline)
+    devices = [torch.device(place) for place in sorted(set(pipeline.hf_device_map.values())) if "cuda" in place]
+    clock = PhaseClock(devices)
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     border.observers.append(clock)
     started = time.perf_counter()
     try:
-        pixels = _call(pipeline, workload, steps, on_step)
+        pixels, per_step = run_request(pipeline, workload, on_step)
     finally:
         clock.switch(None)
         border.observers.remove(clock)
     elapsed = time.perf_counter() - started
-    measured = _measured(clock, steps, devices, elapsed)
+    return to_images(pipeline, pixels), _measured(clock, border, per_step, devices, elapsed)
+
+
+def run_request(
+    pipeline: SanaControlNetPipeline, workload: Workload, on_step: StepDone | None = None
+) -> tuple[torch.Tensor, Counter[Movement]]:
+    """Call a placed pipeline once.
+
+    Returns:
+        Pixels of (batch, 3, height, width) in 0..1 on the VAE's device, and the bytes that one step moved.
+
+    Raises:
+        RunError: out of memory, or a failed operation.
+    """
+    border = _border(pipeline)
+    border.traffic.moved.clear()
+    border.failure = None
+    steps = StepTraffic(border)
+    try:
+        pixels = _call(pipeline, workload, steps, on_step)
+    except (torch.OutOfMemoryError, UnboundLocalError) as problem:
+        # In decode the pipeline only warns of an OutOfMemoryError, then trips over the image that it never got.
+        cause = problem if isinstance(problem, torch.OutOfMemoryError) else border.failure or problem
+        hint = "a smaller height, width or batch, or more GPUs"
+        raise RunError(f"out of memory: {cause}", where="generate", hint=hint) from problem
+    except (RuntimeError, ValueError) as problem:
+        raise RunError(f"the request failed: {problem}", where="generate") from problem
+    return pixels, steps.per_step
+
+
+def to_images(pipeline: SanaControlNetPipeline, pixels: torch.Tensor) -> list[Image]:
+    """Turn pixels of (batch, 3, height, width) into pictures.
+
+    Raises:
+        RunError: one of them holds NaN or is one flat colour.
+    """
     _check_pixels(pixels)
     images: list[Image] = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
-    return images, measured
+    return images
+
+
+def _border(pipeline: SanaControlNetPipeline) -> Border:
+    border = border_of(pipeline)
+    if border is None:
+        raise RunError("the pipeline is not placed", hint="use load_pipeline(plan) or place(pipeline, resolved)")
+    return border
 
 
 def _call(
@@ -128,7 +167,8 @@ def _call(
         return kwargs
 
     pipeline.set_progress_bar_config(disable=True)
-    try:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Try to use VAE tiling", category=UserWarning)
         result = pipeline(
             prompt=workload.prompt,
             negative_prompt=workload.negative_prompt,
@@ -144,30 +184,21 @@ def _call(
             callback_on_step_end=step_end,
             output_type="pt",
         )
-    except torch.OutOfMemoryError as problem:
-        raise RunError(f"out of memory while generating: {problem}", where="generate") from problem
-    except UnboundLocalError as problem:  # the pipeline warns of the decoder's OutOfMemoryError and goes on
-        raise RunError("out of memory while the VAE decoded the latents", where="vae", hint="a smaller height, width "
-                       "or batch") from problem  # fmt: skip
-    except (RuntimeError, ValueError) as problem:
-        raise RunError(f"the request failed: {problem}", where="generate") from problem
     pixels: torch.Tensor = result.images
     return pixels
 
 
-def _measured(clock: PhaseClock, steps: StepTraffic, devices: list[torch.device], elapsed: float) -> Measured:
+def _measured(
+    clock: PhaseClock, border: Border, per_step: Counter[Movement], devices: list[torch.device], elapsed: float
+) -> Measured:
     seconds: dict[str, float] = {phase: round(clock.seconds[phase], 6) for phase in PHASES if phase in clock.seconds}
     return Measured(
         peak_bytes={str(device): torch.cuda.max_memory_allocated(device) for device in devices},
         seconds={**seconds, "generate": round(elapsed, 6)},
-        bytes_moved=_named(steps.border.traffic.moved),
-        bytes_per_step=_named(steps.per_step),
+        bytes_moved=by_pair(border.traffic.moved),
+        bytes_per_step=by_pair(per_step),
         host_peak_bytes=host_peak(),
     )
-
-
-def _named(moved: Counter[Pair]) -> dict[str, int]:
-    return {f"{src}->{dst}": count for (src, dst), count in sorted(moved.items())}
 
 
 def host_peak() -> int:

@@ -21,18 +21,23 @@ from .errors import PlanError, RunError
 from .plan import Plan
 from .resolve import ResolvedPlan
 from .spec import COMPONENTS, Component
+from .standin import StandInTokenizer, stand_in
+from .virtual import VirtualHost
 
 log = logging.getLogger(__name__)
 Progress = Callable[[Component, int, int], None]
 """Called before each component is loaded: its name, its position from 0, and how many there are."""
 
 
-def load_pipeline(plan: Plan | ResolvedPlan, progress: Progress | None = None) -> SanaControlNetPipeline:
+def load_pipeline(
+    plan: Plan | ResolvedPlan, progress: Progress | None = None, host: VirtualHost | None = None
+) -> SanaControlNetPipeline:
     """Load the plan's checkpoint and place it.
 
     Args:
         plan: a plan (resolved against the GPUs present) or a resolved plan.
         progress: told before each component is loaded.
+        host: the virtual GPUs, for a plan that was resolved to such.
 
     Returns:
         An ordinary `SanaControlNetPipeline`, each component on its device in its dtype.
@@ -43,17 +48,24 @@ def load_pipeline(plan: Plan | ResolvedPlan, progress: Progress | None = None) -
         RunError: loading failed.
     """
     resolved = plan.resolve() if isinstance(plan, Plan) else plan
-    model = resolved.plan.spec.model
-    checkpoint = open_checkpoint(model, weights=True)
+    if resolved.machine.kind == "virtual" and host is None:
+        raise RunError("the plan is for virtual GPUs", hint="use rehearse(plan), or machine=present")
+    shapes_only = host is not None and host.fidelity == "shapes"
+    checkpoint = open_checkpoint(resolved.plan.spec.model, weights=not shapes_only)
     _check_same(resolved.plan, checkpoint)
     parts: dict[str, Any] = {}
     with _quiet_libraries():
         for position, name in enumerate(COMPONENTS):
             if progress:
                 progress(name, position, len(COMPONENTS))
-            dtype = getattr(torch, resolved.plan.components[name].dtype)
-            parts[name] = _load_component(checkpoint.components[name], dtype, resolved.device_map[name])
-        parts |= _load_helpers(checkpoint)
+            dtype, device = getattr(torch, resolved.plan.components[name].dtype), resolved.device_map[name]
+            facts = checkpoint.components[name]
+            if host is None:
+                parts[name] = _load_component(facts, dtype, device)
+            else:
+                module = stand_in(facts, dtype) if shapes_only else _load_component(facts, dtype, "cpu")
+                parts[name] = host.place_module(module, name, torch.device(device))
+        parts |= _load_helpers(checkpoint) if checkpoint.folder else _stand_in_helpers()
     pipeline = SanaControlNetPipeline(**parts)
     _bind(pipeline, resolved)
     return pipeline
@@ -148,6 +160,12 @@ def _load_helpers(checkpoint: Checkpoint) -> Mapping[str, Any]:
         "scheduler": scheduler.from_pretrained(str(folder), subfolder="scheduler"),
         "tokenizer": AutoTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True),
     }
+
+
+def _stand_in_helpers() -> Mapping[str, Any]:
+    """A tokenizer that counts words and SANA's scheduler, for a catalogued model of which nothing is here."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return {"scheduler": diffusers.DPMSolverMultistepScheduler(**flow), "tokenizer": StandInTokenizer()}
 
 
 @contextlib.contextmanager

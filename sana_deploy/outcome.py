@@ -36,6 +36,63 @@ class Measured(Frozen):
     host_peak_bytes: int = 0
 
 
+class RehearsedGpu(Frozen):
+    """The fullest moment of one virtual GPU, in bytes, beside the plan's estimate of weights and activations.
+
+    `planned_error` is planned over rehearsed, less one.
+    """
+
+    device: str
+    gpu: str
+    capacity_bytes: int
+    context_bytes: int
+    peak_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    phase: str
+    component: str
+    planned_bytes: int
+    planned_error: float
+    phase_peaks: dict[str, int] = {}
+
+
+class RehearsedTransfer(Frozen):
+    """A tensor that crossed a component's border between two GPUs; bytes of one step and of one image."""
+
+    src: str
+    dst: str
+    tensor: str
+    bytes_per_step: int
+    bytes_per_image: int
+
+
+class RehearsedMoment(Frozen):
+    """Most live bytes per GPU while `component` worked in `phase`; moments follow each other in time."""
+
+    phase: str
+    component: str
+    live_bytes: dict[str, int]
+
+
+class RehearsedWork(Frozen):
+    """Operations and floating point operations (2 per multiply-add) of one component, over the steps rehearsed."""
+
+    operations: int
+    flops: int
+
+
+class Rehearsal(Frozen):
+    """What a run on virtual GPUs told. In shapes only some steps are run: the later ones repeat the last."""
+
+    fidelity: str
+    steps: int
+    steps_rehearsed: int
+    gpus: list[RehearsedGpu]
+    transfers: list[RehearsedTransfer]
+    timeline: list[RehearsedMoment]
+    work: dict[str, RehearsedWork]
+
+
 class Failure(Frozen):
     """An error as data."""
 
@@ -55,6 +112,7 @@ class Outcome(Frozen):
     plan_digest: str | None = None
     device_map: dict[str, str] = {}
     measured: Measured = Measured()
+    rehearsal: Rehearsal | None = None
     images: list[str] = []
     error: Failure | None = None
 

@@ -19,8 +19,8 @@ PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
 
 MAX_TOKENS = 300
 """SANA's prompt length in tokens, the pipeline's `max_sequence_length`."""
-INSTRUCTION_TOKENS = 400
-"""Upper estimate of the instruction that the pipeline puts before each prompt, in Gemma's tokens."""
+INSTRUCTION_TOKENS = 198
+"""Estimate of the instruction that the pipeline puts before the prompt: its words and punctuation marks."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _activations(
     pixels = workload.height * workload.width
     cells = pixels // VAE_FACTOR**2
     text, vae = facts["text_encoder"].config, facts["vae"].config
-    tokens = MAX_TOKENS + INSTRUCTION_TOKENS
+    tokens = MAX_TOKENS + INSTRUCTION_TOKENS - 2
     width = 6 * int(text["hidden_size"]) + 3 * int(text["intermediate_size"])
     encoder_channels = int(vae["encoder_block_out_channels"][0])
     decoder_channels = int(vae["decoder_block_out_channels"][0])

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .errors import SanaDeployError
 from .machine import host_memory
-from .outcome import Outcome
+from .outcome import Outcome, Rehearsal
 from .plan import Diagnostic, Place, Plan, Slot
 from .units import human_bytes
 
@@ -185,6 +185,8 @@ def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
         out.print(Text("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in seconds.items())))
     for device, peak in outcome.measured.peak_bytes.items():
         out.print(Text(f"measured peak on {device}: {human_bytes(peak)}"))
+    if outcome.rehearsal:
+        out.print(render_rehearsal(outcome.rehearsal))
     for pair, moved in outcome.measured.bytes_moved.items():
         step = outcome.measured.bytes_per_step.get(pair, 0)
         out.print(Text(f"moved {pair}: {human_bytes(moved)}, {human_bytes(step)} per step"))
@@ -195,6 +197,32 @@ def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
     out.print(Text("saved: " + "\n       ".join(saved)), soft_wrap=True)
     if outcome.status == "done":
         out.print(Text("next: " + next_command(spec, shown), style="green"), soft_wrap=True)
+
+
+def render_rehearsal(rehearsal: Rehearsal) -> RenderableType:
+    """Render what a rehearsal told: peaks per GPU beside the plan's, traffic by tensor, work per component."""
+    lines: list[RenderableType] = [
+        Text(f"rehearsed in {rehearsal.fidelity}, {rehearsal.steps_rehearsed} of {rehearsal.steps} steps", style="bold")
+    ]
+    for gpu in rehearsal.gpus:
+        lines.append(
+            Text(
+                f"  {gpu.device}  {gpu.gpu}: peak {human_bytes(gpu.peak_bytes)} of {human_bytes(gpu.capacity_bytes)}, "
+                f"in {gpu.component} ({gpu.phase}): {human_bytes(gpu.weights_bytes)} weights, "
+                f"{human_bytes(gpu.activation_bytes)} activations, {human_bytes(gpu.context_bytes)} context; "
+                f"the plan said {gpu.planned_error:+.1%}"
+            )
+        )
+    for moved in rehearsal.transfers:
+        lines.append(
+            Text(
+                f"  {moved.src} -> {moved.dst}  {moved.tensor}: {human_bytes(moved.bytes_per_step)} per step, "
+                f"{human_bytes(moved.bytes_per_image)} per image"
+            )
+        )
+    for name, work in rehearsal.work.items():
+        lines.append(Text(f"  {name}: {work.operations} operations, {work.flops / 1e12:.3f} TFLOP", style="dim"))
+    return Group(*lines)
 
 
 def show_brief(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:

@@ -5,34 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .describe import describe_machine
 from .errors import PlanError
 from .machine import Gpu, Machine, probe_torch
 from .plan import Diagnostic, Plan, Slot
 from .precision import is_native
-from .spec import Component, CustomMap
+from .spec import Component, CustomMap, VirtualMachine
 from .units import human_bytes
 
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """A plan bound to devices: `device_map` gives each component's torch device string.
+    """A plan bound to devices: `device_map` gives each component's torch device string, `slot_devices` each slot's.
 
     `home` is the device where the denoising loop lives; `drift` lists differences that do no harm.
     """
 
     plan: Plan
+    machine: Machine
     device_map: Mapping[Component, str]
+    slot_devices: Mapping[int, str]
     home: str
     drift: tuple[Diagnostic, ...] = ()
 
 
 def resolve_plan(plan: Plan, machine: Machine | None = None) -> ResolvedPlan:
-    """Bind every slot of `plan` to a device of `machine` (probed through torch unless given).
+    """Bind every slot of `plan` to a device of `machine`: the described one for a virtual plan, else probed by torch.
 
     Raises:
         PlanError: a GPU is missing, busier, smaller or older than its slot needs; each difference is named.
     """
-    machine = machine or probe_torch()
+    if machine is None:
+        declared = plan.spec.machine
+        machine = describe_machine(declared) if isinstance(declared, VirtualMachine) else probe_torch()
     if plan.slots and not machine.gpus and _may_fall_back(plan):
         return _on_cpu(plan, machine)
     bound: dict[int, Gpu] = {}
@@ -49,12 +54,10 @@ def resolve_plan(plan: Plan, machine: Machine | None = None) -> ResolvedPlan:
             where="resolve",
             hint="compile it again on this machine",
         )
-    devices = {name: _device(place, bound) for name, place in plan.device_map.items()}
-    return ResolvedPlan(plan, devices, devices["transformer"], tuple(_drift(plan, bound)))
-
-
-def _device(place: int | str, bound: Mapping[int, Gpu]) -> str:
-    return f"cuda:{bound[place].index}" if isinstance(place, int) else place
+    kind = "vgpu" if machine.kind == "virtual" else "cuda"
+    slots = {index: f"{kind}:{gpu.index}" for index, gpu in bound.items()}
+    devices = {name: place if place == "cpu" else slots[place] for name, place in plan.device_map.items()}
+    return ResolvedPlan(plan, machine, devices, slots, devices["transformer"], tuple(_drift(plan, bound)))
 
 
 def _may_fall_back(plan: Plan) -> bool:
@@ -70,7 +73,7 @@ def _on_cpu(plan: Plan, machine: Machine) -> ResolvedPlan:
         where="resolve",
         hint="hardware.on_shortfall=error makes this an error",
     )
-    return ResolvedPlan(plan, dict.fromkeys(plan.device_map, "cpu"), "cpu", (remark,))
+    return ResolvedPlan(plan, machine, dict.fromkeys(plan.device_map, "cpu"), {}, "cpu", (remark,))
 
 
 def _bind(slot: Slot, plan: Plan, machine: Machine, taken: set[int]) -> tuple[Gpu | None, str]:

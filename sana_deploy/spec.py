@@ -126,6 +126,22 @@ class PresentMachine(Declared):
     kind: Literal["present"]
 
 
+class VirtualMachine(Declared):
+    """GPUs that are not there, by name or by memory; see `describe.py` for the words.
+
+    Attributes:
+        memory: another size for every GPU, e.g. `8GiB`.
+        used: what other programs hold, for all GPUs alike or one size per GPU.
+        fidelity: `shapes` (no data), `numbers` (real arithmetic on the CPU), or `auto` by the model's size.
+    """
+
+    kind: Literal["virtual"]
+    gpus: str | list[str]
+    memory: str | None = None
+    used: str | list[str] | None = None
+    fidelity: Literal["auto", "shapes", "numbers"] = "auto"
+
+
 class Workload(Declared):
     """One request. Height and width are pixels and multiples of the VAE's factor, 32."""
 
@@ -147,6 +163,7 @@ class Workload(Declared):
 
 
 Model = Annotated[TinyModel | CatalogueModel | CheckpointModel, Field(discriminator="kind")]
+MachineSpec = Annotated[PresentMachine | VirtualMachine, Field(discriminator="kind")]
 Hardware = Annotated[SingleGpu | MultiGpuBalanced | CustomMap, Field(discriminator="strategy")]
 
 
@@ -156,7 +173,7 @@ class DeploySpec(Declared):
     model: Model
     hardware: Hardware
     precision: Precision
-    machine: PresentMachine
+    machine: MachineSpec
     workload: Workload
     until: Stage = "generate"
     output: Literal["text", "json"] = "text"
@@ -177,7 +194,7 @@ class DeploySpec(Declared):
 
 _TAGS = {
     "tiny", "catalogue", "checkpoint", "single_gpu", "multi_gpu_balanced", "custom_map", "[key]", "int",
-    "constrained-int", "literal['cpu']",
+    "constrained-int", "literal['cpu']", "present", "virtual", "str", "list[str]",
 }  # fmt: skip
 
 
@@ -217,7 +234,7 @@ def _known_keys(path: list[str]) -> str:
         "model": (TinyModel, CatalogueModel, CheckpointModel),
         "hardware": (SingleGpu, MultiGpuBalanced, CustomMap),
         "precision": (Precision,),
-        "machine": (PresentMachine,),
+        "machine": (PresentMachine, VirtualMachine),
         "workload": (Workload,),
     }
     models = groups.get(path[0], (DeploySpec,)) if len(path) > 1 else (DeploySpec,)

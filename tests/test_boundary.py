@@ -14,7 +14,7 @@ from diffusers import AutoencoderDC
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sana_deploy.boundary import Border, Traffic, attach, move
+from sana_deploy.boundary import Border, Traffic, attach, by_pair, move
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -28,20 +28,20 @@ def test_nested_values_move_and_are_counted_once_each() -> None:
     traffic = Traffic()
     one = torch.zeros(4)
     value = {"a": [one, (torch.zeros(2, dtype=torch.float16), "text")], "b": Pair(torch.zeros(1), 3), "c": None}
-    moved: Any = move(value, META, traffic)
+    moved: Any = move(value, META, traffic, "value")
     assert moved["a"][0].device == moved["a"][1][0].device == moved["b"].first.device == META
     assert (moved["a"][1][1], moved["b"].second, moved["c"]) == ("text", 3, None)
-    assert traffic.moved == {("cpu", "meta"): 16 + 4 + 4}
+    assert by_pair(traffic.moved) == {"cpu->meta": 16 + 4 + 4}
 
 
 def test_what_is_already_there_is_the_same_object_and_costs_nothing() -> None:
     traffic, tensor = Traffic(), torch.zeros(4)
-    assert move(tensor, CPU, traffic) is tensor
+    assert move(tensor, CPU, traffic, "value") is tensor
     assert not traffic.moved
 
 
 def test_model_outputs_keep_their_class() -> None:
-    moved = move(BaseModelOutputWithPast(last_hidden_state=torch.zeros(2)), META, Traffic())
+    moved = move(BaseModelOutputWithPast(last_hidden_state=torch.zeros(2)), META, Traffic(), "value")
     assert isinstance(moved, BaseModelOutputWithPast)
     assert moved[0].device == META
 
@@ -54,8 +54,8 @@ def test_inputs_are_pulled_and_outputs_pushed_home_and_nothing_inside_is_hooked(
     attach(model, "transformer", META, border)
     with pytest.raises((NotImplementedError, RuntimeError)):
         model(torch.zeros(1, 3))  # the output has no data to bring home: proof that it was pushed
-    assert border.traffic.moved["cpu", "meta"] == 12
-    assert border.traffic.moved["meta", "cpu"] == 8
+    assert border.traffic.moved["cpu", "meta", "input"] == 12
+    assert border.traffic.moved["meta", "cpu", "noise_pred"] == 8
     assert seen == [("enter", "transformer.forward"), ("leave", "transformer.forward")]
     assert not any(hasattr(child, "_hf_hook") for child in model.children())
 

@@ -17,8 +17,8 @@ FILES = sorted(conf_dir().rglob("*.yaml"))
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
-    extra = ["model.source=folder"] if option == "checkpoint" else []
-    assert compose_spec([f"{group}={option}", *extra])
+    needed = {"checkpoint": ["model.source=folder"], "virtual": ["machine.gpus=2xt4"]}
+    assert compose_spec([f"{group}={option}", *needed.get(option, [])])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(conf_dir()).as_posix())

@@ -60,7 +60,7 @@ def test_errors_survive_pickling() -> None:
 
 def test_files_of_the_package_stay_short_and_import_downwards() -> None:
     for path in (CHECKOUT / "sana_deploy").glob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 320, path.name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 360, path.name
     assert len((CHECKOUT / "sana_deploy" / "__main__.py").read_text().splitlines()) < 80
     for name in ("spec", "checkpoint", "profile", "cost", "planner", "plan", "compile", "resolve", "report", "sweep"):
         module = importlib.import_module(f"sana_deploy.{name}")

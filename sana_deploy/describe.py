@@ -1,0 +1,95 @@
+"""Virtual machines from words: `2xt4`, `[rtx4090, rtx3060]`, `2x8GiB` -> `Machine`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .errors import InvalidSpecError, did_you_mean
+from .known_gpus import KNOWN_GPUS, KnownGpu
+from .machine import Gpu, Machine, host_memory
+from .spec import VirtualMachine
+from .units import GIB, KIB, MIB, human_bytes
+
+MOST_GPUS = 16
+_COUNTED = re.compile(r"(?:(\d+)\s*x\s*)?([a-z0-9][\w .-]*)", re.IGNORECASE)
+_SIZE = re.compile(r"(-?\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|KB|MB|GB)", re.IGNORECASE)
+_UNITS = {"kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_PLAIN = KnownGpu("GPU", 0, (8, 6), 46, 40.0, 40.0, 20.0, 448, 16, 0, "a plain card of the given memory")
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """Read `8GiB` or `500 MB` as bytes; binary and decimal units mean what they say.
+
+    Raises:
+        InvalidSpecError: no number with a unit, or a negative one.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise InvalidSpecError(f"{text!r} is no size in bytes", where=where, hint="write it like 8GiB or 500MiB")
+    size = int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+    if size < 0:
+        raise InvalidSpecError(f"memory cannot be negative (got {text!r})", where=where)
+    return size
+
+
+def describe_machine(spec: VirtualMachine) -> Machine:
+    """Make the machine that `spec` describes.
+
+    Raises:
+        InvalidSpecError: an unknown GPU (with the nearest name), no GPU at all, or an impossible memory.
+    """
+    rows = [row for word in _words(spec.gpus) for row in _rows(word)]
+    if not 1 <= len(rows) <= MOST_GPUS:
+        raise InvalidSpecError(
+            f"a virtual machine has 1 to {MOST_GPUS} GPUs (got {len(rows)})",
+            where="machine.gpus",
+            hint="machine.gpus=2xt4; machine=present plans for this host, GPUs or none",
+        )
+    used = _per_gpu(spec.used, len(rows), "machine.used")
+    gpus = []
+    for index, (row, taken) in enumerate(zip(rows, used, strict=True)):
+        total = row.memory_mib * MIB if spec.memory is None else parse_bytes(spec.memory, "machine.memory")
+        if not 0 <= taken < total:
+            raise InvalidSpecError(
+                f"{human_bytes(taken)} are declared used on GPU {index}, which has {human_bytes(total)}",
+                where="machine.used",
+            )
+        gpus.append(Gpu(index, row.name, total, total - taken, row.capability, row.multiprocessors))
+    return Machine("virtual", tuple(gpus), host_memory())
+
+
+def _words(gpus: str | list[str]) -> list[str]:
+    words = gpus.split(",") if isinstance(gpus, str) else gpus
+    return [word.strip() for word in words if word.strip()]
+
+
+def _rows(word: str) -> list[KnownGpu]:
+    match = _COUNTED.fullmatch(word)
+    if not match:
+        raise InvalidSpecError(f"{word!r} names no GPU", where="machine.gpus", hint="machine.gpus=2xt4 or 2x8GiB")
+    count, name = int(match.group(1) or 1), match.group(2).strip()
+    if count > MOST_GPUS:
+        raise InvalidSpecError(f"a virtual machine has 1 to {MOST_GPUS} GPUs (got {count})", where="machine.gpus")
+    if _SIZE.fullmatch(name):
+        size = parse_bytes(name, "machine.gpus")
+        if size < MIB:
+            raise InvalidSpecError(f"a GPU needs memory (got {name!r})", where="machine.gpus")
+        return [KnownGpu(f"GPU {name}", size // MIB, *list(vars(_PLAIN).values())[2:])] * count
+    key = re.sub(r"[\s_]|nvidia|geforce|tesla", "", name.lower())
+    if key not in KNOWN_GPUS:
+        raise InvalidSpecError(
+            f"{name!r} is not a known GPU",
+            where="machine.gpus",
+            hint=f"{did_you_mean(key, KNOWN_GPUS)} Its memory alone will do too, e.g. 2x8GiB",
+        )
+    return [KNOWN_GPUS[key]] * count
+
+
+def _per_gpu(value: str | list[str] | None, count: int, where: str) -> Sequence[int]:
+    if value is None:
+        return [0] * count
+    sizes = [parse_bytes(text, where) for text in ([value] * count if isinstance(value, str) else value)]
+    if len(sizes) != count:
+        raise InvalidSpecError(f"{len(sizes)} sizes for {count} GPUs", where=where)
+    return sizes

@@ -1,0 +1,180 @@
+"""Rehearsal: a deployment on virtual GPUs through the same code as on real ones, and what it tells."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from diffusers import SanaControlNetPipeline
+from PIL.Image import Image
+
+from .boundary import Border, Event, Movement, border_of
+from .cost import CONTEXT_BYTES
+from .errors import InfeasibleError
+from .generate import PHASE_OF, StepDone, run_request, to_images
+from .ledger import Ledger
+from .load import load_pipeline
+from .outcome import Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
+from .plan import Plan
+from .resolve import ResolvedPlan
+from .spec import VirtualMachine
+from .units import MIB, human_bytes
+from .virtual import Fidelity, VirtualHost
+
+NUMBERS_LIMIT = 256 * MIB
+"""Up to this many bytes of weights, `fidelity=auto` does real arithmetic."""
+SHAPE_STEPS = 2
+"""Denoising steps that a rehearsal in shapes runs: every later one repeats the last, byte for byte."""
+
+
+def fidelity_of(plan: Plan) -> Fidelity:
+    """Choose shapes or numbers: what the user asked for, else numbers for small models only."""
+    machine = plan.spec.machine
+    wanted = machine.fidelity if isinstance(machine, VirtualMachine) else "auto"
+    if wanted == "auto":
+        weights = sum(part.weights_bytes for part in plan.components.values())
+        return "numbers" if weights <= NUMBERS_LIMIT and plan.checkpoint.kind != "catalogue" else "shapes"
+    if wanted == "numbers" and plan.checkpoint.kind == "catalogue":
+        raise InfeasibleError(
+            "numbers need weights, and a catalogued model has none here",
+            where="machine.fidelity",
+            hint="machine.fidelity=shapes, or model=checkpoint model.source=FOLDER",
+        )
+    return wanted
+
+
+def open_host(resolved: ResolvedPlan, fidelity: Fidelity | None = None) -> VirtualHost:
+    """Make the virtual GPUs that a plan was resolved to, with the context of each taken off its memory.
+
+    Raises:
+        InfeasibleError: the plan is not for virtual GPUs, or a GPU is smaller than a CUDA context.
+    """
+    if resolved.machine.kind != "virtual":
+        raise InfeasibleError(
+            "the plan is for this host's GPUs, a rehearsal needs virtual ones",
+            where="machine",
+            hint="compile it with machine=virtual machine.gpus=2xt4",
+        )
+    capacities = []
+    for gpu in resolved.machine.gpus:
+        if gpu.free_bytes <= CONTEXT_BYTES:
+            raise InfeasibleError(
+                f"GPU {gpu.index} offers {human_bytes(gpu.free_bytes)}, a CUDA context alone takes "
+                f"{human_bytes(CONTEXT_BYTES)}",
+                where="machine",
+            )
+        capacities.append(gpu.free_bytes - CONTEXT_BYTES)
+    return VirtualHost(capacities, fidelity or fidelity_of(resolved.plan))
+
+
+class LedgerClock:
+    """Border observer that tells the ledger which component works in which phase."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def __call__(self, event: Event, place: str) -> None:
+        if event == "enter":
+            self.ledger.enter(PHASE_OF[place], place.partition(".")[0])
+        else:
+            self.ledger.leave()
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A finished rehearsal: the report, and the images where it was done in numbers."""
+
+    report: Rehearsal
+    images: list[Image]
+
+
+def rehearse(plan: Plan | ResolvedPlan, fidelity: Fidelity | None = None) -> Rehearsed:
+    """Deploy `plan` on the virtual GPUs that it was compiled for and run its request once.
+
+    Args:
+        plan: compiled with `machine=virtual`.
+        fidelity: overrides the plan's choice of `shapes` or `numbers`.
+
+    Raises:
+        RunError: a virtual GPU runs out of memory, or devices are mixed.
+        InfeasibleError: the plan is not for virtual GPUs.
+    """
+    resolved = plan.resolve() if isinstance(plan, Plan) else plan
+    host = open_host(resolved, fidelity)
+    return rehearse_request(load_pipeline(resolved, host=host), resolved, host)
+
+
+def rehearse_request(
+    pipeline: SanaControlNetPipeline, resolved: ResolvedPlan, host: VirtualHost, on_step: StepDone | None = None
+) -> Rehearsed:
+    """Run the plan's request on a pipeline that was loaded onto `host`.
+
+    Raises:
+        RunError: see `rehearse`.
+    """
+    border, workload = border_of(pipeline), resolved.plan.spec.workload
+    assert border is not None
+    steps = min(workload.steps, SHAPE_STEPS) if host.fidelity == "shapes" else workload.steps
+    clock = LedgerClock(host.ledger)
+    border.observers.append(clock)
+    try:
+        with host:
+            pixels, per_step = run_request(pipeline, workload.model_copy(update={"steps": steps}), on_step)
+            images = to_images(pipeline, pixels.cpu()) if host.fidelity == "numbers" else []
+    finally:
+        border.observers.remove(clock)
+    return Rehearsed(report_of(host, resolved, border, per_step, steps), images)
+
+
+def report_of(
+    host: VirtualHost, resolved: ResolvedPlan, border: Border, per_step: Counter[Movement], rehearsed_steps: int
+) -> Rehearsal:
+    """Sum up a rehearsal: peaks against the plan's estimate, traffic by tensor, timeline, work."""
+    plan, ledger = resolved.plan, host.ledger
+    used = sorted({int(place.partition(":")[2]) for place in resolved.device_map.values() if ":" in place})
+    workload = plan.spec.workload
+    missing = workload.steps - rehearsed_steps
+    transfers = [
+        RehearsedTransfer(
+            src=src,
+            dst=dst,
+            tensor=tensor,
+            bytes_per_step=per_step[src, dst, tensor],
+            bytes_per_image=(moved + missing * per_step[src, dst, tensor]) // workload.batch,
+        )
+        for (src, dst, tensor), moved in sorted(border.traffic.moved.items())
+    ]
+    return Rehearsal(
+        fidelity=host.fidelity,
+        steps=workload.steps,
+        steps_rehearsed=rehearsed_steps,
+        gpus=[_gpu(index, resolved, ledger) for index in used],
+        transfers=transfers,
+        timeline=[
+            RehearsedMoment(
+                phase=m.phase, component=m.component, live_bytes={f"vgpu:{i}": m.live_bytes[i] for i in used}
+            )
+            for m in ledger.timeline
+        ],
+        work={name: RehearsedWork(operations=w.operations, flops=w.flops) for name, w in ledger.work.items()},
+    )
+
+
+def _gpu(index: int, resolved: ResolvedPlan, ledger: Ledger) -> RehearsedGpu:
+    gpu, peak = resolved.machine.gpus[index], ledger.peaks[index]
+    slot = next(slot for slot in resolved.plan.slots if resolved.slot_devices[slot.index] == f"vgpu:{index}")
+    planned = slot.weights_bytes + slot.activation_bytes
+    return RehearsedGpu(
+        device=f"vgpu:{index}",
+        gpu=gpu.name,
+        capacity_bytes=gpu.total_bytes,
+        context_bytes=CONTEXT_BYTES,
+        peak_bytes=peak.total_bytes + CONTEXT_BYTES,
+        weights_bytes=peak.weights_bytes,
+        activation_bytes=peak.activation_bytes,
+        phase=peak.phase,
+        component=peak.component,
+        planned_bytes=planned,
+        planned_error=round(planned / max(peak.total_bytes, 1) - 1, 4),
+        phase_peaks={phase: p.total_bytes for (i, phase), p in ledger.phase_peaks.items() if i == index},
+    )

@@ -1,0 +1,188 @@
+"""Rehearsals: the whole deployment on virtual GPUs, equal to the real thing where that can be told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SanaControlNetPipeline
+
+from sana_deploy import Outcome, rehearse
+from sana_deploy.boundary import border_of, by_pair
+from sana_deploy.compile import compile_spec
+from sana_deploy.describe import describe_machine
+from sana_deploy.errors import CheckpointError, InfeasibleError, RunError
+from sana_deploy.generate import generate, run_request
+from sana_deploy.load import load_pipeline
+from sana_deploy.rehearsal import open_host, rehearse_request
+from sana_deploy.spec import COMPONENTS, DeploySpec, VirtualMachine
+
+Small = Callable[..., DeploySpec]
+EACH_ALONE = ["hardware=custom_map", "hardware.device_map={text_encoder: 0, vae: 1, transformer: 2, controlnet: 3}"]
+ONE = ["machine=virtual", "machine.gpus=rtx4090"]
+FOUR = ["machine=virtual", "machine.gpus=4xrtx4090"]
+
+
+@pytest.mark.parametrize("precision", ["mixed_bf16", "fp32"])
+def test_on_four_gpus_the_image_is_that_of_one_and_of_the_cpu_bit_for_bit(small: Small, precision: str) -> None:
+    chosen = f"precision={precision}"
+    four = rehearse(compile_spec(small(chosen, *FOUR, *EACH_ALONE)))
+    one = rehearse(compile_spec(small(chosen, *ONE, "hardware=single_gpu")))
+    spec = small(chosen)
+    cpu, _ = generate(load_pipeline(compile_spec(spec)), spec.workload)
+    assert four.images[0].tobytes() == one.images[0].tobytes() == cpu[0].tobytes()
+    assert four.report.fidelity == "numbers"
+    assert len(four.report.gpus) == 4
+    assert one.report.transfers == []
+
+
+def test_shapes_and_numbers_report_the_same_bytes(small: Small) -> None:
+    plan = compile_spec(small(*FOUR, *EACH_ALONE))
+    numbers, shapes = rehearse(plan, "numbers").report, rehearse(plan, "shapes").report
+    assert shapes.steps_rehearsed == numbers.steps_rehearsed == 2
+    assert shapes.gpus == numbers.gpus
+    assert shapes.transfers == numbers.transfers
+    assert rehearse(plan, "shapes").images == []
+
+
+def test_later_steps_are_those_rehearsed_again(small: Small) -> None:
+    plan = compile_spec(small(*FOUR, *EACH_ALONE, "workload.steps=5"))
+    numbers, shapes = rehearse(plan, "numbers").report, rehearse(plan, "shapes").report
+    assert shapes.steps_rehearsed == 2
+    assert shapes.transfers == numbers.transfers
+    for one, other in zip(shapes.gpus, numbers.gpus, strict=True):
+        assert abs(one.peak_bytes - other.peak_bytes) <= 4096, "the table of timesteps is longer, nothing else"
+
+
+def test_traffic_at_the_borders_is_all_there_is_between_gpus(small: Small) -> None:
+    resolved = compile_spec(small(*FOUR, *EACH_ALONE)).resolve()
+    host = open_host(resolved)
+    pipeline = load_pipeline(resolved, host=host)
+    rehearse_request(pipeline, resolved, host)
+    border = border_of(pipeline)
+    assert border is not None
+    between = {f"{a}->{b}": n for (a, b), n in host.ledger.traffic.items() if "cpu" not in (a, b)}
+    assert by_pair(border.traffic.moved) == between
+
+
+def test_with_controlnet_beside_the_transformer_nothing_moves_per_step(small: Small) -> None:
+    together = "hardware.device_map={text_encoder: 0, vae: 0, transformer: 1, controlnet: 1}"
+    plan = compile_spec(small(*FOUR, "hardware=custom_map", together))
+    report = rehearse(plan).report
+    assert plan.estimates.bytes_per_step == 0
+    assert {moved.bytes_per_step for moved in report.transfers} == {0}
+    assert {moved.tensor for moved in report.transfers} == {
+        "input_ids", "attention_mask", "prompt_embeds", "control_image", "control_latents", "latents",
+    }  # fmt: skip
+
+
+def test_a_naive_placement_by_hand_fails_as_on_cuda_and_ours_passes(tiny: Path, small: Small) -> None:
+    plan = compile_spec(small(*FOUR, *EACH_ALONE))
+    resolved = plan.resolve()
+    host = open_host(resolved)
+    naive = SanaControlNetPipeline.from_pretrained(tiny)
+    for index, name in enumerate(COMPONENTS):
+        host.place_module(getattr(naive, name), name, torch.device("vgpu", index))
+    naive.set_progress_bar_config(disable=True)
+    with host, pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        naive("a cat", control_image=torch.zeros(1, 3, 64, 96), height=64, width=96, num_inference_steps=1,
+              use_resolution_binning=False)  # fmt: skip
+    assert rehearse(plan).images
+
+
+def test_memory_comes_back_and_a_twentieth_call_takes_no_more_than_the_second(small: Small) -> None:
+    resolved = compile_spec(small(*FOUR, *EACH_ALONE, "workload.steps=1")).resolve()
+    host = open_host(resolved, "shapes")
+    pipeline = load_pipeline(resolved, host=host)
+    workload = resolved.plan.spec.workload
+    live = []
+    with host:
+        for _ in range(20):
+            run_request(pipeline, workload)
+            live.append([host.ledger.live(gpu) for gpu in range(4)])
+    assert live[1] == live[-1]
+    assert all(left < 2**18 for left in host.ledger.activations), "only the scheduler's few numbers stay"
+
+
+def test_out_of_memory_names_gpu_component_and_amounts(small: Small) -> None:
+    large = ["workload.height=2048", "workload.width=2048", "machine=virtual"]
+    planned = compile_spec(small(*large, "machine.gpus=rtx4090")).resolve()
+    box = describe_machine(VirtualMachine(kind="virtual", gpus="600MiB"))
+    with pytest.raises(RunError, match=r"vgpu:0 is out of memory: vae tried to allocate .* in prepare") as caught:
+        rehearse(replace(planned, machine=box), "shapes")
+    assert caught.value.exit_code == 6
+
+
+def test_the_plan_s_estimate_is_compared(small: Small) -> None:
+    report = rehearse(compile_spec(small("model=sana_600m_controlnet", *FOUR))).report
+    for gpu in report.gpus:
+        assert gpu.planned_error == pytest.approx(
+            gpu.planned_bytes / (gpu.peak_bytes - gpu.context_bytes) - 1, abs=1e-4
+        )
+        assert gpu.peak_bytes <= gpu.capacity_bytes
+    assert report.work["transformer"].flops > report.work["controlnet"].flops > 0
+    assert {moment.phase for moment in report.timeline} >= {"encode", "prepare", "denoise", "decode"}
+
+
+def test_nothing_leaks_into_the_process(tiny: Path, small: Small) -> None:
+    spec = small("precision=fp32")
+    before, _ = generate(load_pipeline(compile_spec(spec)), spec.workload)
+    rehearse(compile_spec(small(*FOUR, *EACH_ALONE)))
+    after, _ = generate(load_pipeline(compile_spec(spec)), spec.workload)
+    assert np.array_equal(np.asarray(before[0]), np.asarray(after[0]))
+    assert torch.tensor([1, 2]).device.type == "cpu"
+    assert not torch._C._only_lift_cpu_tensors()
+    assert not torch.accelerator.is_available() or torch.cuda.is_available()
+
+
+def test_torch_cuda_is_never_touched(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touched(*_: object) -> None:
+        raise AssertionError("torch.cuda was touched")
+
+    for name in ("synchronize", "mem_get_info", "max_memory_allocated", "device_count", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert rehearse(compile_spec(small(*FOUR, *EACH_ALONE))).images
+
+
+def test_incomplete_configs_are_named(tiny: Path, small: Small, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    spec = small("model=checkpoint", f"model.source={folder}", *ONE, "machine.fidelity=shapes")
+    plan = compile_spec(spec)
+    config = folder / "vae" / "config.json"
+    values = json.loads(config.read_text())
+    values["encoder_block_types"] = ["NoSuchBlock"]
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"the config of vae is incomplete"):
+        rehearse(compile_spec(spec))
+    assert plan.digest != compile_spec(spec).digest
+
+
+def test_a_plan_for_real_gpus_is_not_rehearsed_and_the_other_way_round(small: Small) -> None:
+    with pytest.raises(InfeasibleError, match="needs virtual ones"):
+        rehearse(compile_spec(small()))
+    with pytest.raises(RunError, match="virtual GPUs"):
+        load_pipeline(compile_spec(small(*ONE)))
+    with pytest.raises(InfeasibleError, match="has none here"):
+        rehearse(compile_spec(small(*ONE, "model=sana_600m_controlnet", "machine.fidelity=numbers")))
+
+
+def test_the_command_rehearses_and_writes_what_it_told(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path
+) -> None:
+    done = cli("machine=2xt4", "precision=fp32", "workload.height=64", "workload.width=64", "workload.steps=2")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    outcome = Outcome.model_validate_json((folder / "outcome.json").read_text())
+    assert outcome.rehearsal is not None
+    assert outcome.rehearsal.fidelity == "numbers"
+    assert (folder / "image-000.png").is_file()
+    assert "rehearsed in numbers, 2 of 2 steps" in done.stderr
+    assert "Tesla T4: peak" in done.stderr
