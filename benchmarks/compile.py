@@ -33,10 +33,10 @@ print(_get_final_device_map("balanced", SanaControlNetPipeline, {}, init, diffus
 """
 
 
-def write_configs(folder: Path) -> None:
-    """Lay out the shipped configs as a checkpoint without weights."""
+def write_configs(folder: Path, model: str = NAME) -> None:
+    """Lay out the shipped configs of `model` as a checkpoint without weights."""
     index: dict[str, object] = {"_class_name": "SanaControlNetPipeline", "_diffusers_version": "0.42.1"}
-    for name, facts in catalogue.load(NAME).items():
+    for name, facts in catalogue.load(model).items():
         library = "transformers" if name == "text_encoder" else "diffusers"
         index[name] = [library, facts["class_name"]]
         (folder / name).mkdir()

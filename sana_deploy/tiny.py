@@ -121,7 +121,7 @@ def _write(folder: Path) -> None:
         controlnet = SanaControlNetModel(**_DENOISER, num_layers=2)
         _open_zero_layers(controlnet)
         pipeline = SanaControlNetPipeline(
-            tokenizer=_byte_tokenizer(),
+            tokenizer=byte_tokenizer(),
             text_encoder=Gemma2Model(Gemma2Config(**_TEXT_ENCODER)),
             vae=AutoencoderDC(**_VAE),
             transformer=SanaTransformer2DModel(**_DENOISER, num_layers=5),
@@ -141,7 +141,7 @@ def _open_zero_layers(controlnet: nn.Module) -> None:
         nn.init.xavier_uniform_(layer.weight)
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """Build a tokenizer with one token per UTF-8 byte, behind Gemma's <pad>, <eos> and <bos>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -141,8 +141,6 @@ class VirtualHost:
 
     def place_module(self, module: nn.Module, name: str, device: torch.device) -> nn.Module:
         """Replace every parameter and buffer of `module` by one on `device`, counted as weights of `name`."""
-        if device.type != DEVICE_TYPE:
-            return module
         with torch.no_grad(), self.ledger.owning(name):
             for child in module.modules():
                 for key, value in child._parameters.items():

@@ -186,3 +186,26 @@ def test_the_command_rehearses_and_writes_what_it_told(
     assert (folder / "image-000.png").is_file()
     assert "rehearsed in numbers, 2 of 2 steps" in done.stderr
     assert "Tesla T4: peak" in done.stderr
+
+
+@pytest.mark.parametrize("side", [256, 768])
+def test_peaks_agree_with_pytorch_s_own_memory_tracker(small: Small, side: int) -> None:
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    class Tracker(MemTracker):  # type: ignore[no-any-unimported,misc]
+        """MemTracker without its statistics per module, which do not allow a module to be called twice."""
+
+        def _pre_fw_hook(self, *_: object) -> None: ...
+
+        def _post_fw_hook(self, *_: object) -> None: ...
+
+    request = ["precision=fp32", f"workload.height={side}", f"workload.width={side}", "workload.steps=1"]
+    (gpu,) = rehearse(compile_spec(small(*request, *ONE, "hardware=single_gpu")), "shapes").report.gpus
+    spec = small(*request)
+    pipeline = load_pipeline(compile_spec(spec))
+    tracker = Tracker()
+    tracker.track_external(*(getattr(pipeline, name) for name in COMPONENTS))
+    with tracker:
+        run_request(pipeline, spec.workload)
+    independent = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert gpu.peak_bytes - gpu.context_bytes == pytest.approx(independent, rel=0.02)

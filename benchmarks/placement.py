@@ -1,0 +1,231 @@
+"""Ours against diffusers' balanced placement on the same virtual machines: who fits, peaks, bytes per step.
+
+    python benchmarks/placement.py [--out docs/placement.md] [--quick]
+
+Every cell is rehearsed twice in this run, in shapes: once with our plan and border hooks, once with the map that
+diffusers' `_get_final_device_map` gives for the same memory and dtypes, its hooks attached as `load_sub_model` does
+(`accelerate.dispatch_model(..., force_hooks=True)`). Both start from the same configs; a cell counts as fitting when
+the whole request runs within every GPU's memory. A map that puts a component on the CPU, or loses one, is not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compile import write_configs
+
+MACHINES = (
+    "t4", "2xt4", "2x8GiB", "4x8GiB", "2x10GiB", "2xrtx3060", "rtx3090", "2xrtx3090", "rtx4090", "2xrtx4090", "2xl4",
+    "4x24GiB", "[rtx4090,rtx3060]", "[rtx3090,rtx3070]", "2xv100", "a100", "8xh100",
+)  # fmt: skip
+MODELS = ("sana_600m_controlnet", "sana_1600m_controlnet")
+SIDES = (512, 1024, 2048, 4096)
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side did in one cell: `verdict` is fits, or why not; bytes as rehearsed."""
+
+    verdict: str
+    worst_bytes: int = 0
+    worst_share: float = 0.0
+    step_bytes: int = 0
+    placement: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One machine, model and resolution, both sides."""
+
+    model: str
+    machine: str
+    side: int
+    precision: str
+    ours: Side
+    theirs: Side
+
+
+def cell(arguments: tuple[str, str, int]) -> Cell:
+    """Rehearse one cell on both sides."""
+    model, machine, side = arguments
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    from sana_deploy.compose import compose_spec
+    from sana_deploy.describe import describe_machine
+
+    base = [f"model={model}", "machine=virtual", f"machine.gpus={machine}", f"workload.steps={STEPS}"]
+    base += [f"workload.height={side}", f"workload.width={side}"]
+    described = describe_machine(compose_spec(base).machine)
+    native = all(gpu.capability >= (8, 0) for gpu in described.gpus)
+    precision = "mixed_bf16" if native else "mixed_fp32"
+    spec = compose_spec([*base, f"precision={precision}"])
+    return Cell(model, machine, side, precision, ours(spec), theirs(spec))
+
+
+def ours(spec: Any) -> Side:
+    """Compile and rehearse our plan."""
+    from sana_deploy.compile import compile_spec
+    from sana_deploy.errors import InfeasibleError, RunError
+    from sana_deploy.rehearsal import rehearse
+
+    try:
+        plan = compile_spec(spec)
+    except InfeasibleError:
+        return Side("refused")
+    placement = layout(plan.device_map)
+    try:
+        report = rehearse(plan, "shapes").report
+    except RunError as problem:
+        return Side(verdict_of(problem), placement=placement)
+    peaks = [(gpu.peak_bytes, gpu.peak_bytes / gpu.capacity_bytes) for gpu in report.gpus]
+    step = sum(moved.bytes_per_step for moved in report.transfers)
+    return Side("fits", max(peak for peak, _ in peaks), max(share for _, share in peaks), step, placement)
+
+
+def theirs(spec: Any) -> Side:
+    """Place with diffusers' map and hooks, and run the same request."""
+    import torch
+    from accelerate import dispatch_model
+    from diffusers import DPMSolverMultistepScheduler, SanaControlNetPipeline
+
+    from sana_deploy.checkpoint import open_checkpoint
+    from sana_deploy.cost import CONTEXT_BYTES
+    from sana_deploy.describe import describe_machine
+    from sana_deploy.inputs import read_control_image
+    from sana_deploy.spec import COMPONENTS
+    from sana_deploy.standin import StandInTokenizer, stand_in
+    from sana_deploy.virtual import VirtualHost
+
+    machine = describe_machine(spec.machine)
+    dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
+    found = balanced_map(spec.model.name, dtypes, {gpu.index: gpu.free_bytes for gpu in machine.gpus})
+    if "cpu" in found.values() or set(found) != set(COMPONENTS):
+        return Side("CPU offload" if set(found) == set(COMPONENTS) else "loses a component")
+    host = VirtualHost([gpu.free_bytes - CONTEXT_BYTES for gpu in machine.gpus], "shapes")
+    facts = open_checkpoint(spec.model).components
+    steps: list[Counter[tuple[str, str]]] = []
+
+    def step_end(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
+        steps.append(Counter({pair: n for pair, n in host.ledger.traffic.items() if "cpu" not in pair}))
+        return values
+
+    try:
+        modules = {}
+        for name in COMPONENTS:
+            device = torch.device("vgpu", found[name])
+            modules[name] = host.place_module(stand_in(facts[name], dtypes[name]), name, device)
+            dispatch_model(modules[name], device_map={"": device}, force_hooks=True)
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        pipeline = SanaControlNetPipeline(
+            **modules, tokenizer=StandInTokenizer(), scheduler=DPMSolverMultistepScheduler(**flow)
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        work = spec.workload
+        with host:
+            pipeline(work.prompt, control_image=read_control_image(work), height=work.height, width=work.width,
+                     num_inference_steps=work.steps, guidance_scale=work.guidance_scale, output_type="pt",
+                     use_resolution_binning=False, callback_on_step_end=step_end)  # fmt: skip
+    except (torch.OutOfMemoryError, UnboundLocalError, RuntimeError) as problem:
+        return Side(verdict_of(problem), placement=layout(found))
+    peaks = [
+        (peak.total_bytes + CONTEXT_BYTES, (peak.total_bytes + CONTEXT_BYTES) / gpu.total_bytes)
+        for gpu, peak in zip(machine.gpus, host.ledger.peaks, strict=True)
+        if gpu.index in found.values()
+    ]
+    step = sum((steps[1] - steps[0]).values())
+    return Side("fits", max(peak for peak, _ in peaks), max(share for _, share in peaks), step, layout(found))
+
+
+def balanced_map(model: str, dtypes: dict[str, Any], memory: dict[int, int]) -> dict[str, Any]:
+    """Ask diffusers for its own map."""
+    import diffusers
+    from diffusers import SanaControlNetPipeline
+    from diffusers.pipelines.pipeline_loading_utils import _get_final_device_map
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_configs(Path(folder), model)
+        config = SanaControlNetPipeline.load_config(folder)
+        init = {name: entry for name, entry in config.items() if isinstance(entry, list)}
+        return dict(
+            _get_final_device_map("balanced", SanaControlNetPipeline, {}, init, diffusers, memory, dtype=dtypes,
+                                  cached_folder=folder, local_files_only=True)
+        )  # fmt: skip
+
+
+def verdict_of(problem: BaseException) -> str:
+    """Name a failure in two words."""
+    text = str(problem)
+    if "same device" in text:
+        return "mixed devices"
+    return "out of memory" if "memory" in text or isinstance(problem, UnboundLocalError) else text[:60]
+
+
+def layout(device_map: dict[str, Any]) -> str:
+    """The map in short: T text encoder, V VAE, D transformer (denoiser), C ControlNet, one group per GPU."""
+    letters = {"text_encoder": "T", "vae": "V", "transformer": "D", "controlnet": "C"}
+    places = sorted({str(place) for place in device_map.values()})
+    return " ".join(
+        "".join(letter for name, letter in letters.items() if str(device_map[name]) == place) for place in places
+    )
+
+
+def table(cells: list[Cell]) -> str:
+    """Render the cells and the count of those won, tied and lost as Markdown."""
+    lines = [
+        "| model | machine | px | ours | theirs | fullest GPU, ours | theirs | MiB per step, ours | theirs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for item in cells:
+        sides = (item.ours, item.theirs)
+        verdicts = [f"{side.verdict} ({side.placement})" if side.placement else side.verdict for side in sides]
+        fullest = [f"{side.worst_share:.0%}" if side.verdict == "fits" else "" for side in sides]
+        moved = [f"{side.step_bytes / 2**20:.1f}" if side.verdict == "fits" else "" for side in sides]
+        columns = [item.model.split("_")[1], item.machine, str(item.side), *verdicts, *fullest, *moved]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join([*lines, "", *summary(cells)])
+
+
+def summary(cells: list[Cell]) -> list[str]:
+    """Count who fits where, and who has the lower worst peak where both fit."""
+    both = [item for item in cells if item.ours.verdict == item.theirs.verdict == "fits"]
+    close = 0.005
+    lower = sum(item.ours.worst_share < item.theirs.worst_share - close for item in both)
+    higher = sum(item.ours.worst_share > item.theirs.worst_share + close for item in both)
+    only_ours = sum(item.ours.verdict == "fits" != item.theirs.verdict for item in cells)
+    only_theirs = sum(item.theirs.verdict == "fits" != item.ours.verdict for item in cells)
+    return [
+        f"{len(cells)} cells: both fit in {len(both)}, only ours in {only_ours}, only theirs in {only_theirs}, "
+        f"neither in {len(cells) - len(both) - only_ours - only_theirs}.",
+        f"Fullest GPU where both fit: ours lower in {lower}, equal within half a point in "
+        f"{len(both) - lower - higher}, higher in {higher}.",
+    ]
+
+
+def main() -> None:
+    """Run the matrix on all cores and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="also write the table, with this text before it, to a file")
+    parser.add_argument("--quick", action="store_true", help="two machines and one resolution only")
+    options = parser.parse_args()
+    machines, sides = (MACHINES[1:3], SIDES[1:2]) if options.quick else (MACHINES, SIDES)
+    with ProcessPoolExecutor(2) as pool:
+        cells = list(pool.map(cell, itertools.product(MODELS, machines, sides)))
+    text = table(cells)
+    print(text)
+    if options.out:
+        head = "# Placement: ours beside diffusers' balanced\n\n" + str(__doc__).replace("    python", "    $ python")
+        legend = f"\nLetters: {layout.__doc__} Steps rehearsed: {STEPS}.\n\n"
+        options.out.write_text(head + legend + text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
