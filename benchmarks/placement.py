@@ -39,6 +39,7 @@ class Side:
     worst_share: float = 0.0
     step_bytes: int = 0
     placement: str = ""
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def ours(spec: Any) -> Side:
         return Side(verdict_of(problem), placement=placement)
     peaks = [(gpu.peak_bytes, gpu.peak_bytes / gpu.capacity_bytes) for gpu in report.gpus]
     step = sum(moved.bytes_per_step for moved in report.transfers)
-    return Side("fits", max(peak for peak, _ in peaks), max(share for _, share in peaks), step, placement)
+    error = max((gpu.planned_error for gpu in report.gpus), key=abs)
+    return Side("fits", max(peak for peak, _ in peaks), max(share for _, share in peaks), step, placement, error)
 
 
 def theirs(spec: Any) -> Side:
@@ -202,11 +204,13 @@ def summary(cells: list[Cell]) -> list[str]:
     higher = sum(item.ours.worst_share > item.theirs.worst_share + close for item in both)
     only_ours = sum(item.ours.verdict == "fits" != item.theirs.verdict for item in cells)
     only_theirs = sum(item.theirs.verdict == "fits" != item.ours.verdict for item in cells)
+    worst = max((item.ours.error for item in cells if item.ours.verdict == "fits"), key=abs, default=0.0)
     return [
         f"{len(cells)} cells: both fit in {len(both)}, only ours in {only_ours}, only theirs in {only_theirs}, "
         f"neither in {len(cells) - len(both) - only_ours - only_theirs}.",
         f"Fullest GPU where both fit: ours lower in {lower}, equal within half a point in "
         f"{len(both) - lower - higher}, higher in {higher}.",
+        f"Our plan's peak of weights and activations against the rehearsed one, worst GPU of all cells: {worst:+.2%}.",
     ]
 
 

@@ -46,12 +46,26 @@ _WIDTHS: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 CONTROLNET_LAYERS = 7
+NAMES = tuple(_WIDTHS)
+
+Fits = dict[str, dict[str, dict[str, tuple[float, float, float]]]]
+"""phase -> dtype -> guided or unguided -> bytes constant, per image, and per image and pixel; see `fit.py`."""
 
 
 @cache
 def load(name: str) -> dict[str, Any]:
     """Return the shipped facts of one architecture: component -> class, config, sizes."""
     return cast("dict[str, Any]", json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+
+
+@cache
+def fitted() -> dict[str, Fits]:
+    """Return the shipped activation fits by the digest of a component's tensor shapes."""
+    found: dict[str, Fits] = {}
+    for path in sorted(FOLDER.glob("*.activations.json")):
+        for part in json.loads(path.read_text(encoding="utf-8")).values():
+            found[part["shapes_digest"]] = part["activations"]
+    return found
 
 
 def build(name: str) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _assemble(
         ),
         considered=_considered(search, spec.workload.batch),
         rejections=count_rejections(search),
-        diagnostics=[*diagnostics, *_host_remarks(profile, placement, machine)],
+        diagnostics=[*diagnostics, *_rough_remarks(profile), *_host_remarks(profile, placement, machine)],
     )
 
 
@@ -204,6 +204,14 @@ def _transfers(profile: PipelineProfile, placement: Placement, batch: int) -> li
         )
         for crossing in crossings_of(profile, placement)
     ]
+
+
+def _rough_remarks(profile: PipelineProfile) -> list[Diagnostic]:
+    if not profile.rough:
+        return []
+    message = f"activations of {', '.join(profile.rough)} are rules of thumb: no rehearsal was fitted to this shape"
+    hint = "machine=virtual rehearses it and tells the true peaks"
+    return [Diagnostic(type="rough_activations", severity="info", message=message, where="model", hint=hint)]
 
 
 def _host_remarks(profile: PipelineProfile, placement: Placement, machine: Machine) -> list[Diagnostic]:

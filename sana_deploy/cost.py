@@ -48,17 +48,18 @@ def is_split(placement: Placement) -> bool:
 def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, capacity_bytes: int) -> SlotUse:
     """Work out what `slot` holds under `placement`.
 
-    peak = sum of weights + max over phases of (largest activation of a component working there in that phase)
-    + context + headroom x capacity. Components of one phase work one after the other; the ControlNet's residuals
-    wait at home while the transformer works.
+    peak = sum of weights + max over phases of activations + context + headroom x capacity. Components of one phase
+    work one after the other, so that the largest counts; what waits at home outside the denoising loop (prompt
+    embeddings, the control image) is listed under the transformer and adds to whoever works there.
     """
     parts = [profile.components[name] for name, place in placement.items() if place == slot]
     by_phase: dict[Phase, int] = {}
     for phase in PHASES:
-        by_phase[phase] = max((part.activations.get(phase, 0) for part in parts), default=0)
-    if placement["transformer"] == slot:
-        waiting = [c.bytes_each for c in profile.crossings if c.tensor == "controlnet_block_samples"]
-        by_phase["denoise"] += sum(waiting)
+        working = [part.activations.get(phase, 0) for part in parts if part.name != "transformer" or phase == "denoise"]
+        waiting = [
+            part.activations.get(phase, 0) for part in parts if part.name == "transformer" and phase != "denoise"
+        ]
+        by_phase[phase] = max(working, default=0) + sum(waiting)
     phase = max(PHASES, key=lambda name: by_phase[name])
     return SlotUse(
         weights_bytes=sum(part.weights_bytes for part in parts),

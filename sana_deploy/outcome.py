@@ -39,7 +39,7 @@ class Measured(Frozen):
 class RehearsedGpu(Frozen):
     """The fullest moment of one virtual GPU, in bytes, beside the plan's estimate of weights and activations.
 
-    `planned_error` is planned over rehearsed, less one.
+    `planned_error` is planned over rehearsed, less one. `phase_peaks` are weights and activations together.
     """
 
     device: str
@@ -54,6 +54,7 @@ class RehearsedGpu(Frozen):
     planned_bytes: int
     planned_error: float
     phase_peaks: dict[str, int] = {}
+    phase_activations: dict[str, int] = {}
 
 
 class RehearsedTransfer(Frozen):

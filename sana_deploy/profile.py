@@ -1,7 +1,7 @@
-"""What each component needs for a workload: weights (exact) and activations per phase (estimated, rough).
+"""What each component needs for a workload: weights (exact), activations per phase and crossings (estimated).
 
-The activation figures here are rules of thumb from the widest layers of each architecture. They are marked
-`estimated` wherever they are printed.
+Activation peaks come from functions fitted to rehearsals, shipped for the catalogued architectures and `tiny`
+(`fit.py`); components of another shape get rules of thumb from their widest layers, and the plan says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from . import catalogue
 from .checkpoint import Checkpoint, ComponentFacts
 from .spec import DTYPE_BYTES, VAE_FACTOR, Component, Dtype, Workload
 
@@ -19,8 +20,10 @@ PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
 
 MAX_TOKENS = 300
 """SANA's prompt length in tokens, the pipeline's `max_sequence_length`."""
-INSTRUCTION_TOKENS = 198
+INSTRUCTION_TOKENS = 199
 """Estimate of the instruction that the pipeline puts before the prompt: its words and punctuation marks."""
+INSTRUCTION_BYTES = 1058
+"""The same for a byte-level vocabulary such as `tiny`'s."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,37 @@ class PipelineProfile:
     components: Mapping[Component, ComponentProfile]
     crossings: tuple[Crossing, ...]
     steps: int
+    rough: tuple[Component, ...] = ()
 
 
 def profile_pipeline(checkpoint: Checkpoint, workload: Workload, dtypes: Mapping[Component, Dtype]) -> PipelineProfile:
     """Profile every component of `checkpoint` for `workload` in the given dtypes."""
     facts = checkpoint.components
-    activations = _activations(facts, workload, dtypes)
+    rules = _rules_of_thumb(facts, workload, dtypes)
+    fits = catalogue.fitted()
+    activations = {
+        name: _evaluate(fits[part.shapes_digest], workload, dtypes[name]) if part.shapes_digest in fits else rules[name]
+        for name, part in facts.items()
+    }
     components = {
         name: ComponentProfile(name, part.class_name, dtypes[name], part.weights_bytes(dtypes[name]), activations[name])
         for name, part in facts.items()
     }
-    return PipelineProfile(components, _crossings(facts, workload, dtypes), workload.steps)
+    rough = tuple(name for name, part in facts.items() if part.shapes_digest not in fits)
+    return PipelineProfile(components, _crossings(facts, workload, dtypes), workload.steps, rough)
 
 
-def _activations(
+def _evaluate(fits: catalogue.Fits, workload: Workload, dtype: Dtype) -> dict[Phase, int]:
+    """Evaluate the fits of one component: constant + batch x (per_image + per_image_pixel x pixels); see fit.py."""
+    pixels, found = workload.height * workload.width, {}
+    for phase in PHASES:
+        if phase in fits:
+            constant, per_image, per_pixel = fits[phase][dtype]["guided" if workload.guided else "unguided"]
+            found[phase] = max(0, round(constant + workload.batch * (per_image + per_pixel * pixels)))
+    return found
+
+
+def _rules_of_thumb(
     facts: Mapping[Component, ComponentFacts], workload: Workload, dtypes: Mapping[Component, Dtype]
 ) -> dict[Component, dict[Phase, int]]:
     """Estimate activation peaks in bytes: (live tensors of the widest layer) x (its elements) x (item size).
@@ -83,15 +103,15 @@ def _activations(
     pixels = workload.height * workload.width
     cells = pixels // VAE_FACTOR**2
     text, vae = facts["text_encoder"].config, facts["vae"].config
-    tokens = MAX_TOKENS + INSTRUCTION_TOKENS - 2
+    tokens = _prompt_tokens(facts)
     width = 6 * int(text["hidden_size"]) + 3 * int(text["intermediate_size"])
     encoder_channels = int(vae["encoder_block_out_channels"][0])
     decoder_channels = int(vae["decoder_block_out_channels"][0])
     denoisers: dict[Component, dict[Phase, int]] = {}
+    residuals = int(facts["controlnet"].config["num_layers"])
     for name in ("transformer", "controlnet"):
         inner = int(facts[name].config["num_attention_heads"]) * int(facts[name].config["attention_head_dim"])
-        kept = int(facts[name].config["num_layers"]) if name == "controlnet" else 0
-        live = 6 * 2 * float(facts[name].config["mlp_ratio"]) / 2.5 + 8 + 2 * kept
+        live = 12 * float(facts[name].config["mlp_ratio"]) / 2.5 + 8 + residuals * (2 if name == "controlnet" else 1)
         denoisers[name] = {"denoise": int(live * inner * cells * images * halves * item[name])}
     return {
         "text_encoder": {"encode": width * tokens * item["text_encoder"]},
@@ -101,6 +121,12 @@ def _activations(
         },
         **denoisers,
     }
+
+
+def _prompt_tokens(facts: Mapping[Component, ComponentFacts]) -> int:
+    """Length of the padded prompt with its instruction: the pipeline cuts both to the instruction + 300 - 2 tokens."""
+    byte_level = int(facts["text_encoder"].config["vocab_size"]) < 1000
+    return (INSTRUCTION_BYTES if byte_level else INSTRUCTION_TOKENS) + MAX_TOKENS - 2
 
 
 def _crossings(
@@ -116,17 +142,18 @@ def _crossings(
     heads = facts["controlnet"].config
     residual = int(heads["num_attention_heads"]) * int(heads["attention_head_dim"]) * int(heads["num_layers"])
     pixels = 3 * workload.height * workload.width
+    tokens = _prompt_tokens(facts) + (MAX_TOKENS if workload.guided else 0)
     return (
-        Crossing("input_ids", "transformer", "text_encoder", 2 * 8 * (MAX_TOKENS + INSTRUCTION_TOKENS), False),
-        Crossing("prompt_embeds", "text_encoder", "transformer",
-                 hidden * text * (MAX_TOKENS + INSTRUCTION_TOKENS), False),
+        Crossing("input_ids", "transformer", "text_encoder", 8 * tokens, False),
+        Crossing("attention_mask", "transformer", "text_encoder", 8 * tokens, False),
+        Crossing("prompt_embeds", "text_encoder", "transformer", hidden * text * tokens, False),
         Crossing("control_image", "transformer", "vae", pixels * rows * vae, False),
         Crossing("control_latents", "vae", "transformer", channels * cells * rows * vae, False),
         Crossing("hidden_states", "transformer", "controlnet", channels * cells * rows * net, True),
         Crossing("encoder_hidden_states", "transformer", "controlnet", MAX_TOKENS * hidden * rows * net, True),
         Crossing("encoder_attention_mask", "transformer", "controlnet", MAX_TOKENS * rows * 8, True),
         Crossing("controlnet_cond", "transformer", "controlnet", channels * cells * rows * vae, True),
-        Crossing("timestep", "transformer", "controlnet", rows * 4, True),
+        Crossing("timestep", "transformer", "controlnet", rows * 8, True),
         Crossing("controlnet_block_samples", "controlnet", "transformer", residual * cells * rows * net, True),
         Crossing("latents", "transformer", "vae", channels * cells * workload.batch * vae, False),
     )  # fmt: skip

@@ -177,4 +177,5 @@ def _gpu(index: int, resolved: ResolvedPlan, ledger: Ledger) -> RehearsedGpu:
         planned_bytes=planned,
         planned_error=round(planned / max(peak.total_bytes, 1) - 1, 4),
         phase_peaks={phase: p.total_bytes for (i, phase), p in ledger.phase_peaks.items() if i == index},
+        phase_activations={phase: p.activation_bytes for (i, phase), p in ledger.phase_peaks.items() if i == index},
     )

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .errors import SanaDeployError
 from .machine import host_memory
-from .outcome import Outcome, Rehearsal
+from .outcome import Outcome, Rehearsal, RehearsedGpu
 from .plan import Diagnostic, Place, Plan, Slot
 from .units import human_bytes
 
@@ -200,29 +200,44 @@ def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
 
 
 def render_rehearsal(rehearsal: Rehearsal) -> RenderableType:
-    """Render what a rehearsal told: peaks per GPU beside the plan's, traffic by tensor, work per component."""
-    lines: list[RenderableType] = [
-        Text(f"rehearsed in {rehearsal.fidelity}, {rehearsal.steps_rehearsed} of {rehearsal.steps} steps", style="bold")
-    ]
+    """Render what a rehearsal told: peaks per GPU beside the plan's, phase by phase, traffic by tensor, work."""
+    steps = f"{rehearsal.steps_rehearsed} of {rehearsal.steps} steps"
+    blocks: list[RenderableType] = [Text(""), Text(f"rehearsed in {rehearsal.fidelity}, {steps}", style="bold")]
     for gpu in rehearsal.gpus:
-        lines.append(
-            Text(
-                f"  {gpu.device}  {gpu.gpu}: peak {human_bytes(gpu.peak_bytes)} of {human_bytes(gpu.capacity_bytes)}, "
-                f"in {gpu.component} ({gpu.phase}): {human_bytes(gpu.weights_bytes)} weights, "
-                f"{human_bytes(gpu.activation_bytes)} activations, {human_bytes(gpu.context_bytes)} context; "
-                f"the plan said {gpu.planned_error:+.1%}"
-            )
-        )
+        blocks += _rehearsed_gpu(gpu)
+    if rehearsal.transfers:
+        blocks.append(_rehearsed_transfers(rehearsal))
+    parts = (f"{name} {work.flops / 1e12:.2f}" for name, work in rehearsal.work.items() if work.flops)
+    blocks.append(Text(f"TFLOP in the steps rehearsed: {', '.join(parts)}", style="dim"))
+    return Group(*blocks)
+
+
+def _rehearsed_gpu(gpu: RehearsedGpu) -> list[RenderableType]:
+    share = gpu.peak_bytes / gpu.capacity_bytes
+    peak = f"{human_bytes(gpu.peak_bytes)} of {human_bytes(gpu.capacity_bytes)} ({share:.0%})"
+    parts = (
+        f"{human_bytes(gpu.weights_bytes)} weights + {human_bytes(gpu.activation_bytes)} activations"
+        f" + {human_bytes(gpu.context_bytes)} context"
+    )
+    order = ("encode", "prepare", "denoise", "decode")
+    phases = ", ".join(f"{phase} {human_bytes(gpu.phase_peaks[phase])}" for phase in order if phase in gpu.phase_peaks)
+    return [
+        Text(f"{gpu.device}  {gpu.gpu}: peak {peak}, in {gpu.component} during {gpu.phase}"),
+        Text(f"  {parts}; the plan estimated {gpu.planned_error:+.1%}"),
+        Text(f"  without context: {phases}", style="dim"),
+    ]
+
+
+def _rehearsed_transfers(rehearsal: Rehearsal) -> RenderableType:
+    table = Table(box=None, pad_edge=True, header_style="dim")
+    table.add_column("moved")
+    table.add_column("tensor")
+    table.add_column("per step", justify="right")
+    table.add_column("per image", justify="right")
     for moved in rehearsal.transfers:
-        lines.append(
-            Text(
-                f"  {moved.src} -> {moved.dst}  {moved.tensor}: {human_bytes(moved.bytes_per_step)} per step, "
-                f"{human_bytes(moved.bytes_per_image)} per image"
-            )
-        )
-    for name, work in rehearsal.work.items():
-        lines.append(Text(f"  {name}: {work.operations} operations, {work.flops / 1e12:.3f} TFLOP", style="dim"))
-    return Group(*lines)
+        amounts = (human_bytes(moved.bytes_per_step), human_bytes(moved.bytes_per_image))
+        table.add_row(f"{moved.src} -> {moved.dst}", moved.tensor, *amounts)
+    return table
 
 
 def show_brief(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:

@@ -109,12 +109,12 @@ def test_two_8_gib_cards_hold_the_1600m_pipeline_at_1024_px(small: Small, machin
 
 def test_controlnet_is_split_off_only_when_nothing_else_fits(small: Small, machine: Describe) -> None:
     spec = small(LARGE)
-    plan = compile_spec(spec, machine(5.5, 4.0, 4.0))
+    plan = compile_spec(spec, machine(5.6, 4.0, 4.0))
     assert plan.knobs == ["split_controlnet"]
     assert plan.estimates.bytes_per_step > 0
     forbidden = small(LARGE, "hardware.allow=[]")
     with pytest.raises(InfeasibleError, match=r"split|memory"):
-        compile_spec(forbidden, machine(5.5, 4.0, 4.0))
+        compile_spec(forbidden, machine(5.6, 4.0, 4.0))
 
 
 def test_the_denoiser_goes_to_the_faster_of_two_gpus(small: Small) -> None:

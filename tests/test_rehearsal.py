@@ -141,6 +141,16 @@ def test_nothing_leaks_into_the_process(tiny: Path, small: Small) -> None:
     assert not torch.accelerator.is_available() or torch.cuda.is_available()
 
 
+@pytest.mark.parametrize("model", ["tiny", "sana_600m_controlnet"])
+def test_the_plan_foresees_every_crossing_to_the_byte(small: Small, model: str) -> None:
+    plan = compile_spec(small(f"model={model}", *FOUR, *EACH_ALONE, "workload.steps=7", "workload.batch=2"))
+    planned = {
+        (f"vgpu:{t.src}", f"vgpu:{t.dst}", t.tensor, t.bytes_per_step, t.bytes_per_image) for t in plan.transfers
+    }
+    report = rehearse(plan, "shapes").report
+    assert {tuple(moved.model_dump().values()) for moved in report.transfers} == planned
+
+
 def test_torch_cuda_is_never_touched(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     def touched(*_: object) -> None:
         raise AssertionError("torch.cuda was touched")
