@@ -35,7 +35,7 @@ def _job(config: DictConfig) -> None:
     else:
         outcome, plan = deploy(spec, folder, overrides, brief=swept)
         document = plan if plan and spec.until in ("compile", "resolve") and not outcome.error else outcome
-    if config.get("output") == "json":
+    if config.get("output") == "json" and not swept:
         sys.stdout.write((document or outcome).to_json())
     # A sweep goes on whatever became of a job: an infeasible one is a result.
     _codes.append(0 if swept and outcome.status in ("done", "infeasible") else outcome.exit_code)
@@ -53,7 +53,9 @@ def main() -> None:
     except OSError as problem:
         _fail(
             InputError(
-                f"the output folder cannot be written: {problem}", where="hydra.run.dir", hint="hydra.run.dir=FOLDER"
+                f"the output folder cannot be written: {problem}",
+                where="hydra.run.dir",
+                hint="hydra.run.dir=FOLDER, or hydra.sweep.dir=FOLDER in a sweep",
             )
         )
     except KeyboardInterrupt:

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from .shapes import buffers, shapes_digest
+
 FOLDER = Path(__file__).parent / "architectures"
 
 _GEMMA_2_2B: dict[str, Any] = {
@@ -85,8 +87,6 @@ def build(name: str) -> dict[str, Any]:
 
 
 def _facts(name: str, module: Any) -> dict[str, Any]:
-    from .checkpoint import buffers, shapes_digest
-
     config = json.loads(module.config.to_json_string()) if name == "text_encoder" else dict(module.config)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     cast, kept = buffers(name, config)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ count and files. Sources are a local folder, a hub repository, the shipped catal
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, cast
 from . import catalogue, hub
 from .errors import CheckpointError
 from .headers import FLOATING, ITEM_BYTES, TensorFacts, read_header, weight_files
+from .shapes import buffers, digest, shapes_digest
 from .spec import COMPONENTS, DTYPE_BYTES, CatalogueModel, Component, Dtype, Model, TinyModel
 from .tiny import ensure_tiny
 
@@ -75,7 +75,7 @@ class Checkpoint:
             name: [facts.class_name, _stable(facts.config), facts.shapes_digest]
             for name, facts in self.components.items()
         }
-        return "sha256:" + _digest(parts)
+        return "sha256:" + digest(parts)
 
 
 def open_checkpoint(model: Model, *, weights: bool = False) -> Checkpoint:
@@ -193,31 +193,6 @@ def component_facts(name: Component, folder: Path, variant: str | None, where: s
         folder=folder,
         variant=variant,
     )
-
-
-def buffers(name: Component, config: Mapping[str, Any]) -> tuple[int, int]:
-    """Buffers that a component makes from its config and that no file holds: (elements cast, bytes kept).
-
-    Gemma 2: the embedding scale follows the dtype, two copies of the rotary frequencies (head_dim / 2) stay
-    float32. SANA's patch embedding: float32 sine positions (tokens x width), where `interpolation_scale` is set
-    (2K and 4K models).
-    """
-    if name == "text_encoder":
-        return 1, 4 * 2 * (int(config["head_dim"]) // 2)
-    if name == "vae" or config.get("interpolation_scale") is None:
-        return 0, 0
-    tokens = (int(config["sample_size"]) // int(config["patch_size"])) ** 2
-    return 0, 4 * tokens * int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-
-
-def shapes_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Digest of tensor names and shapes, independent of order and dtype."""
-    return _digest({key: list(shape) for key, shape in shapes.items()})
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _stable(config: Mapping[str, Any]) -> dict[str, Any]:

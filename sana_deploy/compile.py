@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from . import machine as machines
 from .checkpoint import Checkpoint, open_checkpoint
@@ -16,6 +17,7 @@ from .plan import (
     Considered,
     Diagnostic,
     Estimates,
+    Place,
     PlacedComponent,
     Plan,
     RejectionCount,
@@ -27,7 +29,7 @@ from .planner import Rules, Search, search_balanced, search_custom, search_singl
 from .precision import FRAGILE, fragile_components
 from .profile import PipelineProfile, profile_pipeline
 from .spec import COMPONENTS, CustomMap, DeploySpec, Dtype, MultiGpuBalanced, SingleGpu, VirtualMachine
-from .units import human_bytes
+from .units import human_bytes, parse_bytes
 
 
 def compile_plan(overrides: Sequence[str] = ()) -> Plan:
@@ -46,6 +48,7 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None) -> Plan:
     profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components)
     machine = machine or machine_of(spec)
     _check_indices(spec, machine)
+    machine = _offered(spec, machine)
     if not machine.gpus and not isinstance(spec.hardware, CustomMap):
         return _cpu_plan(spec, checkpoint, profile, machine, diagnostics)
     search = _search(spec, profile, machine)
@@ -61,6 +64,17 @@ def machine_of(spec: DeploySpec) -> Machine:
     return machines.probe()
 
 
+def _offered(spec: DeploySpec, machine: Machine) -> Machine:
+    """The part of `machine` that the planner may take: `hardware.use` and `hardware.keep_free`."""
+    hardware = spec.hardware
+    if isinstance(hardware, CustomMap):
+        return machine
+    kept = parse_bytes(hardware.keep_free, "hardware.keep_free")
+    chosen = [gpu for gpu in machine.gpus if hardware.use is None or gpu.index in hardware.use]
+    gpus = tuple(replace(gpu, free_bytes=max(0, gpu.free_bytes - kept)) for gpu in chosen)
+    return replace(machine, gpus=gpus)
+
+
 def _search(spec: DeploySpec, profile: PipelineProfile, machine: Machine) -> Search:
     hardware = spec.hardware
     allow_split = not isinstance(hardware, MultiGpuBalanced) or "split_controlnet" in hardware.allow
@@ -69,22 +83,35 @@ def _search(spec: DeploySpec, profile: PipelineProfile, machine: Machine) -> Sea
         return search_single(profile, machine.gpus, rules, hardware.gpu)
     if isinstance(hardware, CustomMap):
         return search_custom(profile, machine.gpus, rules, dict(hardware.device_map))
-    return search_balanced(profile, machine.gpus, rules)
+    pins = {name: place for name, place in hardware.pin.items() if place is not None}
+    return search_balanced(profile, machine.gpus, rules, pins)
 
 
 def _check_indices(spec: DeploySpec, machine: Machine) -> None:
+    """Refuse indices of GPUs that are not there, or that `hardware.use` leaves out."""
     hardware = spec.hardware
     present = {gpu.index for gpu in machine.gpus}
-    wanted: dict[str, int] = {}
     if isinstance(hardware, CustomMap):
-        places = hardware.device_map
-        wanted = {f"hardware.device_map.{name}": place for name, place in places.items() if place != "cpu"}
-    elif isinstance(hardware, SingleGpu) and hardware.gpu is not None and machine.gpus:
-        wanted = {"hardware.gpu": hardware.gpu}
-    for where, index in wanted.items():
-        if index not in present:
+        _check_present(hardware.device_map.items(), "hardware.device_map.", present, machine)
+        return
+    if not present:
+        return
+    used = hardware.use or sorted(present)
+    _check_present([(f"[{i}]", index) for i, index in enumerate(used)], "hardware.use", present, machine)
+    named = hardware.pin.items() if isinstance(hardware, MultiGpuBalanced) else [("gpu", hardware.gpu)]
+    prefix = "hardware.pin." if isinstance(hardware, MultiGpuBalanced) else "hardware."
+    _check_present(named, prefix, present, machine)
+    for name, index in named:
+        if index is not None and index not in used:
+            raise InfeasibleError(f"GPU {index} is left out by hardware.use={used}", where=f"{prefix}{name}")
+
+
+def _check_present(named: Iterable[tuple[str, Place | None]], prefix: str, present: set[int], machine: Machine) -> None:
+    for name, index in named:
+        if index not in (None, "cpu", *present):
             hint = f"use {_range(present)}" if present else "hardware=single_gpu runs on the CPU here"
-            raise InfeasibleError(f"GPU {index} is not there: {machine.inventory()}", where=where, hint=hint, gpu=index)
+            message = f"GPU {index} is not there: {machine.inventory()}"
+            raise InfeasibleError(message, where=f"{prefix}{name}", hint=hint, gpu=index)
 
 
 def _range(indices: set[int]) -> str:

@@ -9,28 +9,11 @@ from .errors import InvalidSpecError, did_you_mean
 from .known_gpus import KNOWN_GPUS, KnownGpu
 from .machine import Gpu, Machine, host_memory
 from .spec import VirtualMachine
-from .units import GIB, KIB, MIB, human_bytes
+from .units import MIB, SIZE, human_bytes, parse_bytes
 
 MOST_GPUS = 16
 _COUNTED = re.compile(r"(?:(\d+)\s*x\s*)?([a-z0-9][\w .-]*)", re.IGNORECASE)
-_SIZE = re.compile(r"(-?\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|KB|MB|GB)", re.IGNORECASE)
-_UNITS = {"kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _PLAIN = KnownGpu("GPU", 0, (8, 6), 46, 40.0, 40.0, 20.0, 448, 16, 0, "a plain card of the given memory")
-
-
-def parse_bytes(text: str, where: str) -> int:
-    """Read `8GiB` or `500 MB` as bytes; binary and decimal units mean what they say.
-
-    Raises:
-        InvalidSpecError: no number with a unit, or a negative one.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise InvalidSpecError(f"{text!r} is no size in bytes", where=where, hint="write it like 8GiB or 500MiB")
-    size = int(float(match.group(1)) * _UNITS[match.group(2).lower()])
-    if size < 0:
-        raise InvalidSpecError(f"memory cannot be negative (got {text!r})", where=where)
-    return size
 
 
 def describe_machine(spec: VirtualMachine) -> Machine:
@@ -71,7 +54,7 @@ def _rows(word: str) -> list[KnownGpu]:
     count, name = int(match.group(1) or 1), match.group(2).strip()
     if count > MOST_GPUS:
         raise InvalidSpecError(f"a virtual machine has 1 to {MOST_GPUS} GPUs (got {count})", where="machine.gpus")
-    if _SIZE.fullmatch(name):
+    if SIZE.fullmatch(name):
         size = parse_bytes(name, "machine.gpus")
         if size < MIB:
             raise InvalidSpecError(f"a GPU needs memory (got {name!r})", where="machine.gpus")

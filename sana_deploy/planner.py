@@ -73,13 +73,15 @@ class Rules:
     allow_emulated: bool = False
 
 
-def search_balanced(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules) -> Search:
-    """Search all placements of whole components over `gpus`, GPUs that are alike counted once.
+def search_balanced(
+    profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, pins: Mapping[Component, int] | None = None
+) -> Search:
+    """Search all placements of whole components over `gpus`, GPUs that are alike counted once; `pins` are kept to.
 
     Order: ControlNet beside the transformer, then the lowest worst peak/capacity, then fewest bytes moved, then the
     denoiser on the faster GPU. Ties go to lower indices, so that the result is deterministic.
     """
-    return _search(placements(gpus), profile, gpus, rules, _balanced_score)
+    return _search(placements(gpus, pins or {}), profile, gpus, rules, _balanced_score)
 
 
 def search_single(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, gpu: int | None) -> Search:
@@ -94,17 +96,23 @@ def search_custom(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, p
     return _search([placement], profile, gpus, rules, _balanced_score)
 
 
-def placements(gpus: Sequence[Gpu]) -> Iterator[Placement]:
-    """Yield every assignment of components to GPUs, without those that only rename GPUs that are alike."""
-    kinds = {g.index: (g.name, g.total_bytes, g.free_bytes, g.capability, g.multiprocessors) for g in gpus}
+def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Iterator[Placement]:
+    """Yield every assignment that keeps to `pins`, without those that only rename GPUs that are alike."""
+    kinds = {
+        g.index: (g.name, g.total_bytes, g.free_bytes, g.capability, g.multiprocessors,
+                  g.index if g.index in pins.values() else None)
+        for g in gpus
+    }  # fmt: skip
     indices = [g.index for g in gpus]
-    for places in itertools.product(indices, repeat=len(COMPONENTS)):
+    for places in itertools.product(*([pins[name]] if name in pins else indices for name in COMPONENTS)):
         if _is_canonical(places, indices, kinds):
             yield dict(zip(COMPONENTS, places, strict=True))
 
 
 def _is_canonical(places: Sequence[int], indices: Sequence[int], kinds: Mapping[int, tuple[object, ...]]) -> bool:
     """Whether alike GPUs are taken in index order: the first use of one comes after that of the one before."""
+    if len(set(kinds.values())) == len(kinds):
+        return True
     seen: set[int] = set()
     for place in places:
         if place not in seen:
@@ -115,30 +123,49 @@ def _is_canonical(places: Sequence[int], indices: Sequence[int], kinds: Mapping[
     return True
 
 
-def reject(
-    profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, placement: Placement
-) -> tuple[Rejection | None, dict[int, SlotUse]]:
-    """Return why `placement` cannot be, or None, and what every used GPU would hold."""
-    by_index = {gpu.index: gpu for gpu in gpus}
-    if is_split(placement) and not rules.allow_split:
-        return Rejection("split", -1, "ControlNet may not be split from the transformer (hardware.allow)"), {}
-    for name, place in placement.items():
-        if place != "cpu" and not rules.allow_emulated and (why := _emulated(profile, name, by_index[place])):
-            return Rejection("dtype", place, why), {}
-    uses = {
-        place: slot_use(profile, placement, place, by_index[place].total_bytes)
-        for place in sorted({place for place in placement.values() if place != "cpu"})
-    }
-    worst: Rejection | None = None
-    for place, use in uses.items():
-        short = use.peak_bytes - by_index[place].free_bytes
-        if short > 0 and (worst is None or short > worst.shortfall_bytes):
-            message = (
-                f"GPU {place} needs {human_bytes(use.peak_bytes)} in {use.phase}, "
-                f"{human_bytes(by_index[place].free_bytes)} of {human_bytes(by_index[place].total_bytes)} are free"
-            )
-            worst = Rejection("memory", place, message, short)
-    return worst, uses
+class Checker:
+    """Says of a placement what rules it out, and what every used GPU would hold.
+
+    A GPU's fill depends on the set of components on it alone, so that each set is worked out once per GPU.
+    """
+
+    def __init__(self, profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules) -> None:
+        self.profile = profile
+        self.rules = rules
+        self.gpus = {gpu.index: gpu for gpu in gpus}
+        self._uses: dict[tuple[int, int], SlotUse] = {}
+        self._emulated = {
+            (name, gpu.index): _emulated(profile, name, gpu) for name in COMPONENTS for gpu in gpus
+        }  # fmt: skip
+
+    def check(self, placement: Placement) -> tuple[Rejection | None, dict[int, SlotUse]]:
+        """Return why `placement` cannot be, or None, and what every used GPU would hold."""
+        if not self.rules.allow_split and is_split(placement):
+            return Rejection("split", -1, "ControlNet may not be split from the transformer (hardware.allow)"), {}
+        masks: dict[int, int] = {}
+        for bit, (name, place) in enumerate(placement.items()):
+            if place == "cpu":
+                continue
+            if not self.rules.allow_emulated and (why := self._emulated[name, place]):
+                return Rejection("dtype", place, why), {}
+            masks[place] = masks.get(place, 0) | 1 << bit
+        uses = {place: self._use(placement, place, masks[place]) for place in sorted(masks)}
+        worst, place = max(((use.peak_bytes - self.gpus[i].free_bytes, i) for i, use in uses.items()), default=(0, -1))
+        return (self._too_small(place, uses[place], worst) if worst > 0 else None), uses
+
+    def _use(self, placement: Placement, place: int, mask: int) -> SlotUse:
+        key = (place, mask)
+        if key not in self._uses:
+            self._uses[key] = slot_use(self.profile, placement, place, self.gpus[place].total_bytes)
+        return self._uses[key]
+
+    def _too_small(self, place: int, use: SlotUse, shortfall: int) -> Rejection:
+        gpu = self.gpus[place]
+        message = (
+            f"GPU {place} needs {human_bytes(use.peak_bytes)} in {use.phase}, "
+            f"{human_bytes(gpu.free_bytes)} of {human_bytes(gpu.total_bytes)} are free"
+        )
+        return Rejection("memory", place, message, shortfall)
 
 
 def _emulated(profile: PipelineProfile, name: Component, gpu: Gpu) -> str:
@@ -152,17 +179,16 @@ def _emulated(profile: PipelineProfile, name: Component, gpu: Gpu) -> str:
 def _search(
     options: Iterable[Placement], profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, score: Score
 ) -> Search:
-    found = Search()
-    by_index = {gpu.index: gpu for gpu in gpus}
+    found, checker = Search(), Checker(profile, gpus, rules)
     for placement in options:
-        rejection, uses = reject(profile, gpus, rules, placement)
+        rejection, uses = checker.check(placement)
         if rejection:
             found.rejected.append((placement, rejection))
             continue
-        worst = max((use.peak_bytes / by_index[i].free_bytes for i, use in uses.items()), default=0.0)
+        worst = max((use.peak_bytes / checker.gpus[i].free_bytes for i, use in uses.items()), default=0.0)
         moved = bytes_per_request(profile, placement)
         home = home_of(placement)
-        key = score(placement, worst, moved, None if home == "cpu" else by_index[home])
+        key = score(placement, worst, moved, None if home == "cpu" else checker.gpus[home])
         found.feasible.append(Candidate(placement, uses, worst, moved, key))
     found.feasible.sort(key=lambda candidate: candidate.key)
     return found

@@ -11,7 +11,7 @@ from .machine import Gpu, Machine, probe_torch
 from .plan import Diagnostic, Plan, Slot
 from .precision import is_native
 from .spec import Component, CustomMap, VirtualMachine
-from .units import human_bytes
+from .units import human_bytes, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,11 @@ def _bind(slot: Slot, plan: Plan, machine: Machine, taken: set[int]) -> tuple[Gp
 
 
 def _lacks(slot: Slot, plan: Plan, gpu: Gpu) -> str:
-    if gpu.free_bytes < slot.peak_bytes:
-        return (
-            f"needs {human_bytes(slot.peak_bytes)}, GPU {gpu.index} ({gpu.name}) has {human_bytes(gpu.free_bytes)} free"
-        )
+    hardware = plan.spec.hardware
+    kept = 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")
+    if gpu.free_bytes < slot.peak_bytes + kept:
+        wants, has = human_bytes(slot.peak_bytes + kept), human_bytes(gpu.free_bytes)
+        return f"needs {wants}, GPU {gpu.index} ({gpu.name}) has {has} free"
     for name, part in plan.components.items():
         emulated = not plan.spec.precision.allow_emulated and not is_native(part.dtype, gpu)
         if part.slot == slot.index and emulated:

@@ -74,20 +74,36 @@ class CheckpointModel(Declared):
     components: Overrides = Overrides()
 
 
-class SingleGpu(Declared):
+class Planned(Declared):
+    """What strategies share that choose places themselves.
+
+    Attributes:
+        use: indices of the GPUs that may be taken; None means all.
+        keep_free: what stays free on every GPU for others, e.g. `1GiB`.
+        on_shortfall: without any GPU, run on the CPU with a warning, or refuse.
+    """
+
+    use: Annotated[list[GpuIndex], Field(min_length=1)] | None = None
+    keep_free: str = "0GiB"
+    on_shortfall: Literal["cpu", "error"] = "cpu"
+
+
+class SingleGpu(Planned):
     """All components on one GPU: the one named by `gpu`, or the best one that fits."""
 
     strategy: Literal["single_gpu"]
     gpu: GpuIndex | None = None
-    on_shortfall: Literal["cpu", "error"] = "cpu"
 
 
-class MultiGpuBalanced(Declared):
-    """Whole components dealt over all GPUs so that the fullest one is as empty as possible."""
+class MultiGpuBalanced(Planned):
+    """Whole components dealt over all GPUs so that the fullest one is as empty as possible.
+
+    `pin` fixes single components to a GPU index; None leaves one free.
+    """
 
     strategy: Literal["multi_gpu_balanced"]
-    on_shortfall: Literal["cpu", "error"] = "cpu"
     allow: list[Literal["split_controlnet"]] = ["split_controlnet"]
+    pin: dict[Component, GpuIndex | None] = {}
 
 
 class CustomMap(Declared):

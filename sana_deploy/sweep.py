@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class SweepSummary(Callback):  # type: ignore[misc]
             return
         out = console()
         out.print(render_rows(rows))
+        if OmegaConf.select(config, "output") == "json":
+            sys.stdout.write(json.dumps(rows, ensure_ascii=False) + "\n")
         for suffix in ("md", "csv", "json"):
             out.print(f"saved: {folder / f'summary.{suffix}'}", soft_wrap=True)
 
@@ -122,7 +125,7 @@ def _cells(row: dict[str, Any], swept: list[str]) -> dict[str, str]:
     used, moved, weights, seconds = (
         row[key] for key in ("worst_utilisation", "bytes_per_step", "weights_bytes", "seconds")
     )
-    places = sorted({str(place) for place in row["device_map"].values()})
+    places = sorted({f"GPU {place}" if isinstance(place, int) else place for place in row["device_map"].values()})
     return {
         "job": str(row["job"]),
         **{key: row["overrides"].get(key, "") for key in swept},
@@ -137,16 +140,18 @@ def _cells(row: dict[str, Any], swept: list[str]) -> dict[str, str]:
 
 
 def render_rows(rows: list[dict[str, Any]]) -> Any:
-    """Return a rich table of the rows."""
+    """Return a rich table of the rows, and below it why jobs did not end well."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     styles = {"done": "green", "infeasible": "yellow"}
     table = Table(box=None, header_style="dim")
     shown = cells_of(rows)
+    reasons = [Text(f"job {cells['job']}: {why}", style="dim") for cells in shown if (why := cells.pop("reason", ""))]
     for title in shown[0]:
         table.add_column(title, overflow="fold", justify="right" if title in _NUMBERS else "left")
     for cells in shown:
         style = styles.get(cells["status"], "red")
         table.add_row(*(Text(value, style=style if title == "status" else "") for title, value in cells.items()))
-    return table
+    return Group(table, *reasons)

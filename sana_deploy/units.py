@@ -1,8 +1,15 @@
-"""Bytes for people: binary units, one spelling in every message and table."""
+"""Bytes for people: binary units, one spelling in every message and table, and sizes read from words."""
 
 from __future__ import annotations
 
+import re
+
+from .errors import InvalidSpecError
+
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
+SIZE = re.compile(r"(-?\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|KB|MB|GB)", re.IGNORECASE)
+"""A number with a unit of bytes."""
+_UNITS = {"kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def human_bytes(count: int) -> str:
@@ -13,3 +20,18 @@ def human_bytes(count: int) -> str:
             value = count / unit
             return f"{value:.2f} {name}" if abs(value) < 100 else f"{value:.0f} {name}"
     return f"{count} B"
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """Read `8GiB` or `500 MB` as bytes; binary and decimal units mean what they say.
+
+    Raises:
+        InvalidSpecError: no number with a unit, or a negative one.
+    """
+    match = SIZE.fullmatch(text.strip())
+    if not match:
+        raise InvalidSpecError(f"{text!r} is no size in bytes", where=where, hint="write it like 8GiB or 500MiB")
+    size = int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+    if size < 0:
+        raise InvalidSpecError(f"memory cannot be negative (got {text!r})", where=where)
+    return size

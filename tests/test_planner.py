@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from sana_deploy.compile import compile_spec
 from sana_deploy.cost import bytes_per_request, home_of, is_split
-from sana_deploy.errors import InfeasibleError
+from sana_deploy.errors import InfeasibleError, InvalidSpecError
 from sana_deploy.machine import Gpu, Machine
-from sana_deploy.planner import Rules, placements, reject, search_balanced
+from sana_deploy.planner import Checker, Rules, placements, search_balanced
 from sana_deploy.profile import ComponentProfile, Crossing, PipelineProfile
 from sana_deploy.spec import COMPONENTS, DeploySpec
 from sana_deploy.units import GIB, MIB
@@ -47,10 +47,10 @@ def gpu_lists(draw: st.DrawFn) -> list[Gpu]:
 def brute_force(profile: PipelineProfile, gpus: list[Gpu]) -> tuple[object, ...] | None:
     """Score every assignment by the design's words, without the planner's shortcuts."""
     speeds = {gpu.index: gpu.speed for gpu in gpus}
-    best = None
+    best, checker = None, Checker(profile, gpus, Rules())
     for places in itertools.product([gpu.index for gpu in gpus], repeat=4):
         placement = dict(zip(COMPONENTS, places, strict=True))
-        why, uses = reject(profile, gpus, Rules(), placement)
+        why, uses = checker.check(placement)
         if why:
             continue
         worst = max(use.peak_bytes / gpus[i].free_bytes for i, use in uses.items())
@@ -81,8 +81,8 @@ def test_the_chosen_placement_is_the_best_of_all(profile: PipelineProfile, gpus:
 def test_alike_gpus_are_not_counted_twice() -> None:
     alike = [Gpu(i, "T4", 15 * GIB, 15 * GIB, (7, 5)) for i in range(8)]
     unlike = [Gpu(i, f"GPU {i}", 15 * GIB, 15 * GIB, (7, 5)) for i in range(8)]
-    assert len(list(placements(alike))) == 15  # the partitions of four components
-    assert len(list(placements(unlike))) == 8**4
+    assert len(list(placements(alike, {}))) == 15  # the partitions of four components
+    assert len(list(placements(unlike, {}))) == 8**4
 
 
 Describe = Callable[..., Machine]
@@ -182,3 +182,28 @@ def test_float16_for_fragile_components_warns_and_strict_refuses(small: Small, m
     assert [remark.type for remark in plan.diagnostics] == ["fragile_dtype"]
     with pytest.raises(InfeasibleError, match="not to be safe for text_encoder and vae"):
         compile_spec(small("precision=fp16", "precision.strict=true"), machine(8))
+
+
+def test_only_the_gpus_allowed_are_used_and_what_is_kept_free_stays_free(small: Small, machine: Describe) -> None:
+    plan = compile_spec(small(LARGE, "hardware.use=[0,2]"), machine(24, 24, 24))
+    assert {slot.index for slot in plan.slots} <= {0, 2}
+    kept = compile_spec(small(LARGE, "hardware.keep_free=2GiB"), machine(8, 8, 8))
+    assert all(slot.peak_bytes <= 6 * GIB for slot in kept.slots)
+    with pytest.raises(InfeasibleError):
+        compile_spec(small(LARGE, "hardware.keep_free=4GiB"), machine(8, 8, 8))
+    with pytest.raises(InfeasibleError, match="GPU 7 is not there") as caught:
+        compile_spec(small(LARGE, "hardware.use=[0,7]"), machine(8, 8))
+    assert caught.value.where == "hardware.use[1]"
+    with pytest.raises(InvalidSpecError, match="no size in bytes"):
+        compile_spec(small("hardware.keep_free=much"), machine(8))
+
+
+def test_pinned_components_stay_where_they_are_pinned(small: Small, machine: Describe) -> None:
+    for index in range(3):
+        plan = compile_spec(small(LARGE, f"hardware.pin.vae={index}"), machine(24, 24, 24))
+        assert plan.device_map["vae"] == index
+    with pytest.raises(InfeasibleError, match="GPU 3 is not there") as caught:
+        compile_spec(small(LARGE, "hardware.pin.vae=3"), machine(24, 24))
+    assert caught.value.where == "hardware.pin.vae"
+    with pytest.raises(InfeasibleError, match=r"GPU 1 is left out by hardware.use=\[0\]"):
+        compile_spec(small(LARGE, "hardware.pin.vae=1", "hardware.use=[0]"), machine(24, 24))

@@ -1,0 +1,36 @@
+"""Facts of a component that follow from its config and tensor shapes alone: buffers, and digests to compare them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from .spec import Component
+
+
+def buffers(name: Component, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Buffers that a component makes from its config and that no file holds: (elements cast, bytes kept).
+
+    Gemma 2: the embedding scale follows the dtype, two copies of the rotary frequencies (head_dim / 2) stay
+    float32. SANA's patch embedding: float32 sine positions (tokens x width), where `interpolation_scale` is set
+    (2K and 4K models).
+    """
+    if name == "text_encoder":
+        return 1, 4 * 2 * (int(config["head_dim"]) // 2)
+    if name == "vae" or config.get("interpolation_scale") is None:
+        return 0, 0
+    tokens = (int(config["sample_size"]) // int(config["patch_size"])) ** 2
+    return 0, 4 * tokens * int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+def shapes_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Digest of tensor names and shapes, independent of order and dtype."""
+    return digest({key: list(shape) for key, shape in shapes.items()})
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`, in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
