@@ -50,6 +50,9 @@ def main() -> None:
         _fail(compose_error(problem))
     except SanaDeployError as problem:
         _fail(problem)
+    except BrokenPipeError:  # whoever read our output has gone, e.g. `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as problem:
         _fail(
             InputError(

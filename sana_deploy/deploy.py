@@ -138,19 +138,18 @@ def _generate(run: Run) -> None:
 
 
 def _rehearse(run: Run) -> None:
-    from .generate import host_peak, save_images
+    from .generate import save_images
     from .rehearsal import rehearse_request
 
     assert run.resolved is not None
     resolved = replace(run.resolved, plan=run.resolved.plan.model_copy(update={"spec": run.spec}))
-    started = time.perf_counter()
     with report.progress("rehearsing", run.brief) as advance:
         ended = rehearse_request(
             run.pipeline, resolved, run.host, lambda done, of: advance(f"step {done}/{of}", done, of)
         )
     run.rehearsal = ended.report
-    seconds = {**run.measured.seconds, "rehearse": round(time.perf_counter() - started, 6)}
-    run.measured = Measured(seconds=seconds, host_peak_bytes=host_peak())
+    seconds = {**run.measured.seconds, **ended.measured.seconds}
+    run.measured = ended.measured.model_copy(update={"seconds": seconds})
     run.images = [path.name for path in save_images(ended.images, run.folder)]
 
 

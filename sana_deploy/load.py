@@ -64,7 +64,7 @@ def load_pipeline(
                 parts[name] = _load_component(facts, dtype, device)
             else:
                 module = stand_in(facts, dtype) if shapes_only else _load_component(facts, dtype, "cpu")
-                parts[name] = host.place_module(module, name, torch.device(device))
+                parts[name] = _place_virtually(host, module, name, device)
         parts |= _load_helpers(checkpoint) if checkpoint.folder else _stand_in_helpers()
     pipeline = SanaControlNetPipeline(**parts)
     _bind(pipeline, resolved)
@@ -116,6 +116,13 @@ def _check_same(plan: Plan, checkpoint: Checkpoint) -> None:
             where="model.source",
             hint="compile the plan again",
         )
+
+
+def _place_virtually(host: VirtualHost, module: nn.Module, name: Component, device: str) -> nn.Module:
+    try:
+        return host.place_module(module, name, torch.device(device))
+    except torch.OutOfMemoryError as problem:
+        raise RunError(f"out of memory while loading {name}: {problem}", where=name) from problem
 
 
 def _load_component(facts: ComponentFacts, dtype: torch.dtype, device: str) -> nn.Module:

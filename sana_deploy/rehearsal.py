@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 
 from diffusers import SanaControlNetPipeline
 from PIL.Image import Image
 
-from .boundary import Border, Event, Movement, border_of
+from .boundary import Event, Movement, border_of, by_pair
 from .cost import CONTEXT_BYTES
 from .errors import InfeasibleError
-from .generate import PHASE_OF, StepDone, run_request, to_images
+from .generate import PHASE_OF, StepDone, host_peak, run_request, to_images
 from .ledger import Ledger
 from .load import load_pipeline
-from .outcome import Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
+from .outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
 from .plan import Plan
 from .resolve import ResolvedPlan
 from .spec import VirtualMachine
@@ -82,9 +83,10 @@ class LedgerClock:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A finished rehearsal: the report, and the images where it was done in numbers."""
+    """A finished rehearsal: the report, what `outcome.json` measures, and the images where it was done in numbers."""
 
     report: Rehearsal
+    measured: Measured
     images: list[Image]
 
 
@@ -115,7 +117,7 @@ def rehearse_request(
     border, workload = border_of(pipeline), resolved.plan.spec.workload
     assert border is not None
     steps = min(workload.steps, SHAPE_STEPS) if host.fidelity == "shapes" else workload.steps
-    clock = LedgerClock(host.ledger)
+    clock, started = LedgerClock(host.ledger), time.perf_counter()
     border.observers.append(clock)
     try:
         with host:
@@ -123,26 +125,38 @@ def rehearse_request(
             images = to_images(pipeline, pixels.cpu()) if host.fidelity == "numbers" else []
     finally:
         border.observers.remove(clock)
-    return Rehearsed(report_of(host, resolved, border, per_step, steps), images)
+    moved = Counter({key: n + (workload.steps - steps) * per_step[key] for key, n in border.traffic.moved.items()})
+    report = report_of(host, resolved, moved, per_step, steps)
+    measured = Measured(
+        peak_bytes={gpu.device: gpu.peak_bytes for gpu in report.gpus},
+        seconds={"rehearse": round(time.perf_counter() - started, 6)},
+        bytes_moved=by_pair(moved),
+        bytes_per_step=by_pair(per_step),
+        host_peak_bytes=host_peak(),
+    )
+    return Rehearsed(report, measured, images)
 
 
 def report_of(
-    host: VirtualHost, resolved: ResolvedPlan, border: Border, per_step: Counter[Movement], rehearsed_steps: int
+    host: VirtualHost,
+    resolved: ResolvedPlan,
+    moved: Counter[Movement],
+    per_step: Counter[Movement],
+    rehearsed_steps: int,
 ) -> Rehearsal:
     """Sum up a rehearsal: peaks against the plan's estimate, traffic by tensor, timeline, work."""
     plan, ledger = resolved.plan, host.ledger
     used = sorted({int(place.partition(":")[2]) for place in resolved.device_map.values() if ":" in place})
     workload = plan.spec.workload
-    missing = workload.steps - rehearsed_steps
     transfers = [
         RehearsedTransfer(
             src=src,
             dst=dst,
             tensor=tensor,
             bytes_per_step=per_step[src, dst, tensor],
-            bytes_per_image=(moved + missing * per_step[src, dst, tensor]) // workload.batch,
+            bytes_per_image=total // workload.batch,
         )
-        for (src, dst, tensor), moved in sorted(border.traffic.moved.items())
+        for (src, dst, tensor), total in sorted(moved.items())
     ]
     return Rehearsal(
         fidelity=host.fidelity,

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .errors import SanaDeployError
 from .machine import host_memory
-from .outcome import Outcome, Rehearsal, RehearsedGpu
+from .outcome import Measured, Outcome, Rehearsal, RehearsedGpu
 from .plan import Diagnostic, Place, Plan, Slot
 from .units import human_bytes
 
@@ -183,13 +183,10 @@ def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
     seconds = outcome.measured.seconds
     if seconds:
         out.print(Text("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in seconds.items())))
-    for device, peak in outcome.measured.peak_bytes.items():
-        out.print(Text(f"measured peak on {device}: {human_bytes(peak)}"))
     if outcome.rehearsal:
         out.print(render_rehearsal(outcome.rehearsal))
-    for pair, moved in outcome.measured.bytes_moved.items():
-        step = outcome.measured.bytes_per_step.get(pair, 0)
-        out.print(Text(f"moved {pair}: {human_bytes(moved)}, {human_bytes(step)} per step"))
+    else:
+        _show_measured(out, outcome.measured)
     shown = _relative(folder)
     saved = [*(f"{shown}/{image}" for image in outcome.images), f"{shown}/outcome.json"]
     if outcome.plan_digest:
@@ -197,6 +194,15 @@ def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
     out.print(Text("saved: " + "\n       ".join(saved)), soft_wrap=True)
     if outcome.status == "done":
         out.print(Text("next: " + next_command(spec, shown), style="green"), soft_wrap=True)
+
+
+def _show_measured(out: Console, measured: Measured) -> None:
+    for device, peak in measured.peak_bytes.items():
+        out.print(Text(f"measured peak on {device}: {human_bytes(peak)}"))
+    for pair, moved in measured.bytes_moved.items():
+        out.print(
+            Text(f"moved {pair}: {human_bytes(moved)}, {human_bytes(measured.bytes_per_step.get(pair, 0))} per step")
+        )
 
 
 def render_rehearsal(rehearsal: Rehearsal) -> RenderableType:

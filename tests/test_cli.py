@@ -115,6 +115,13 @@ def test_six_jobs_are_compared_and_an_infeasible_one_is_a_row(cli: Run, tiny: Pa
     assert all((folder / str(job) / "image-000.png").is_file() for job in range(4))
 
 
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m sana_deploy --help | head -n 1"
+    shown = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert shown.stdout.startswith("sana_deploy:")
+    assert shown.stderr == ""
+
+
 def test_help_and_config_are_useful_and_clean(cli: Run) -> None:
     shown = cli("--help")
     assert shown.returncode == 0

@@ -119,6 +119,16 @@ def test_out_of_memory_names_gpu_component_and_amounts(small: Small) -> None:
     assert caught.value.exit_code == 6
 
 
+def test_weights_that_do_not_fit_are_named_while_loading(small: Small) -> None:
+    planned = compile_spec(small(*ONE)).resolve()
+    box = describe_machine(VirtualMachine(kind="virtual", gpus="465MiB"))
+    with pytest.raises(
+        RunError, match=r"while loading transformer: vgpu:0 is out of memory: transformer tried"
+    ) as caught:
+        rehearse(replace(planned, machine=box), "shapes")
+    assert caught.value.exit_code == 6
+
+
 def test_the_plan_s_estimate_is_compared(small: Small) -> None:
     report = rehearse(compile_spec(small("model=sana_600m_controlnet", *FOUR))).report
     for gpu in report.gpus:
@@ -149,6 +159,16 @@ def test_the_plan_foresees_every_crossing_to_the_byte(small: Small, model: str) 
     }
     report = rehearse(plan, "shapes").report
     assert {tuple(moved.model_dump().values()) for moved in report.transfers} == planned
+
+
+def test_the_outcome_measures_the_whole_request(small: Small) -> None:
+    plan = compile_spec(small(*FOUR, *EACH_ALONE, "workload.steps=5"))
+    shapes, numbers = rehearse(plan, "shapes"), rehearse(plan, "numbers")
+    assert shapes.measured.bytes_moved == numbers.measured.bytes_moved
+    assert shapes.measured.bytes_per_step == numbers.measured.bytes_per_step
+    assert shapes.measured.peak_bytes == {gpu.device: gpu.peak_bytes for gpu in shapes.report.gpus}
+    per_image = sum(moved.bytes_per_image for moved in shapes.report.transfers)
+    assert sum(shapes.measured.bytes_moved.values()) == per_image
 
 
 def test_torch_cuda_is_never_touched(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
