@@ -100,7 +100,7 @@ def open_checkpoint(model: Model, *, weights: bool = False) -> Checkpoint:
             "model.source=FOLDER, or stop earlier with until=resolve",
         )
     folder, revision = hub.locate(model.source, model.revision, model.variant, "model.source")
-    return _from_folder(model.kind, model.source, folder, revision, model.variant, model)
+    return _from_folder("checkpoint", model.source, folder, revision, model.variant, model)
 
 
 def _is_local(source: str | None) -> bool:

@@ -62,17 +62,20 @@ class PhaseClock:
 
 @dataclass
 class StepTraffic:
-    """Bytes moved between the ends of two neighbouring steps: one whole step, prompt and decode left out."""
+    """Border observer: bytes moved in one denoising step, from its first border or the end of the step before."""
 
     border: Border
     before: Counter[Movement] | None = None
     per_step: Counter[Movement] = field(default_factory=Counter)
 
+    def __call__(self, event: Event, place: str) -> None:
+        if self.before is None and PHASE_OF.get(place) == "denoise":
+            self.before = Counter(self.border.traffic.moved)
+
     def step_done(self) -> None:
-        """Note the traffic so far; from the second step on the difference is one step's."""
+        """A step has ended: what moved since the last note is its own."""
         now = Counter(self.border.traffic.moved)
-        if self.before is not None:
-            self.per_step = now - self.before
+        self.per_step = now - (self.before or Counter())
         self.before = now
 
 
@@ -123,6 +126,7 @@ def run_request(
     border.traffic.moved.clear()
     border.failure = None
     steps = StepTraffic(border)
+    border.observers.append(steps)
     try:
         pixels = _call(pipeline, workload, steps, on_step)
     except (torch.OutOfMemoryError, UnboundLocalError) as problem:
@@ -132,6 +136,8 @@ def run_request(
         raise RunError(f"out of memory: {cause}", where="generate", hint=hint) from problem
     except (RuntimeError, ValueError) as problem:
         raise RunError(f"the request failed: {problem}", where="generate") from problem
+    finally:
+        border.observers.remove(steps)
     return pixels, steps.per_step
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .cost import Placement, SlotUse, bytes_per_request, home_of, is_split, slot_use
 from .machine import Gpu
@@ -98,18 +98,15 @@ def search_custom(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, p
 
 def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Iterator[Placement]:
     """Yield every assignment that keeps to `pins`, without those that only rename GPUs that are alike."""
-    kinds = {
-        g.index: (g.name, g.total_bytes, g.free_bytes, g.capability, g.multiprocessors,
-                  g.index if g.index in pins.values() else None)
-        for g in gpus
-    }  # fmt: skip
-    indices = [g.index for g in gpus]
+    pinned = set(pins.values())
+    kinds = {gpu.index: replace(gpu, index=gpu.index if gpu.index in pinned else -1, uuid="") for gpu in gpus}
+    indices = [gpu.index for gpu in gpus]
     for places in itertools.product(*([pins[name]] if name in pins else indices for name in COMPONENTS)):
         if _is_canonical(places, indices, kinds):
             yield dict(zip(COMPONENTS, places, strict=True))
 
 
-def _is_canonical(places: Sequence[int], indices: Sequence[int], kinds: Mapping[int, tuple[object, ...]]) -> bool:
+def _is_canonical(places: Sequence[int], indices: Sequence[int], kinds: Mapping[int, Gpu]) -> bool:
     """Whether alike GPUs are taken in index order: the first use of one comes after that of the one before."""
     if len(set(kinds.values())) == len(kinds):
         return True
@@ -134,9 +131,7 @@ class Checker:
         self.rules = rules
         self.gpus = {gpu.index: gpu for gpu in gpus}
         self._uses: dict[tuple[int, int], SlotUse] = {}
-        self._emulated = {
-            (name, gpu.index): _emulated(profile, name, gpu) for name in COMPONENTS for gpu in gpus
-        }  # fmt: skip
+        self._emulated = {(name, gpu.index): _emulated(profile, name, gpu) for name in COMPONENTS for gpu in gpus}
 
     def check(self, placement: Placement) -> tuple[Rejection | None, dict[int, SlotUse]]:
         """Return why `placement` cannot be, or None, and what every used GPU would hold."""

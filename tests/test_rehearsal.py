@@ -161,6 +161,20 @@ def test_the_plan_foresees_every_crossing_to_the_byte(small: Small, model: str) 
     assert {tuple(moved.model_dump().values()) for moved in report.transfers} == planned
 
 
+def test_a_single_step_tells_its_traffic_too(small: Small) -> None:
+    report = rehearse(compile_spec(small(*FOUR, *EACH_ALONE, "workload.steps=1"))).report
+    moved = {transfer.tensor: transfer.bytes_per_step for transfer in report.transfers}
+    assert moved["controlnet_block_samples"] > 0
+    assert moved["control_image"] == moved["prompt_embeds"] == 0
+
+
+@pytest.mark.parametrize("model", ["tiny", "sana_600m_controlnet"])
+def test_a_component_on_the_cpu_is_rehearsed_there(small: Small, model: str) -> None:
+    places = "hardware.device_map={text_encoder: cpu, vae: 0, transformer: 0, controlnet: 0}"
+    report = rehearse(compile_spec(small(f"model={model}", *ONE, "hardware=custom_map", places))).report
+    assert {(moved.src, moved.dst) for moved in report.transfers} == {("cpu", "vgpu:0"), ("vgpu:0", "cpu")}
+
+
 def test_the_outcome_measures_the_whole_request(small: Small) -> None:
     plan = compile_spec(small(*FOUR, *EACH_ALONE, "workload.steps=5"))
     shapes, numbers = rehearse(plan, "shapes"), rehearse(plan, "numbers")
