@@ -18,6 +18,20 @@ FRAGILE: Mapping[Component, str] = {
 """Components that diffusers' SANA documentation keeps out of float16, and why."""
 
 
+def _policy(codec: Dtype, denoiser: Dtype) -> dict[Component, Dtype]:
+    return {"text_encoder": codec, "vae": codec, "transformer": denoiser, "controlnet": denoiser}
+
+
+POLICIES: Mapping[str, Mapping[Component, Dtype]] = {
+    "mixed_bf16": _policy("bfloat16", "float16"),
+    "mixed_fp32": _policy("float32", "float16"),
+    "bf16": _policy("bfloat16", "bfloat16"),
+    "fp32": _policy("float32", "float32"),
+    "fp16": _policy("float16", "float16"),
+}
+"""The policies of `conf/precision/`, for hints; a test keeps both alike."""
+
+
 def is_native(dtype: Dtype, gpu: Gpu) -> bool:
     """Whether `gpu` computes in `dtype` without emulation."""
     return gpu.capability >= NATIVE_FROM[dtype]

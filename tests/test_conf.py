@@ -9,6 +9,7 @@ import pytest
 
 from sana_deploy.compose import compose_spec, conf_dir
 from sana_deploy.errors import ComposeError
+from sana_deploy.precision import POLICIES
 
 GROUPS = ("model", "hardware", "precision", "machine", "workload")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
@@ -63,3 +64,10 @@ def test_composing_inside_another_hydra_app_leaves_it_as_it_was(tmp_path: Path) 
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         compose_spec()
         assert compose("other").value == 3
+
+
+def test_the_policies_that_hints_offer_are_those_of_the_config_group() -> None:
+    options = {option for group, option in OPTIONS if group == "precision"}
+    assert set(POLICIES) == options
+    for name, components in POLICIES.items():
+        assert compose_spec([f"precision={name}"]).precision.components == components

@@ -139,8 +139,9 @@ def test_bfloat16_before_compute_capability_8_is_refused_with_what_works(small: 
     with pytest.raises(InfeasibleError, match=r"bfloat16 .* is not native on GPU 0") as caught:
         compile_spec(small(LARGE), turing)
     assert caught.value.exit_code == 4
-    override = caught.value.hint.removeprefix("this fits here: ").split()
-    assert compile_spec(small(LARGE, *override), turing).slots
+    override = caught.value.hint.removeprefix("this fits: ").split(";")[0]
+    assert override == "precision=mixed_fp32"
+    assert compile_spec(small(LARGE, override), turing).slots
     assert compile_spec(small(LARGE, "precision.allow_emulated=true"), turing).slots
 
 
@@ -148,7 +149,7 @@ def test_what_does_not_fit_says_how_much_is_missing(small: Small, machine: Descr
     with pytest.raises(InfeasibleError, match=r"0 of 2 placements fit .* GiB too much") as caught:
         compile_spec(small(LARGE, "hardware=single_gpu"), machine(6, 6.5))
     assert caught.value.facts["shortfall_bytes"] > 0
-    assert caught.value.hint == "this fits here: hardware=multi_gpu_balanced"
+    assert "hardware=multi_gpu_balanced" in caught.value.hint
 
 
 def test_custom_map_is_taken_to_the_letter(small: Small, machine: Describe) -> None:
@@ -207,3 +208,29 @@ def test_pinned_components_stay_where_they_are_pinned(small: Small, machine: Des
     assert caught.value.where == "hardware.pin.vae"
     with pytest.raises(InfeasibleError, match=r"GPU 1 is left out by hardware.use=\[0\]"):
         compile_spec(small(LARGE, "hardware.pin.vae=1", "hardware.use=[0]"), machine(24, 24))
+
+
+def test_every_hint_fits_when_it_is_taken(small: Small, machine: Describe) -> None:
+    for request, box in (
+        ((*AT_1024, "hardware=single_gpu"), machine(8, 8)),
+        ((*AT_1024, "hardware=single_gpu"), machine(12)),
+        (("workload.height=2048", "workload.width=1024"), machine(8, 8)),
+        ((*AT_1024, "precision=fp32"), machine(16)),
+        (AT_1024, machine(15, capability=(7, 5))),
+    ):
+        with pytest.raises(InfeasibleError) as caught:
+            compile_spec(small(LARGE, *request), box)
+        changes = caught.value.hint.removeprefix("this fits: ").split("; or ")
+        assert 1 <= len(changes) <= 3, caught.value.hint
+        for change in changes:
+            overrides = change.partition(" (")[0].split()
+            elsewhere = None if "machine=virtual" in overrides else box
+            assert compile_spec(small(LARGE, *request, *overrides), elsewhere).slots, change
+
+
+def test_the_largest_image_offered_is_the_largest(small: Small, machine: Describe) -> None:
+    with pytest.raises(InfeasibleError) as caught:
+        compile_spec(small(LARGE, "workload.height=2048", "workload.width=2048"), machine(8, 8))
+    side = int(caught.value.hint.partition("workload.height=")[2].split()[0])
+    with pytest.raises(InfeasibleError):
+        compile_spec(small(LARGE, f"workload.height={side + 32}", f"workload.width={side + 32}"), machine(8, 8))
