@@ -27,7 +27,7 @@ from sana_deploy.boundary import border_of
 from sana_deploy.compile import compile_spec
 from sana_deploy.compose import compose_spec
 from sana_deploy.cost import CONTEXT_BYTES
-from sana_deploy.generate import PHASE_OF, generate, run_request
+from sana_deploy.generate import PHASE_OF, PhaseClock, run_request
 from sana_deploy.load import load_pipeline
 from sana_deploy.machine import probe_torch
 from sana_deploy.rehearsal import rehearse
@@ -89,10 +89,11 @@ def measure(source: Path, precision: str, side: int, batch: int) -> dict[str, An
         "reserved_bytes": reserved, "driver_bytes": total - free,
         "context_bytes": total - free - torch.cuda.memory_reserved(), "load_seconds": round(loaded, 3),
     }  # fmt: skip
-    try:
-        row["seconds"] = generate(pipeline, plan.spec.workload)[1].seconds
-    except Exception as problem:
-        row["seconds"] = {"failed": str(problem)[:200]}
+    clock = PhaseClock([torch.device("cuda:0")])
+    border.observers.append(clock)
+    run_request(pipeline, plan.spec.workload)
+    clock.switch(None)
+    row["seconds"] = {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()}
     pipeline.reset_device_map()
     del pipeline
     gc.collect()

@@ -2,7 +2,7 @@
 
 `probe()` asks the CUDA driver itself (count, name, memory, capability in CUDA's own order, so that
 CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER hold) and NVML for free memory; neither needs torch nor makes a CUDA
-context. `probe_torch()` asks torch and is what resolve trusts.
+context. `probe_torch()` leaves out what torch cannot use, and is what resolve trusts.
 """
 
 from __future__ import annotations
@@ -67,31 +67,39 @@ class Machine:
 
 def probe() -> Machine:
     """Describe this host without importing torch; through torch where only torch can tell (ROCm)."""
-    if "torch" in sys.modules or Path("/dev/kfd").exists():
+    if Path("/dev/kfd").exists():
         return probe_torch()
     return Machine("present", _driver_gpus(), host_memory())
 
 
 def probe_torch() -> Machine:
-    """Describe this host as torch sees it; free memory is what the driver says now."""
+    """Describe the GPUs that torch can use: none where it was built without CUDA.
+
+    The driver is asked first, since asking torch for free memory makes a CUDA context that takes some of it.
+    """
     import torch
 
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        free, _ = torch.cuda.mem_get_info(index)
-        gpus.append(
-            Gpu(
-                index=index,
-                name=facts.name,
-                total_bytes=facts.total_memory,
-                free_bytes=_grained(free),
-                capability=(facts.major, facts.minor),
-                multiprocessors=facts.multi_processor_count,
-                uuid=str(facts.uuid).removeprefix("GPU-"),
-            )
-        )
-    return Machine("present", tuple(gpus), host_memory())
+    count = torch.cuda.device_count()
+    gpus = _driver_gpus()[:count] if count else ()
+    if count and not gpus:
+        gpus = tuple(_torch_gpu(index) for index in range(count))
+    return Machine("present", gpus, host_memory())
+
+
+def _torch_gpu(index: int) -> Gpu:
+    import torch
+
+    facts = torch.cuda.get_device_properties(index)
+    free, _ = torch.cuda.mem_get_info(index)
+    return Gpu(
+        index=index,
+        name=facts.name,
+        total_bytes=facts.total_memory,
+        free_bytes=_grained(free),
+        capability=(facts.major, facts.minor),
+        multiprocessors=facts.multi_processor_count,
+        uuid=str(facts.uuid).removeprefix("GPU-"),
+    )
 
 
 def host_memory() -> int:

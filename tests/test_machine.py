@@ -64,3 +64,28 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_empty_inventory_names_the_variable_that_may_hide_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES=''" in machine.Machine("present", (), 1).inventory()
+
+
+def test_gpus_that_torch_cannot_use_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver())
+    monkeypatch.setattr(machine, "_free_by_uuid", dict)
+    assert len(machine.probe().gpus) == 2
+    for usable in (0, 1, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda usable=usable: usable)
+        assert len(machine.probe_torch().gpus) == usable
+
+
+def test_probing_makes_no_cuda_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def made(*_: object) -> None:
+        raise AssertionError("a CUDA context was made")
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Driver())
+    monkeypatch.setattr(machine, "_free_by_uuid", dict)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("mem_get_info", "get_device_properties", "init"):
+        monkeypatch.setattr(torch.cuda, name, made)
+    assert [gpu.free_bytes for gpu in machine.probe_torch().gpus] == [24 * GIB] * 2
