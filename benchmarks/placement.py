@@ -32,10 +32,9 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Side:
-    """What one side did in one cell: `verdict` is fits, or why not; bytes as rehearsed."""
+    """What one side did in one cell: `verdict` is fits, or why not; shares and bytes as rehearsed."""
 
     verdict: str
-    worst_bytes: int = 0
     worst_share: float = 0.0
     step_bytes: int = 0
     placement: str = ""
@@ -87,10 +86,10 @@ def ours(spec: Any) -> Side:
         report = rehearse(plan, "shapes").report
     except RunError as problem:
         return Side(verdict_of(problem), placement=placement)
-    peaks = [(gpu.peak_bytes, gpu.peak_bytes / gpu.capacity_bytes) for gpu in report.gpus]
+    shares = [gpu.peak_bytes / gpu.capacity_bytes for gpu in report.gpus]
     step = sum(moved.bytes_per_step for moved in report.transfers)
     error = max((gpu.planned_error for gpu in report.gpus), key=abs)
-    return Side("fits", max(peak for peak, _ in peaks), max(share for _, share in peaks), step, placement, error)
+    return Side("fits", max(shares), step, placement, error)
 
 
 def theirs(spec: Any) -> Side:
@@ -138,13 +137,13 @@ def theirs(spec: Any) -> Side:
                      use_resolution_binning=False, callback_on_step_end=step_end)  # fmt: skip
     except (torch.OutOfMemoryError, UnboundLocalError, RuntimeError) as problem:
         return Side(verdict_of(problem), placement=layout(found))
-    peaks = [
-        (peak.total_bytes + CONTEXT_BYTES, (peak.total_bytes + CONTEXT_BYTES) / gpu.total_bytes)
+    shares = [
+        (peak.total_bytes + CONTEXT_BYTES) / gpu.total_bytes
         for gpu, peak in zip(machine.gpus, host.ledger.peaks, strict=True)
         if gpu.index in found.values()
     ]
     step = sum((steps[1] - steps[0]).values())
-    return Side("fits", max(peak for peak, _ in peaks), max(share for _, share in peaks), step, layout(found))
+    return Side("fits", max(shares), step, layout(found))
 
 
 def balanced_map(model: str, dtypes: dict[str, Any], memory: dict[int, int]) -> dict[str, Any]:

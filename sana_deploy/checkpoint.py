@@ -25,6 +25,14 @@ CLASSES: dict[Component, str] = {
     "transformer": "SanaTransformer2DModel",
     "controlnet": "SanaControlNetModel",
 }
+_DENOISER_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "mlp_ratio", "sample_size", "patch_size")
+NEEDED: dict[Component, tuple[str, ...]] = {
+    "text_encoder": ("hidden_size", "intermediate_size", "head_dim", "vocab_size"),
+    "vae": ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels"),
+    "transformer": _DENOISER_KEYS,
+    "controlnet": _DENOISER_KEYS,
+}
+"""Config keys that planning reads."""
 _ALIASES = {"Gemma2ForCausalLM": "Gemma2Model"}
 """Gemma's own config names the class with the (tied, unstored) language head; the pipeline loads the body."""
 _VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version", "_class_name", "torch_dtype", "dtype")
@@ -180,6 +188,13 @@ def component_facts(name: Component, folder: Path, variant: str | None, where: s
     for facts in tensors.values():
         stored[facts.dtype] = stored.get(facts.dtype, 0) + facts.numel * ITEM_BYTES[facts.dtype]
     parameters = sum(facts.numel for facts in tensors.values() if facts.dtype in FLOATING)
+    missing = [key for key in NEEDED[name] if config.get(key) is None]
+    if missing:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is incomplete: it lacks {', '.join(missing)}",
+            where=where,
+            hint="save the component anew with save_pretrained, which writes every key",
+        )
     cast, kept = buffers(name, config)
     integers = sum(size for dtype, size in stored.items() if dtype not in FLOATING)
     return ComponentFacts(

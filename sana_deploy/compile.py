@@ -38,13 +38,13 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None) -> Plan:
     profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components)
     machine = machine or machine_of(spec)
     _check_indices(spec, machine)
-    machine = _offered(spec, machine)
-    if not machine.gpus and not isinstance(spec.hardware, CustomMap):
-        return _cpu_plan(spec, checkpoint, profile, machine, diagnostics)
-    search = _search(spec, profile, machine)
+    offered = _offered(spec, machine)
+    if not offered.gpus and not isinstance(spec.hardware, CustomMap):
+        return _cpu_plan(spec, checkpoint, profile, offered, diagnostics)
+    search = _search(spec, profile, offered)
     if search.best is None:
         raise _infeasible(spec, checkpoint, machine, search)
-    return assemble(spec, checkpoint, profile, machine, search.best.placement, search, diagnostics)
+    return assemble(spec, checkpoint, profile, offered, search.best.placement, search, diagnostics)
 
 
 def machine_of(spec: DeploySpec) -> Machine:
@@ -148,6 +148,10 @@ def _cpu_plan(
 
 
 def _fits(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> bool:
+    try:
+        _check_indices(spec, machine)
+    except InfeasibleError:
+        return False
     profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components)
     return _search(spec, profile, _offered(spec, machine)).best is not None
 

@@ -68,7 +68,7 @@ def deploy(
     run = Run(spec, folder, brief)
     try:
         if spec.plan_file:
-            run.spec = _spec_of_saved_plan(spec, overrides)
+            run.plan, run.spec = _saved_plan(spec, overrides)
         for stage in STAGES[: STAGES.index(spec.until) + 1]:
             run.stage = stage
             _STEPS[stage](run)
@@ -95,7 +95,7 @@ def reject(problem: SanaDeployError, folder: Path) -> Outcome:
 
 def _compile(run: Run) -> None:
     check_control_image(run.spec.workload)
-    run.plan = Plan.load(run.spec.plan_file) if run.spec.plan_file else compile_spec(run.spec)
+    run.plan = run.plan or compile_spec(run.spec)
     run.plan.save(run.folder / "plan.json")
     if not run.brief:
         report.show_plan(run.plan)
@@ -160,8 +160,8 @@ _REQUEST = ("prompt", "negative_prompt", "seed", "control_image")
 """Keys of the workload that a saved plan leaves open."""
 
 
-def _spec_of_saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> DeploySpec:
-    """Return the saved plan's declaration with the request's prompt, seed and control image where they were given.
+def _saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, DeploySpec]:
+    """Return the saved plan, and its declaration with the prompt, seed and control image that were given.
 
     Raises:
         UsageError: an override would plan anew; all of them are named.
@@ -182,9 +182,10 @@ def _spec_of_saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> DeploySpe
             where="plan_file",
             hint="leave them out, or compile a new plan without plan_file",
         )
-    planned = Plan.load(spec.plan_file).spec
+    plan = Plan.load(spec.plan_file)
+    planned = plan.spec
     workload = planned.workload.model_copy(update=given)
-    return spec.model_copy(
+    return plan, spec.model_copy(
         update={
             "workload": workload,
             "model": planned.model,

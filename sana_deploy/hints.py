@@ -40,7 +40,8 @@ def _first(changes: Iterator[Change], checkpoint: Checkpoint, machine: Machine, 
 
 def _on_this_machine(spec: DeploySpec) -> Iterator[Change]:
     """Another policy for the same strategy first, then the balanced strategy with each policy."""
-    balanced = MultiGpuBalanced(strategy="multi_gpu_balanced")
+    kept = {} if isinstance(spec.hardware, CustomMap) else spec.hardware.model_dump(include={"use", "keep_free"})
+    balanced = MultiGpuBalanced(strategy="multi_gpu_balanced", **kept)
     for hardware, words in ((spec.hardware, ""), (balanced, "hardware=multi_gpu_balanced")):
         placed = spec.model_copy(update={"hardware": hardware})
         if words:

@@ -108,9 +108,16 @@ def no_controlnet(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+def stripped(folder: Path) -> None:
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    del config["num_layers"], config["mlp_ratio"]
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (stripped, "is incomplete: it lacks num_layers, mlp_ratio"),
         (cut, "is truncated"),
         (stub, "not a whole safetensors file"),
         (pickled, "only pickled weights"),

@@ -234,3 +234,32 @@ def test_the_largest_image_offered_is_the_largest(small: Small, machine: Describ
     side = int(caught.value.hint.partition("workload.height=")[2].split()[0])
     with pytest.raises(InfeasibleError):
         compile_spec(small(LARGE, f"workload.height={side + 32}", f"workload.width={side + 32}"), machine(8, 8))
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["hardware.pin.vae=1"],
+        ["hardware=single_gpu", "hardware.gpu=1"],
+        ["hardware.use=[1]"],
+        ["hardware.keep_free=3GiB"],
+    ],
+)
+def test_hints_keep_to_what_was_asked_of_the_gpus(small: Small, machine: Describe, chosen: list[str]) -> None:
+    with pytest.raises(InfeasibleError) as caught:
+        compile_spec(small(LARGE, *AT_1024, *chosen), machine(6, 6))
+    for change in filter(None, caught.value.hint.removeprefix("this fits: ").split("; or ")):
+        overrides = change.partition(" (")[0].split()
+        elsewhere = None if "machine=virtual" in overrides else machine(6, 6)
+        switched = any(override.startswith("hardware=") for override in overrides)
+        kept = [one for one in chosen if not (switched and one.startswith(("hardware=", "hardware.gpu")))]
+        assert compile_spec(small(LARGE, *AT_1024, *kept, *overrides), elsewhere).slots, change
+
+
+def test_what_is_kept_free_is_taken_off_once_in_hints(small: Small, machine: Describe) -> None:
+    request = [LARGE, *AT_1024, "hardware=single_gpu", "hardware.keep_free=2GiB"]
+    with pytest.raises(InfeasibleError) as caught:
+        compile_spec(small(*request), machine(13))
+    side = int(caught.value.hint.partition("workload.height=")[2].split()[0])
+    with pytest.raises(InfeasibleError):
+        compile_spec(small(*request, f"workload.height={side + 32}", f"workload.width={side + 32}"), machine(13))
