@@ -6,6 +6,8 @@ Every cell is rehearsed twice in this run, in shapes: once with our plan and bor
 diffusers' `_get_final_device_map` gives for the same memory and dtypes, its hooks attached as `load_sub_model` does
 (`accelerate.dispatch_model(..., force_hooks=True)`). Both start from the same configs; a cell counts as fitting when
 the whole request runs within every GPU's memory. A map that puts a component on the CPU, or loses one, is not run.
+Ours may turn on the knobs that change no pixel. Where it refuses, its closest miss is rehearsed too: the plan is right
+to refuse if that runs out of memory.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ MACHINES = (
 MODELS = ("sana_600m_controlnet", "sana_1600m_controlnet")
 SIDES = (512, 1024, 2048, 4096)
 STEPS = 2
+KNOB_LETTERS = {"vae_slicing": "s", "split_controlnet": "c", "text_encoder_offload": "o", "vae_tiling": "t"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Side:
     step_bytes: int = 0
     placement: str = ""
     error: float = 0.0
+    knobs: str = ""
+    miss: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,9 @@ def ours(spec: Any) -> Side:
 
     try:
         plan = compile_spec(spec)
-    except InfeasibleError:
-        return Side("refused")
+    except InfeasibleError as problem:
+        helped = "refused, fits with tiling" if problem.facts.get("fits_with_a_knob") else "refused"
+        return Side(helped, miss=rehearse_miss(problem.plan))
     placement = layout(plan.device_map)
     try:
         report = rehearse(plan, "shapes").report
@@ -89,7 +95,24 @@ def ours(spec: Any) -> Side:
     shares = [gpu.peak_bytes / gpu.capacity_bytes for gpu in report.gpus]
     step = sum(moved.bytes_per_step for moved in report.transfers)
     error = max((gpu.planned_error for gpu in report.gpus), key=abs)
-    return Side("fits", max(shares), step, placement, error)
+    return Side("fits", max(shares), step, placement, error, "+".join(KNOB_LETTERS[knob] for knob in plan.knobs))
+
+
+def rehearse_miss(plan: Any) -> str:
+    """Rehearse a plan that was refused: what becomes of it if it is applied all the same."""
+    from sana_deploy.describe import describe_machine
+    from sana_deploy.errors import InfeasibleError, RunError
+    from sana_deploy.rehearsal import rehearse
+    from sana_deploy.resolve import ResolvedPlan
+
+    machine = describe_machine(plan.spec.machine)
+    devices = {slot.index: f"vgpu:{slot.index}" for slot in plan.slots}
+    places = {name: "cpu" if place == "cpu" else devices[place] for name, place in plan.device_map.items()}
+    try:
+        rehearse(ResolvedPlan(plan, machine, places, devices, places["transformer"]), "shapes")
+    except (RunError, InfeasibleError) as problem:
+        return verdict_of(problem)
+    return "fits within the headroom"
 
 
 def theirs(spec: Any) -> Side:
@@ -188,6 +211,7 @@ def table(cells: list[Cell]) -> str:
     for item in cells:
         sides = (item.ours, item.theirs)
         verdicts = [f"{side.verdict} ({side.placement})" if side.placement else side.verdict for side in sides]
+        verdicts[0] += f" {item.ours.knobs}" if item.ours.knobs else ""
         fullest = [f"{side.worst_share:.0%}" if side.verdict == "fits" else "" for side in sides]
         moved = [f"{side.step_bytes / 2**20:.1f}" if side.verdict == "fits" else "" for side in sides]
         columns = [item.model.split("_")[1], item.machine, str(item.side), *verdicts, *fullest, *moved]
@@ -203,12 +227,17 @@ def summary(cells: list[Cell]) -> list[str]:
     higher = sum(item.ours.worst_share > item.theirs.worst_share + close for item in both)
     only_ours = sum(item.ours.verdict == "fits" != item.theirs.verdict for item in cells)
     only_theirs = sum(item.theirs.verdict == "fits" != item.ours.verdict for item in cells)
+    refused = [item.ours for item in cells if item.ours.verdict.startswith("refused")]
+    right = sum(side.miss == "out of memory" for side in refused)
+    tiling = sum(side.verdict.endswith("tiling") for side in refused)
     worst = max((item.ours.error for item in cells if item.ours.verdict == "fits"), key=abs, default=0.0)
     return [
         f"{len(cells)} cells: both fit in {len(both)}, only ours in {only_ours}, only theirs in {only_theirs}, "
         f"neither in {len(cells) - len(both) - only_ours - only_theirs}.",
         f"Fullest GPU where both fit: ours lower in {lower}, equal within half a point in "
         f"{len(both) - lower - higher}, higher in {higher}.",
+        f"Refused by ours: {len(refused)}, of which {tiling} fit once hardware.allow includes vae_tiling. Rehearsed "
+        f"all the same, the closest misses of {right} run out of memory, the others eat into the headroom.",
         f"Our plan's peak of weights and activations against the rehearsed one, worst GPU of all cells: {worst:+.2%}.",
     ]
 
@@ -226,7 +255,8 @@ def main() -> None:
     print(text)
     if options.out:
         head = "# Placement: ours beside diffusers' balanced\n\n" + str(__doc__).replace("    python", "    $ python")
-        legend = f"\nLetters: {layout.__doc__} Steps rehearsed: {STEPS}.\n\n"
+        legend = f"\nLetters: {layout.__doc__} After it the knobs that are on: s VAE slicing, c ControlNet split off, "
+        legend += f"o text encoder offloaded. Steps rehearsed: {STEPS}.\n\n"
         options.out.write_text(head + legend + text + "\n", encoding="utf-8")
 
 

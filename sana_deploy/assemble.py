@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from .candidates import Candidate
 from .checkpoint import Checkpoint
-from .cost import Placement, bytes_per_request, bytes_per_step, crossings_of, home_of, is_split, slot_use
+from .cost import (
+    Placement,
+    bytes_per_request,
+    bytes_per_step,
+    crossings_of,
+    home_of,
+    phase_seconds,
+    slot_use,
+)
 from .machine import Gpu, Machine
 from .plan import (
     CheckpointRecord,
     Considered,
     Diagnostic,
     Estimates,
+    KnobPrice,
+    Miss,
     PlacedComponent,
     Plan,
     RejectionCount,
     RunnerUp,
     Slot,
+    Tile,
     Transfer,
 )
 from .planner import Search
-from .profile import PipelineProfile
-from .spec import COMPONENTS, DeploySpec
+from .profile import VAE_TILE, PipelineProfile
+from .spec import COMPONENTS, DeploySpec, Knob
 from .units import human_bytes
 
 
@@ -28,13 +40,21 @@ def assemble(
     checkpoint: Checkpoint,
     profile: PipelineProfile,
     machine: Machine,
-    placement: Placement,
+    chosen: Candidate,
     search: Search,
     diagnostics: list[Diagnostic],
+    feasible: bool = True,
 ) -> Plan:
-    """Make the plan of a chosen `placement`, with what the search considered and rejected."""
+    """Make the plan of the `chosen` candidate, with what the search considered and rejected.
+
+    Args:
+        profile: without any knob.
+        feasible: False for a closest miss, which can be read but not applied.
+    """
     by_index = {gpu.index: gpu for gpu in machine.gpus}
+    placement, batch = chosen.placement, spec.workload.batch
     used = sorted({place for place in placement.values() if place != "cpu"})
+    plain, profile = profile, profile.under(chosen.knobs)
     components = {
         name: PlacedComponent(
             class_name=part.class_name,
@@ -45,6 +65,11 @@ def assemble(
         )
         for name, part in ((name, profile.components[name]) for name in COMPONENTS)
     }
+    remarks = [
+        *diagnostics,
+        *_rate_remarks([by_index[i] for i in used]),
+        *_host_remarks(profile, placement, machine),
+    ]
     return Plan.build(
         spec=spec,
         checkpoint=CheckpointRecord(
@@ -57,16 +82,51 @@ def assemble(
         home=home_of(placement),
         device_map={name: placement[name] for name in COMPONENTS},
         components=components,
-        knobs=["split_controlnet"] if is_split(placement) else [],
-        transfers=_transfers(profile, placement, spec.workload.batch),
-        estimates=Estimates(
-            worst_utilisation=round(search.best.worst_utilisation, 6) if search.best else 0.0,
-            bytes_per_step=bytes_per_step(profile, placement),
-            bytes_per_image=bytes_per_request(profile, placement) // spec.workload.batch,
-        ),
-        considered=_considered(search, spec.workload.batch),
-        rejections=count_rejections(search),
-        diagnostics=[*diagnostics, *_rough_remarks(profile), *_host_remarks(profile, placement, machine)],
+        knobs=list(chosen.knobs),
+        transfers=[*_uploads(profile, placement, batch), *_transfers(profile, placement, batch)],
+        estimates=_estimates(profile, chosen, batch),
+        considered=_considered(search, batch),
+        rejections=_rejections(search),
+        diagnostics=remarks,
+        feasible=feasible,
+        knob_prices={knob: _price(knob, plain, chosen, by_index, batch) for knob in chosen.knobs},
+        vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if "vae_tiling" in chosen.knobs else None,
+    )
+
+
+def _estimates(profile: PipelineProfile, chosen: Candidate, batch: int) -> Estimates:
+    seconds: dict[str, float] = {phase: round(value, 4) for phase, value in (chosen.seconds or {}).items()}
+    return Estimates(
+        worst_utilisation=round(chosen.worst_utilisation, 6),
+        bytes_per_step=bytes_per_step(profile, chosen.placement),
+        bytes_per_image=bytes_per_request(profile, chosen.placement) // batch,
+        seconds=seconds,
+        seconds_per_image=_per_image(chosen, batch),
+    )
+
+
+def _per_image(candidate: Candidate, batch: int) -> float | None:
+    return None if candidate.seconds is None else round(sum(candidate.seconds.values()) / batch, 4)
+
+
+def _price(knob: Knob, plain: PipelineProfile, chosen: Candidate, gpus: dict[int, Gpu], batch: int) -> KnobPrice:
+    """Compare the chosen candidate with itself less one knob; without tiling, images still pass one at a time."""
+    without, placement = [one for one in chosen.knobs if one != knob], dict(chosen.placement)
+    if knob == "split_controlnet":
+        placement["controlnet"] = placement["transformer"]
+    if knob == "vae_slicing":
+        without = [one for one in without if one != "vae_tiling"]
+    before, after = plain.under(without), plain.under(chosen.knobs)
+    saved = [
+        slot_use(before, placement, i, 0).peak_bytes - slot_use(after, chosen.placement, i, 0).peak_bytes
+        for i in chosen.uses
+    ]
+    moved = bytes_per_request(after, chosen.placement) - bytes_per_request(before, placement)
+    uploaded = plain.components["text_encoder"].weights_bytes if knob == "text_encoder_offload" else 0
+    slower, faster = phase_seconds(after, chosen.placement, gpus), phase_seconds(before, placement, gpus)
+    seconds = round((sum(slower.values()) - sum(faster.values())) / batch, 4) if slower and faster else None
+    return KnobPrice(
+        bytes_saved=max(saved, default=0), bytes_per_image=(moved + uploaded) // batch, seconds_per_image=seconds
     )
 
 
@@ -87,6 +147,21 @@ def _slot(profile: PipelineProfile, placement: Placement, gpu: Gpu) -> Slot:
     )
 
 
+def _uploads(profile: PipelineProfile, placement: Placement, batch: int) -> list[Transfer]:
+    """Weights that wait on the CPU: once per request."""
+    return [
+        Transfer(
+            src="cpu",
+            dst=placement[name],
+            tensor=f"{name} weights",
+            bytes_per_step=0,
+            bytes_per_image=part.weights_bytes // batch,
+        )
+        for name, part in profile.components.items()
+        if not part.resident
+    ]
+
+
 def _transfers(profile: PipelineProfile, placement: Placement, batch: int) -> list[Transfer]:
     return [
         Transfer(
@@ -100,12 +175,13 @@ def _transfers(profile: PipelineProfile, placement: Placement, batch: int) -> li
     ]
 
 
-def _rough_remarks(profile: PipelineProfile) -> list[Diagnostic]:
-    if not profile.rough:
+def _rate_remarks(gpus: list[Gpu]) -> list[Diagnostic]:
+    """Say whose speed was assumed for GPUs that are not in the table."""
+    scaled = dict.fromkeys(f"{gpu.name}: {gpu.rates.source}" for gpu in gpus if gpu.rates.source.startswith("scaled"))
+    if not scaled:
         return []
-    message = f"activations of {', '.join(profile.rough)} are rules of thumb: no rehearsal was fitted to this shape"
-    hint = "machine=virtual rehearses it and tells the true peaks"
-    return [Diagnostic(type="rough_activations", severity="info", message=message, where="model", hint=hint)]
+    message = f"seconds are estimated with the rates of other GPUs ({'; '.join(scaled)})"
+    return [Diagnostic(type="assumed_rates", severity="info", message=message, where="machine")]
 
 
 def _host_remarks(profile: PipelineProfile, placement: Placement, machine: Machine) -> list[Diagnostic]:
@@ -125,22 +201,40 @@ def _considered(search: Search, batch: int) -> Considered:
             device_map={name: candidate.placement[name] for name in COMPONENTS},
             worst_utilisation=round(candidate.worst_utilisation, 6),
             bytes_per_image=candidate.bytes_per_request // batch,
+            knobs=list(candidate.knobs),
+            seconds_per_image=_per_image(candidate, batch),
         )
-        for candidate in search.feasible[1:4]
+        for candidate in search.ranked[1:]
     ]
-    return Considered(placements=search.considered, feasible=len(search.feasible), runners_up=runners_up)
+    return Considered(
+        placements=search.placements,
+        feasible=search.feasible,
+        runners_up=runners_up,
+        settings=search.settings,
+        closest=_miss(search),
+    )
 
 
-def count_rejections(search: Search) -> list[RejectionCount]:
-    """Count the rejected placements by reason and GPU, most frequent first, each with its closest miss."""
-    groups: dict[tuple[str, int], list[tuple[int, str]]] = {}
-    for _, rejection in search.rejected:
-        group = groups.setdefault((rejection.reason, rejection.gpu), [])
-        group.append((rejection.shortfall_bytes, rejection.message))
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+def _miss(search: Search) -> Miss | None:
+    nearest = search.nearest()
+    if search.closest is None or nearest is None:
+        return None
+    return Miss(
+        device_map={name: search.closest.placement[name] for name in COMPONENTS},
+        knobs=list(search.closest.knobs),
+        shortfall_bytes=nearest.shortfall_bytes,
+        message=nearest.message,
+    )
+
+
+def _rejections(search: Search) -> list[RejectionCount]:
     return [
         RejectionCount(
-            reason=reason, gpu=gpu, count=len(misses), closest=min(misses)[1], closest_shortfall_bytes=min(misses)[0]
+            reason=rejection.reason,
+            gpu=rejection.gpu,
+            count=rejection.count,
+            closest=rejection.message,
+            closest_shortfall_bytes=rejection.shortfall_bytes,
         )
-        for (reason, gpu), misses in ordered
+        for rejection in search.rejections
     ]

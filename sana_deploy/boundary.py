@@ -47,17 +47,63 @@ def by_pair(moved: Counter[Movement]) -> dict[str, int]:
     return dict(pairs)
 
 
+class Visit:
+    """Weights that wait on the CPU and are on `device` only while their component works: a knob of the plan.
+
+    They are copied when the component is entered and dropped when another one is: parameters on the CPU stay the
+    module's own objects. For CUDA they are kept in pinned memory, which copies at the link's full rate.
+    """
+
+    def __init__(self, module: nn.Module, name: str, device: torch.device) -> None:
+        self.module, self.name, self.device = module, name, device
+        self._kept: list[tuple[dict[str, Any], str, Any]] = []
+        if device.type == "cuda":
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.data.pin_memory()
+
+    def arrive(self, traffic: Traffic) -> None:
+        """Copy the weights to the GPU; nothing happens where they are there already."""
+        if self._kept:
+            return
+        for child in self.module.modules():
+            for key, value in (*child._parameters.items(), *child._buffers.items()):
+                if value is None:
+                    continue
+                own: dict[str, Any] = child._parameters if key in child._parameters else child._buffers
+                moved = value.detach().to(self.device, non_blocking=True)
+                traffic.add(value.device, self.device, f"{self.name} weights", value.nbytes)
+                self._kept.append((own, key, value))
+                own[key] = nn.Parameter(moved, requires_grad=False) if own is child._parameters else moved
+
+    def leave(self) -> None:
+        """Put the module's own parameters back, so that the copies are freed."""
+        for own, key, value in self._kept:
+            own[key] = value
+        self._kept.clear()
+
+
 @dataclass
 class Border:
     """What all hooks of one pipeline share: the home device, the traffic counted, who listens.
 
-    `failure` keeps a decoder's OutOfMemoryError, which diffusers' pipeline swallows.
+    `failure` keeps a decoder's OutOfMemoryError, which diffusers' pipeline swallows. `visits` are the components whose
+    weights wait on the CPU.
     """
 
     home: torch.device
     traffic: Traffic = field(default_factory=Traffic)
     observers: list[Observer] = field(default_factory=list)
     failure: torch.OutOfMemoryError | None = None
+    visits: dict[str, Visit] = field(default_factory=dict)
+
+    def enter(self, name: str, method: str) -> None:
+        """A component begins: guests that are not needed leave, observers are told, its own weights arrive."""
+        for guest, visit in self.visits.items():
+            if guest != name:
+                visit.leave()
+        self.notify("enter", f"{name}.{method}")
+        if name in self.visits:
+            self.visits[name].arrive(self.traffic)
 
     def notify(self, event: Event, place: str) -> None:
         """Tell every observer."""
@@ -95,7 +141,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
         if not args and not kwargs:
             return args, kwargs
-        self.border.notify("enter", f"{self.name}.forward")
+        self.border.enter(self.name, "forward")
         names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
         return self._pull(args, names), self._pull(kwargs)
 
@@ -111,7 +157,9 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        """Give the methods back as the class defines them."""
+        """Give the methods back as the class defines them, and the weights back to the module."""
+        if visit := self.border.visits.pop(self.name, None):
+            visit.leave()
         for method in (*self.methods, *self.keep):
             module.__dict__.pop(method, None)
         return module
@@ -119,7 +167,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
     def _wrapped(self, inner: Callable[..., Any], method: str) -> Callable[..., Any]:
         @functools.wraps(inner)
         def outer(*args: Any, **kwargs: Any) -> Any:
-            self.border.notify("enter", f"{self.name}.{method}")
+            self.border.enter(self.name, method)
             names = [_INPUTS[self.name, method]]
             try:
                 output = inner(*self._pull(args, names), **self._pull(kwargs))
@@ -170,8 +218,13 @@ def move(value: Any, device: torch.device, traffic: Traffic, name: str) -> Any:
     return value
 
 
-def attach(module: nn.Module, name: str, device: torch.device, border: Border) -> None:
-    """Put the border hook on one component; accelerate's `remove_hook_from_module` takes it off again."""
+def attach(module: nn.Module, name: str, device: torch.device, border: Border, visits: bool = False) -> None:
+    """Put the border hook on one component; accelerate's `remove_hook_from_module` takes it off again.
+
+    With `visits` its weights stay on the CPU and are on `device` only while it works.
+    """
+    if visits:
+        border.visits[name] = Visit(module, name, device)
     codec = name == "vae"
     hook = BorderHook(name, device, border, ("encode",) if codec else (), ("decode",) if codec else ())
     add_hook_to_module(module, hook)

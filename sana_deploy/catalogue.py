@@ -9,6 +9,7 @@ their published configs.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -50,8 +51,8 @@ _WIDTHS: dict[str, dict[str, int]] = {
 CONTROLNET_LAYERS = 7
 NAMES = tuple(_WIDTHS)
 
-Fits = dict[str, dict[str, dict[str, tuple[float, float, float]]]]
-"""phase -> dtype -> guided or unguided -> bytes constant, per image, and per image and pixel; see `fit.py`."""
+Fits = Mapping[str, Mapping[str, Any]]
+"""phase -> quantity -> coefficients, as `fit.py` tells."""
 
 
 @cache
@@ -61,12 +62,12 @@ def load(name: str) -> dict[str, Any]:
 
 
 @cache
-def fitted() -> dict[str, Fits]:
-    """Return the shipped activation fits by the digest of a component's tensor shapes."""
-    found: dict[str, Fits] = {}
-    for path in sorted(FOLDER.glob("*.activations.json")):
+def fitted() -> dict[str, dict[str, Any]]:
+    """Return what shipped components need, by the digest of their tensor shapes: phase -> dtype -> guidance -> fits."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(FOLDER.glob("*.needs.json")):
         for part in json.loads(path.read_text(encoding="utf-8")).values():
-            found[part["shapes_digest"]] = part["activations"]
+            found[part["shapes_digest"]] = part["needs"]
     return found
 
 

@@ -6,16 +6,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from . import machine as machines
-from .assemble import assemble, count_rejections
+from .assemble import assemble
+from .candidates import Candidate, Rejection, Rules
 from .checkpoint import Checkpoint, open_checkpoint
 from .compose import compose_spec
-from .cost import Placement
 from .describe import describe_machine
 from .errors import InfeasibleError
-from .hints import working_changes
+from .hints import with_all_knobs, working_changes
 from .machine import Machine
+from .needs import Told
 from .plan import Diagnostic, Place, Plan
-from .planner import Rules, Search, search_balanced, search_custom, search_single
+from .planner import Search, search_balanced, search_custom, search_single
 from .precision import FRAGILE, fragile_components
 from .profile import PipelineProfile, profile_pipeline
 from .spec import COMPONENTS, CustomMap, DeploySpec, MultiGpuBalanced, SingleGpu, VirtualMachine
@@ -31,11 +32,11 @@ def compile_plan(overrides: Sequence[str] = ()) -> Plan:
     return compile_spec(compose_spec(overrides))
 
 
-def compile_spec(spec: DeploySpec, machine: Machine | None = None) -> Plan:
-    """Compile a validated declaration for `machine` (probed unless given)."""
+def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | None = None) -> Plan:
+    """Compile a validated declaration for `machine` (probed unless given); `told` hears of a checkpoint's measuring."""
     diagnostics = _precision_remarks(spec)
     checkpoint = open_checkpoint(spec.model)
-    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components)
+    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components, told)
     machine = machine or machine_of(spec)
     _check_indices(spec, machine)
     offered = _offered(spec, machine)
@@ -43,8 +44,17 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None) -> Plan:
         return _cpu_plan(spec, checkpoint, profile, offered, diagnostics)
     search = _search(spec, profile, offered)
     if search.best is None:
-        raise _infeasible(spec, checkpoint, machine, search)
-    return assemble(spec, checkpoint, profile, offered, search.best.placement, search, diagnostics)
+        problem = _infeasible(spec, checkpoint, machine, search)
+        if search.closest:
+            remark = Diagnostic(type="infeasible", severity="warning", message=problem.message, where="hardware",
+                                hint=problem.hint)  # fmt: skip
+            problem.plan = assemble(
+                spec, checkpoint, profile, offered, search.closest, search, [remark, *diagnostics], feasible=False
+            )
+        raise problem
+    return assemble(
+        spec, checkpoint, profile, offered, search.best, search, [*_forced(spec, search.best, offered), *diagnostics]
+    )
 
 
 def machine_of(spec: DeploySpec) -> Machine:
@@ -67,12 +77,13 @@ def _offered(spec: DeploySpec, machine: Machine) -> Machine:
 
 def _search(spec: DeploySpec, profile: PipelineProfile, machine: Machine) -> Search:
     hardware = spec.hardware
-    allow_split = not isinstance(hardware, MultiGpuBalanced) or "split_controlnet" in hardware.allow
-    rules = Rules(allow_split=allow_split, allow_emulated=spec.precision.allow_emulated)
+    emulated = spec.precision.allow_emulated
+    if isinstance(hardware, CustomMap):
+        rules = Rules(allow_emulated=emulated, force=hardware.force)
+        return search_custom(profile, machine.gpus, rules, dict(hardware.device_map), hardware.knobs)
+    rules = Rules(hardware.allow, hardware.objective, emulated)
     if isinstance(hardware, SingleGpu):
         return search_single(profile, machine.gpus, rules, hardware.gpu)
-    if isinstance(hardware, CustomMap):
-        return search_custom(profile, machine.gpus, rules, dict(hardware.device_map))
     pins = {name: place for name, place in hardware.pin.items() if place is not None}
     return search_balanced(profile, machine.gpus, rules, pins)
 
@@ -143,8 +154,22 @@ def _cpu_plan(
         where="machine",
         hint="hardware.on_shortfall=error makes this an error",
     )
-    placement: Placement = dict.fromkeys(COMPONENTS, "cpu")
-    return assemble(spec, checkpoint, profile, machine, placement, Search(), [remark, *diagnostics])
+    chosen = Candidate(dict.fromkeys(COMPONENTS, "cpu"), (), {}, 0.0, 0, None)
+    return assemble(spec, checkpoint, profile, machine, chosen, Search(), [remark, *diagnostics])
+
+
+def _forced(spec: DeploySpec, chosen: Candidate, machine: Machine) -> list[Diagnostic]:
+    """A remark for a map that is taken although it is short of memory."""
+    free = {gpu.index: gpu.free_bytes for gpu in machine.gpus}
+    short = [
+        f"GPU {i} needs {human_bytes(use.peak_bytes)} in {use.phase}, {human_bytes(free[i])} are free"
+        for i, use in chosen.uses.items()
+        if use.peak_bytes > free[i]
+    ]
+    if not short:
+        return []
+    message = f"expected to run out of memory, and forced: {'; '.join(short)}"
+    return [Diagnostic(type="forced", severity="warning", message=message, where="hardware.force")]
 
 
 def _fits(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> bool:
@@ -157,15 +182,23 @@ def _fits(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> bool:
 
 
 def _infeasible(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, search: Search) -> InfeasibleError:
-    closest = search.closest()
-    reasons = "; ".join(f"{row.count} {row.reason}" + (f" on GPU {row.gpu}" if row.gpu >= 0 else "")
-                        for row in count_rejections(search))  # fmt: skip
-    detail = closest.message if closest else "there is nothing to place on"
-    short = f", {human_bytes(closest.shortfall_bytes)} too much" if closest and closest.shortfall_bytes else ""
+    nearest = search.nearest()
+    reasons = "; ".join(_count(rejection) for rejection in search.rejections)
+    detail = nearest.message if nearest else "there is nothing to place on"
+    short = f", {human_bytes(nearest.shortfall_bytes)} too much" if nearest and nearest.shortfall_bytes else ""
+    under = f", each under {search.settings} sets of knobs" if search.settings > 1 else ""
+    never = "" if _fits(with_all_knobs(spec), checkpoint, machine) else ". No knob makes it fit on this machine"
     return InfeasibleError(
-        f"0 of {search.considered} placements fit ({reasons}). Closest: {detail}{short}",
+        f"0 of {search.placements} placements fit{under} ({reasons}). Closest: {detail}{short}{never}",
         where="hardware",
         hint=working_changes(spec, checkpoint, machine, _fits),
-        placements=search.considered,
-        shortfall_bytes=closest.shortfall_bytes if closest else 0,
+        placements=search.placements,
+        candidates=search.considered,
+        shortfall_bytes=nearest.shortfall_bytes if nearest else 0,
+        fits_with_a_knob=not never,
     )
+
+
+def _count(rejection: Rejection) -> str:
+    where = f" on GPU {rejection.gpu}" if rejection.gpu >= 0 else ""
+    return f"{rejection.count} {rejection.reason}{where}"

@@ -1,4 +1,7 @@
-"""Pure arithmetic: a profile, GPUs and a placement give bytes per GPU and bytes moved. Imports no torch."""
+"""Pure arithmetic: a profile, GPUs and a placement give bytes per GPU, bytes moved, and seconds. Imports no torch.
+
+A profile given here has its knobs applied (`PipelineProfile.under`).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .profile import PHASES, Crossing, Phase, PipelineProfile
-from .spec import Component
+from .known_gpus import KnownGpu
+from .machine import Gpu
+from .profile import PHASES, ComponentProfile, Crossing, Phase, PipelineProfile, Work
+from .spec import Component, Dtype
 from .units import MIB
 
 Place = int | Literal["cpu"]
@@ -18,6 +23,17 @@ CONTEXT_BYTES = 450 * MIB
 """CUDA context with cuBLAS and cuDNN handles and workspaces, per GPU in use. Estimated; drivers differ."""
 HEADROOM = 0.02
 """Fraction of a GPU left free for allocator rounding and fragmentation."""
+
+PRODUCT_EFFICIENCY = 0.5
+"""Share of a GPU's TFLOPS that SANA's matrix products and convolutions reach. Fitted to an H200 (docs/measured.md)."""
+BANDWIDTH_EFFICIENCY = 0.3
+"""Share of a GPU's memory bandwidth that its other operations reach in eager PyTorch. Fitted likewise."""
+LAUNCH_SECONDS = 40e-6
+"""Host time to launch one kernel from eager PyTorch, its Python included; the floor for small images. Likewise."""
+LINK_EFFICIENCY = 0.8
+"""Share of a link's bandwidth that a large copy reaches."""
+LINK_SECONDS = 20e-6
+"""Fixed cost of one copy between devices."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,14 @@ class SlotUse:
         return self.weights_bytes + self.activation_bytes + self.overhead_bytes
 
 
+@dataclass(frozen=True)
+class Link:
+    """How two GPUs exchange bytes, and how many per second in one direction."""
+
+    kind: Literal["nvlink", "pcie", "host"]
+    bytes_per_second: float
+
+
 def home_of(placement: Placement) -> Place:
     """Return where the denoising loop lives: with the transformer."""
     return placement["transformer"]
@@ -46,27 +70,32 @@ def is_split(placement: Placement) -> bool:
 
 
 def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, capacity_bytes: int) -> SlotUse:
-    """Work out what `slot` holds under `placement`.
+    """Work out what `slot` holds under `placement`, in bytes.
 
-    peak = sum of weights + max over phases of activations + context + headroom x capacity. Components of one phase
-    work one after the other, so that the largest counts; what waits at home outside the denoising loop (prompt
-    embeddings, the control image) is listed under the transformer and adds to whoever works there.
+    peak = max over phases of (weights there + activations) + context + headroom x capacity. Weights stay, but for an
+    offloaded component's, which are there only while it works. Components of one phase work one after the other, so
+    that the largest counts; what waits at home outside the denoising loop (prompt embeddings, the control image) is
+    listed under the transformer and adds to whoever works there.
     """
     parts = [profile.components[name] for name, place in placement.items() if place == slot]
-    by_phase: dict[Phase, int] = {}
+    staying = sum(part.weights_bytes for part in parts if part.resident)
+    weights: dict[Phase, int] = {}
+    activations: dict[Phase, int] = {}
     for phase in PHASES:
+        visiting = sum(part.weights_bytes for part in parts if not part.resident and phase in part.activations)
         working = [part.activations.get(phase, 0) for part in parts if part.name != "transformer" or phase == "denoise"]
         waiting = [
             part.activations.get(phase, 0) for part in parts if part.name == "transformer" and phase != "denoise"
         ]
-        by_phase[phase] = max(working, default=0) + sum(waiting)
-    phase = max(PHASES, key=lambda name: by_phase[name])
-    return SlotUse(
-        weights_bytes=sum(part.weights_bytes for part in parts),
-        activation_bytes=by_phase[phase],
-        overhead_bytes=0 if slot == "cpu" else CONTEXT_BYTES + int(HEADROOM * capacity_bytes),
-        phase=phase,
-    )
+        weights[phase] = staying + visiting
+        activations[phase] = max(working, default=0) + sum(waiting)
+    phase = max(PHASES, key=lambda name: weights[name] + activations[name])
+    return SlotUse(weights[phase], activations[phase], overhead(slot, capacity_bytes), phase)
+
+
+def overhead(slot: Place, capacity_bytes: int) -> int:
+    """Bytes of a used slot that tensors cannot have: CONTEXT_BYTES + HEADROOM x capacity; none on the host."""
+    return 0 if slot == "cpu" else CONTEXT_BYTES + int(HEADROOM * capacity_bytes)
 
 
 def crossings_of(profile: PipelineProfile, placement: Placement) -> list[Crossing]:
@@ -80,5 +109,80 @@ def bytes_per_step(profile: PipelineProfile, placement: Placement) -> int:
 
 
 def bytes_per_request(profile: PipelineProfile, placement: Placement) -> int:
-    """Bytes that cross between devices in one whole request."""
-    return sum(c.bytes_each * (profile.steps if c.per_step else 1) for c in crossings_of(profile, placement))
+    """Bytes that cross between devices in one whole request; offloaded weights are not among them."""
+    return sum(c.times(profile.steps) * c.bytes_each for c in crossings_of(profile, placement))
+
+
+def link_between(one: KnownGpu, other: KnownGpu) -> Link:
+    """Return the link of two GPUs of one host.
+
+    NVLink where both are wired to a fabric of it (SXM boards); a bridge that may or may not be there is not counted.
+    Else PCIe peer copies at the slower card's rate, but not between GeForce cards: their driver has no peer access
+    over PCIe, copies are staged in host memory and each byte passes PCIe twice.
+    """
+    pcie = min(one.pcie_gbps, other.pcie_gbps) * 1e9 * LINK_EFFICIENCY
+    if one.fabric and other.fabric:
+        return Link("nvlink", min(one.nvlink_gbps, other.nvlink_gbps) * 1e9 * LINK_EFFICIENCY)
+    if "GeForce" in one.name or "GeForce" in other.name:
+        return Link("host", pcie / 2)
+    return Link("pcie", pcie)
+
+
+def work_seconds(work: Work, dtype: Dtype, rates: KnownGpu) -> float:
+    """Seconds of `work` on a GPU, by the roofline (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785).
+
+    max(launches, products + the rest), where launches = operations x LAUNCH_SECONDS, products = max(FLOPs / (rate x
+    PRODUCT_EFFICIENCY), their bytes / bandwidth), the rest = other bytes / bandwidth, bandwidth = the card's x
+    BANDWIDTH_EFFICIENCY. A dtype that is not native runs at the float32 rate.
+    """
+    tflops = {"float16": rates.tflops_float16, "bfloat16": rates.tflops_bfloat16, "float32": rates.tflops_float32}
+    rate = (tflops[dtype] or rates.tflops_float32) * 1e12 * PRODUCT_EFFICIENCY
+    bandwidth = rates.memory_gbps * 1e9 * BANDWIDTH_EFFICIENCY
+    products = max(work.flops / rate, work.product_bytes / bandwidth)
+    return max(work.operations * LAUNCH_SECONDS, products + work.other_bytes / bandwidth)
+
+
+def upload_seconds(weights_bytes: int, rates: KnownGpu) -> float:
+    """Seconds to copy offloaded weights from the host to a GPU, once per request: bytes / (PCIe x LINK_EFFICIENCY)."""
+    return weights_bytes / (rates.pcie_gbps * 1e9 * LINK_EFFICIENCY)
+
+
+def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
+    """Seconds of one crossing between two GPUs: LINK_SECONDS + bytes / the link's rate."""
+    return LINK_SECONDS + crossing.bytes_each / link_between(src, dst).bytes_per_second
+
+
+def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
+    """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
+    seconds = {
+        phase: (steps if phase == "denoise" else 1) * work_seconds(work, part.dtype, rates)
+        for phase, work in part.work.items()
+    }
+    if not part.resident:
+        seconds["encode"] = seconds.get("encode", 0.0) + upload_seconds(part.weights_bytes, rates)
+    return seconds
+
+
+def component_seconds(part: ComponentProfile, steps: int, rates: KnownGpu) -> float:
+    """Seconds of one component on one GPU in a whole request."""
+    return sum(component_phases(part, steps, rates).values())
+
+
+def phase_seconds(profile: PipelineProfile, placement: Placement, gpus: Mapping[int, Gpu]) -> dict[Phase, float] | None:
+    """Seconds of one request per phase: the work of its components, one after the other, and the crossings into it.
+
+    None where a component sits on the host: CPUs are not in the table of rates.
+    """
+    rates: dict[Component, KnownGpu] = {}
+    for name, place in placement.items():
+        if place == "cpu":
+            return None
+        rates[name] = gpus[place].rates
+    seconds = dict.fromkeys(PHASES, 0.0)
+    for name, part in profile.components.items():
+        for phase, value in component_phases(part, profile.steps, rates[name]).items():
+            seconds[phase] += value
+    for crossing in crossings_of(profile, placement):
+        each = crossing_seconds(crossing, rates[crossing.src], rates[crossing.dst])
+        seconds[crossing.phase] += crossing.times(profile.steps) * each
+    return seconds

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import report
 from .compile import compile_spec
-from .errors import SanaDeployError, UsageError
+from .errors import InfeasibleError, SanaDeployError, UsageError
 from .files import write_text
 from .inputs import check_control_image
 from .outcome import Measured, Outcome, Rehearsal, failure_of
@@ -95,7 +95,15 @@ def reject(problem: SanaDeployError, folder: Path) -> Outcome:
 
 def _compile(run: Run) -> None:
     check_control_image(run.spec.workload)
-    run.plan = run.plan or compile_spec(run.spec)
+    if run.plan is None:
+        with report.progress("profiling", run.brief) as advance:
+            try:
+                run.plan = compile_spec(run.spec, told=lambda done, of: advance(f"point {done}/{of}", done, of))
+            except InfeasibleError as problem:
+                run.plan = problem.plan
+                if run.plan:
+                    run.plan.save(run.folder / "plan.json")
+                raise
     run.plan.save(run.folder / "plan.json")
     if not run.brief:
         report.show_plan(run.plan)

@@ -70,8 +70,9 @@ class InputError(InvalidSpecError):
 
 
 class InfeasibleError(SanaDeployError):
-    """What was asked for does not fit the machine."""
+    """What was asked for does not fit the machine; `plan` is the closest miss, where there is one, to be read only."""
 
+    plan: Any = None
     exit_code = 4
     status = "infeasible"
 

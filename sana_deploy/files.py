@@ -1,4 +1,4 @@
-"""Writing files so that no reader ever sees half of one: a temporary name in the same folder, then a rename."""
+"""The cache folder, and writing so that no reader ever sees half a file: a temporary name, then a rename."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import tempfile
 from pathlib import Path
 
 from .errors import InputError
+
+
+def cache_root(cache_dir: str | None = None) -> Path:
+    """Return the cache folder: `cache_dir`, else $SANA_DEPLOY_CACHE, else $XDG_CACHE_HOME/sana_deploy."""
+    chosen = cache_dir or os.environ.get("SANA_DEPLOY_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sana_deploy"
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -1,78 +1,115 @@
-"""Fits activation peaks from rehearsals: `python -m sana_deploy.fit` writes them into the shipped architectures.
+"""Fits what components need as functions of the request: `python -m sana_deploy.fit` writes the shipped ones anew.
 
-Every component sits on a virtual GPU of its own, in shapes, and the ledger tells its activation peak per phase. SANA's
-parts are linear in batch x pixels, so that three points determine each function:
+SANA's parts are linear in batch and in batch x pixels, so that four measured points (`measure.py`) determine each
+quantity, with and without guidance (which doubles the batch everywhere but in decode):
 
-    bytes = constant + per_image x batch + per_image_pixel x batch x pixels
+    quantity = constant + per_image x batch + per_pixel x pixels + per_image_pixel x batch x pixels
 
-fitted apart with and without guidance, which doubles the batch everywhere but in decode. What waits on the
-transformer's GPU (prompt embeddings, the control image, residuals) counts as the transformer's.
+Quantities are `activation_bytes`, and per step of the phase `flops`, `product_bytes` and `other_bytes`; `operations`
+do not change with size. The VAE has two more: `sliced_bytes` is the peak when images pass one at a time, and
+`tiling_bytes` what collecting tiles adds to a tile's own peak, as constant + per_pixel + per_image_pixel of the
+pixels that tiles cover.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .catalogue import FOLDER, NAMES
-from .checkpoint import open_checkpoint
-from .compile import compile_spec
+from .checkpoint import Checkpoint, open_checkpoint
 from .compose import compose_spec
-from .profile import PHASES, Phase
-from .rehearsal import rehearse
-from .spec import COMPONENTS, DTYPE_BYTES, Component, Dtype
+from .measure import Bench, Measurements, Point
+from .needs import MEASURED_AS, Told
+from .profile import VAE_TILE, Phase, covered_pixels, linear
+from .spec import COMPONENTS, Component, Dtype
 
-POINTS = ((512, 1), (1024, 1), (1024, 2))
-"""Side in pixels and batch of the rehearsals that are fitted."""
-GUIDANCE = {"guided": 4.5, "unguided": 1.0}
-
+PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
+SLICED = tuple(Point(side, batch, "vae_slicing") for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
+TILED = tuple(Point(side, batch, "vae_tiling") for side, batch in ((1280, 1), (2304, 1), (1280, 2)))
+GUIDANCE = {"guided": True, "unguided": False}
 MODELS = ("tiny", *NAMES)
 
 
-def peaks(model: str, dtype: Dtype, side: int, batch: int, guidance: float) -> dict[tuple[Component, Phase], int]:
-    """Rehearse one point with every component alone; return activation peaks in bytes by component and phase."""
-    places = ", ".join(f"{name}: {index}" for index, name in enumerate(COMPONENTS))
-    dtypes = [f"precision.components.{name}={dtype}" for name in COMPONENTS]
-    spec = compose_spec(
-        [f"model={model}", "machine=virtual", "machine.gpus=4x4000GiB", "machine.fidelity=shapes", *dtypes,
-         "hardware=custom_map", f"hardware.device_map={{{places}}}", f"workload.guidance_scale={guidance}",
-         f"workload.height={side}", f"workload.width={side}", f"workload.batch={batch}", "workload.steps=2"]
-    )  # fmt: skip
-    report = rehearse(compile_spec(spec)).report
-    return {
-        (name, phase): gpu.phase_activations[phase]
-        for name, gpu in zip(COMPONENTS, report.gpus, strict=True)
-        for phase in PHASES
-        if gpu.phase_activations.get(phase)
-    }
+def fit(
+    checkpoint: Checkpoint, dtypes: Mapping[Component, Dtype], guided: bool, told: Told = lambda done, of: None
+) -> dict[Component, dict[Phase, dict[str, Any]]]:
+    """Measure and solve all quantities of every component in the given dtypes; see the module docstring.
 
-
-def fit(model: str) -> dict[str, Any]:
-    """Solve the coefficients of every component, phase, dtype and guidance; see the module docstring."""
-    components = open_checkpoint(compose_spec([f"model={model}"]).model).components
-    fitted: dict[str, Any] = {
-        name: {"shapes_digest": components[name].shapes_digest, "activations": {}} for name in COMPONENTS
-    }
-    terms = np.array([[1, batch, batch * side * side] for side, batch in POINTS], float)
-    for dtype, (key, guidance) in itertools.product(DTYPE_BYTES, GUIDANCE.items()):
-        measured = [peaks(model, dtype, side, batch, guidance) for side, batch in POINTS]
-        for name, phase in measured[0]:
-            solved = np.linalg.solve(terms, np.array([point[name, phase] for point in measured], float))
-            by_phase = fitted[name]["activations"].setdefault(phase, {})
-            by_phase.setdefault(dtype, {})[key] = [round(float(value), 6) for value in solved]
+    Raises:
+        CheckpointError: a config is incomplete.
+        RunError: this PyTorch has no virtual GPUs.
+    """
+    points = (*PLAIN, *SLICED, *TILED)
+    found: dict[Point, Measurements] = {}
+    bench = Bench(checkpoint, dtypes)
+    for point in points:
+        if point is SLICED[0]:
+            bench = Bench(checkpoint, dtypes, vae_only=True)
+        found[point] = bench.run(point, guided)
+        told(len(found), len(points))
+    fitted: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in COMPONENTS}
+    for name, phase in found[PLAIN[0]]:
+        measured = [found[point][name, phase] for point in PLAIN]
+        fitted[name][phase] = {
+            "activation_bytes": _solve(PLAIN, [m.activation_bytes for m in measured]),
+            "operations": measured[0].work.operations,
+            **{
+                key: _solve(PLAIN, [getattr(m.work, key) for m in measured])
+                for key in ("flops", "product_bytes", "other_bytes")
+            },
+        }
+    for phase, entry in fitted["vae"].items():
+        sliced = _solve(SLICED, [found[point]["vae", phase].activation_bytes for point in SLICED])
+        entry["sliced_bytes"] = sliced
+        entry["tiling_bytes"] = _solve_tiling(entry, [found[point]["vae", phase].activation_bytes for point in TILED],
+                                              doubled=guided and phase == "prepare")  # fmt: skip
     return fitted
 
 
+def _solve(points: Sequence[Point], values: Sequence[int]) -> list[float]:
+    terms = [[1, p.batch, p.pixels, p.batch * p.pixels] for p in points]
+    return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(values, float))]
+
+
+def _solve_tiling(entry: Mapping[str, Any], values: Sequence[int], doubled: bool) -> list[float]:
+    """Solve what exceeds the peak of one tile; a single image passes unsliced."""
+    tile = VAE_TILE[0] * VAE_TILE[1]
+    alone = [entry["sliced_bytes" if p.batch > 1 or doubled else "activation_bytes"] for p in TILED]
+    excess = [value - linear(of, p.batch, tile) for value, of, p in zip(values, alone, TILED, strict=True)]
+    covered = [covered_pixels(p.side, p.width or p.side) for p in TILED]
+    terms = [[1, pixels, p.batch * pixels] for p, pixels in zip(TILED, covered, strict=True)]
+    return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(excess, float))]
+
+
+def shipped(checkpoint: Checkpoint, known: set[str]) -> dict[str, Any]:
+    """Fit all dtypes, with and without guidance, of the components whose shapes are not in `known` yet."""
+    entries: dict[str, Any] = {
+        name: {"shapes_digest": facts.shapes_digest, "needs": {}}
+        for name, facts in checkpoint.components.items()
+        if facts.shapes_digest not in known
+    }
+    for dtype in sorted(set(MEASURED_AS.values())):
+        for key, guided in GUIDANCE.items():
+            for name, phases in fit(checkpoint, dict.fromkeys(COMPONENTS, dtype), guided).items():
+                for phase, entry in phases.items() if name in entries else ():
+                    entries[name]["needs"].setdefault(phase, {}).setdefault(dtype, {})[key] = entry
+    return entries
+
+
 def main() -> None:
-    """Fit every shipped architecture anew."""
-    for path in FOLDER.glob("*.activations.json"):
-        path.unlink()  # rules of thumb stand in while the fits are made anew
+    """Fit every shipped architecture anew; one that several models share is kept once."""
+    known: set[str] = set()
     for name in MODELS:
-        text = json.dumps(fit(name), indent=1, sort_keys=True) + "\n"
-        (FOLDER / f"{name}.activations.json").write_text(text, encoding="utf-8")
+        checkpoint = open_checkpoint(compose_spec([f"model={name}"]).model)
+        entries = shipped(checkpoint, known)
+        known |= {entry["shapes_digest"] for entry in entries.values()}
+        text = json.dumps(entries, indent=1, sort_keys=True) + "\n"
+        (FOLDER / f"{name}.needs.json").write_text(text, encoding="utf-8")
+        print(f"fitted {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,16 @@ from .checkpoint import Checkpoint
 from .describe import describe_machine
 from .machine import Machine
 from .precision import POLICIES, fragile_components
-from .spec import VAE_FACTOR, CustomMap, DeploySpec, MultiGpuBalanced, VirtualMachine
+from .spec import (
+    KNOBS,
+    VAE_FACTOR,
+    CustomMap,
+    DeploySpec,
+    Hardware,
+    Knob,
+    MultiGpuBalanced,
+    VirtualMachine,
+)
 
 Fits = Callable[[DeploySpec, Checkpoint, Machine], bool]
 """Whether some placement of a declaration fits a machine."""
@@ -19,13 +28,14 @@ LADDER = ("1xrtx3060", "2xrtx3060", "1xrtx4090", "2xrtx4090", "1xa100", "2xa100"
 
 
 def working_changes(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, fits: Fits) -> str:
-    """Return up to three changes that fit, one of each kind: strategy or precision, image size, machine."""
+    """Return up to four changes that fit, one of each kind: knobs, strategy or precision, image size, machine."""
     found = [
+        _first(_more_knobs(spec), checkpoint, machine, fits),
         _first(_on_this_machine(spec), checkpoint, machine, fits),
         _largest_image(spec, checkpoint, machine, fits),
         "" if isinstance(spec.hardware, CustomMap) else _first_machine(spec, checkpoint, fits),
     ]
-    if not any(found[:2]):
+    if not any(found[:3]):
         found.insert(0, _first(_fragile_precisions(spec), checkpoint, machine, fits))
     changes = [change for change in found if change]
     return f"this fits: {'; or '.join(changes)}" if changes else ""
@@ -38,9 +48,38 @@ def _first(changes: Iterator[Change], checkpoint: Checkpoint, machine: Machine, 
     return next((words for words, changed in changes if fits(changed, checkpoint, machine)), "")
 
 
+def with_all_knobs(spec: DeploySpec) -> DeploySpec:
+    """Return the declaration with every knob allowed (turned on, for a map of the user's own)."""
+    *_, (_, changed) = [("", spec), *_more_knobs(spec)]
+    return changed
+
+
+def _more_knobs(spec: DeploySpec) -> Iterator[Change]:
+    """One more knob than allowed, cheapest first, then all of them."""
+    hardware = spec.hardware
+    field = "knobs" if isinstance(hardware, CustomMap) else "allow"
+    on: list[Knob] = [*getattr(hardware, field)]
+    possible = [knob for knob in KNOBS if knob not in on and _makes_sense(knob, hardware)]
+    tries = [[knob] for knob in possible] + ([possible] if len(possible) > 1 else [])
+    for more in tries:
+        chosen = [knob for knob in KNOBS if knob in {*on, *more}]
+        words = f"hardware.{field}=[{','.join(chosen)}]"
+        note = " (can change pixels)" if "vae_tiling" in more else ""
+        yield words + note, spec.model_copy(update={"hardware": hardware.model_copy(update={field: chosen})})
+
+
+def _makes_sense(knob: Knob, hardware: Hardware) -> bool:
+    if isinstance(hardware, CustomMap):
+        offloaded = knob == "text_encoder_offload" and hardware.device_map["text_encoder"] == "cpu"
+        return knob != "split_controlnet" and not offloaded
+    return knob != "split_controlnet" or isinstance(hardware, MultiGpuBalanced)
+
+
 def _on_this_machine(spec: DeploySpec) -> Iterator[Change]:
     """Another policy for the same strategy first, then the balanced strategy with each policy."""
-    kept = {} if isinstance(spec.hardware, CustomMap) else spec.hardware.model_dump(include={"use", "keep_free"})
+    kept = (
+        {} if isinstance(spec.hardware, CustomMap) else spec.hardware.model_dump(include={"use", "keep_free", "allow"})
+    )
     balanced = MultiGpuBalanced(strategy="multi_gpu_balanced", **kept)
     for hardware, words in ((spec.hardware, ""), (balanced, "hardware=multi_gpu_balanced")):
         placed = spec.model_copy(update={"hardware": hardware})

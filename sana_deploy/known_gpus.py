@@ -4,12 +4,13 @@ Columns: memory in MiB as CUDA reports it (total less what the driver keeps, the
 messages; it varies by a few dozen MiB with driver and ECC), compute capability, streaming multiprocessors, dense
 TFLOPS of matrix products in float16 with float32 accumulation, bfloat16 (0: not native) and float32, memory
 bandwidth in GB/s, PCIe and NVLink bandwidth in GB/s per direction (0: none). `source` names the public document
-with the rates.
+with the rates; `fabric` tells boards that are always wired by NVLink from those that take an optional bridge.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class KnownGpu:
     pcie_gbps: float
     nvlink_gbps: float
     source: str
+    fabric: bool = False
 
 
 _PASCAL = "NVIDIA Tesla P100 datasheet (2016); GeForce GTX 1080 Ti specifications"
@@ -72,20 +74,41 @@ KNOWN_GPUS: dict[str, KnownGpu] = {
     "rtx6000ada": KnownGpu("NVIDIA RTX 6000 Ada Generation", 48506, (8, 9), 142, 364.2, 364.2, 91.1, 960, 32, 0, _ADA),
     # datacenter
     "p100": KnownGpu("Tesla P100-PCIE-16GB", 16280, (6, 0), 56, 18.7, 0, 9.3, 732, 16, 0, _PASCAL),
-    "v100": KnownGpu("Tesla V100-SXM2-16GB", 16160, (7, 0), 80, 125.0, 0, 15.7, 900, 16, 150, _VOLTA),
-    "v100-32gb": KnownGpu("Tesla V100-SXM2-32GB", 32510, (7, 0), 80, 125.0, 0, 15.7, 900, 16, 150, _VOLTA),
+    "v100": KnownGpu("Tesla V100-SXM2-16GB", 16160, (7, 0), 80, 125.0, 0, 15.7, 900, 16, 150, _VOLTA, True),
+    "v100-32gb": KnownGpu("Tesla V100-SXM2-32GB", 32510, (7, 0), 80, 125.0, 0, 15.7, 900, 16, 150, _VOLTA, True),
     "t4": KnownGpu("Tesla T4", 14930, (7, 5), 40, 65.0, 0, 8.1, 320, 16, 0, _T4),
     "a10": KnownGpu("NVIDIA A10", 22725, (8, 6), 72, 125.0, 125.0, 31.2, 600, 32, 0, _A_SERIES),
     "a10g": KnownGpu("NVIDIA A10G", 22723, (8, 6), 80, 70.0, 70.0, 35.0, 600, 32, 0, _A_SERIES),
     "a30": KnownGpu("NVIDIA A30", 24169, (8, 0), 56, 165.0, 165.0, 10.3, 933, 32, 100, _A_SERIES),
     "a40": KnownGpu("NVIDIA A40", 45416, (8, 6), 84, 149.7, 149.7, 37.4, 696, 32, 56, _A_SERIES),
-    "a100-40gb": KnownGpu("NVIDIA A100-SXM4-40GB", 40326, (8, 0), 108, 312.0, 312.0, 19.5, 1555, 32, 300, _A100),
-    "a100": KnownGpu("NVIDIA A100-SXM4-80GB", 81153, (8, 0), 108, 312.0, 312.0, 19.5, 2039, 32, 300, _A100),
+    "a100-40gb": KnownGpu("NVIDIA A100-SXM4-40GB", 40326, (8, 0), 108, 312.0, 312.0, 19.5, 1555, 32, 300, _A100, True),
+    "a100": KnownGpu("NVIDIA A100-SXM4-80GB", 81153, (8, 0), 108, 312.0, 312.0, 19.5, 2039, 32, 300, _A100, True),
     "l4": KnownGpu("NVIDIA L4", 22563, (8, 9), 58, 121.0, 121.0, 30.3, 300, 32, 0, _L_SERIES),
     "l40": KnownGpu("NVIDIA L40", 45457, (8, 9), 142, 181.1, 181.1, 90.5, 864, 32, 0, _L_SERIES),
     "l40s": KnownGpu("NVIDIA L40S", 45457, (8, 9), 142, 362.1, 362.1, 91.6, 864, 32, 0, _L_SERIES),
     "h100-pcie": KnownGpu("NVIDIA H100 PCIe", 81004, (9, 0), 114, 756.0, 756.0, 51.0, 2000, 64, 300, _HOPPER),
-    "h100": KnownGpu("NVIDIA H100 80GB HBM3", 81004, (9, 0), 132, 989.0, 989.0, 67.0, 3350, 64, 450, _HOPPER),
-    "h200": KnownGpu("NVIDIA H200", 143072, (9, 0), 132, 989.0, 989.0, 67.0, 4800, 64, 450, _HOPPER),
-    "b200": KnownGpu("NVIDIA B200", 182630, (10, 0), 148, 2250.0, 2250.0, 80.0, 8000, 64, 900, _B200),
+    "h100": KnownGpu("NVIDIA H100 80GB HBM3", 81004, (9, 0), 132, 989.0, 989.0, 67.0, 3350, 64, 450, _HOPPER, True),
+    "h200": KnownGpu("NVIDIA H200", 143072, (9, 0), 132, 989.0, 989.0, 67.0, 4800, 64, 450, _HOPPER, True),
+    "b200": KnownGpu("NVIDIA B200", 182630, (10, 0), 148, 2250.0, 2250.0, 80.0, 8000, 64, 900, _B200, True),
 }
+
+
+@cache
+def rates_of(name: str, capability: tuple[int, int], multiprocessors: int) -> KnownGpu:
+    """Return the row of a GPU by its name; for one that is not in the table, the most alike row scaled to its size.
+
+    The most alike has the nearest compute capability, then the nearest count of multiprocessors; TFLOPS grow with
+    that count, bandwidths and the name are kept.
+    """
+    by_name = next((row for row in KNOWN_GPUS.values() if row.name == name), None)
+    if by_name:
+        return by_name
+
+    def distance(row: KnownGpu) -> tuple[int, int]:
+        major, minor = (mine - its for mine, its in zip(capability, row.capability, strict=True))
+        return abs(10 * major + minor), abs(multiprocessors - row.multiprocessors)
+
+    alike = min(KNOWN_GPUS.values(), key=distance)
+    scale = multiprocessors / alike.multiprocessors if multiprocessors else 1.0
+    rates = {key: getattr(alike, key) * scale for key in ("tflops_float16", "tflops_bfloat16", "tflops_float32")}
+    return replace(alike, source=f"scaled from {alike.name}", fabric=False, **rates)

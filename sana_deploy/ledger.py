@@ -18,6 +18,11 @@ BLOCK_BYTES = 512
 """PyTorch's CUDA caching allocator hands out multiples of this (`kMinBlockSize`, c10/cuda/CUDACachingAllocator)."""
 
 
+_aten = torch.ops.aten
+_NO_KERNEL = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
+"""Operations that are no views to PyTorch, yet compute nothing."""
+
+
 @dataclass
 class Peak:
     """A fullest moment of one GPU, bytes; `component` worked in `phase` then."""
@@ -39,11 +44,17 @@ class Moment:
 
 
 @dataclass
-class Work:
-    """What one component computed."""
+class Tally:
+    """What one component computed in one phase.
+
+    `operations` are those that launch a kernel: views are free. `product_bytes` were read and written by operations
+    with a FLOP formula (matrix products, convolutions, attention), `other_bytes` by all others.
+    """
 
     operations: int = 0
     flops: int = 0
+    product_bytes: int = 0
+    other_bytes: int = 0
 
 
 @dataclass
@@ -58,7 +69,7 @@ class Ledger:
     peaks: list[Peak] = field(default_factory=list)
     phase_peaks: dict[tuple[int, str], Peak] = field(default_factory=dict)
     traffic: Counter[tuple[str, str]] = field(default_factory=Counter)
-    work: dict[str, Work] = field(default_factory=dict)
+    work: dict[tuple[str, str], Tally] = field(default_factory=dict)
     timeline: list[Moment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -137,14 +148,32 @@ class Ledger:
         """Count a copy between devices."""
         self.traffic[src, dst] += size
 
-    def add_work(self, flops: int) -> None:
-        """Count one operation of the working component."""
-        work = self.work.setdefault(self.component, Work())
+    def add_work(self, flops: int, touched: int) -> None:
+        """Count one operation of the working component: its FLOPs, and the bytes it reads and writes."""
+        work = self.work.setdefault((self.phase, self.component), Tally())
         work.operations += 1
         work.flops += flops
+        if flops:
+            work.product_bytes += touched
+        else:
+            work.other_bytes += touched
 
     def count(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         """Count one operation, with PyTorch's own FLOP formula where it has one (2 per multiply-add)."""
+        if func.is_view or func._overloadpacket in _NO_KERNEL:
+            return
         formula = flop_registry.get(func._overloadpacket)
         kwargs = {key: value for key, value in kwargs.items() if key != "device"}
-        self.add_work(int(formula(*args, **kwargs, out_val=result)) if formula else 0)
+        flops = int(formula(*args, **kwargs, out_val=result)) if formula else 0
+        self.add_work(flops, touched_bytes((*args, *kwargs.values(), result)))
+
+
+def touched_bytes(values: Any) -> int:
+    """Bytes of all tensors among `values` and in lists of them: what an operation reads and writes at least."""
+    total = 0
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            total += value.nbytes
+        elif isinstance(value, (list, tuple)):
+            total += touched_bytes(value)
+    return total

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -58,14 +57,14 @@ def load_pipeline(
         for position, name in enumerate(COMPONENTS):
             if progress:
                 progress(name, position, len(COMPONENTS))
-            dtype, device = getattr(torch, resolved.plan.components[name].dtype), resolved.device_map[name]
+            dtype, device = getattr(torch, resolved.plan.components[name].dtype), waiting_place(resolved, name)
             facts = checkpoint.components[name]
             if host is None:
                 parts[name] = _load_component(facts, dtype, device)
             else:
                 module = stand_in(facts, dtype) if shapes_only else _load_component(facts, dtype, "cpu")
                 parts[name] = _place_virtually(host, module, name, device)
-        parts |= _load_helpers(checkpoint) if checkpoint.folder else _stand_in_helpers()
+        parts |= load_helpers(checkpoint)
     pipeline = SanaControlNetPipeline(**parts)
     _bind(pipeline, resolved)
     return pipeline
@@ -88,7 +87,7 @@ def place(pipeline: SanaControlNetPipeline, resolved: ResolvedPlan) -> SanaContr
         module = getattr(pipeline, name, None)
         if not isinstance(module, nn.Module):
             raise RunError(f"the pipeline has no {name}", where=name)
-        module.to(dtype=getattr(torch, resolved.plan.components[name].dtype), device=resolved.device_map[name])
+        module.to(dtype=getattr(torch, resolved.plan.components[name].dtype), device=waiting_place(resolved, name))
     _bind(pipeline, resolved)
     return pipeline
 
@@ -96,8 +95,19 @@ def place(pipeline: SanaControlNetPipeline, resolved: ResolvedPlan) -> SanaContr
 def _bind(pipeline: SanaControlNetPipeline, resolved: ResolvedPlan) -> None:
     border = Border(home=torch.device(resolved.home))
     for name in COMPONENTS:
-        attach(getattr(pipeline, name), name, torch.device(resolved.device_map[name]), border)
+        visits = waiting_place(resolved, name) != resolved.device_map[name]
+        attach(getattr(pipeline, name), name, torch.device(resolved.device_map[name]), border, visits)
+    if "vae_slicing" in resolved.plan.knobs:
+        pipeline.vae.enable_slicing()
+    if tile := resolved.plan.vae_tile:
+        pipeline.vae.enable_tiling(tile.height, tile.width, tile.stride_height, tile.stride_width)
     pipeline.hf_device_map = dict(resolved.device_map)
+
+
+def waiting_place(resolved: ResolvedPlan, name: Component) -> str:
+    """The device where a component's weights are between its turns: its own, or the CPU if it is offloaded."""
+    offloaded = name == "text_encoder" and "text_encoder_offload" in resolved.plan.knobs
+    return "cpu" if offloaded else resolved.device_map[name]
 
 
 def _check_same(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -149,16 +159,20 @@ def _load_component(facts: ComponentFacts, dtype: torch.dtype, device: str) -> n
     return module  # type: ignore[no-any-return]
 
 
-def _load_helpers(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Load tokenizer and scheduler, of whatever class the checkpoint names."""
+def load_helpers(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Load tokenizer and scheduler, of whatever class the checkpoint names; stand-ins where nothing of it is here.
+
+    Raises:
+        RunError: the scheduler is of a class that diffusers does not have.
+    """
     import json
 
     from transformers import AutoTokenizer
 
     folder = checkpoint.folder
     if folder is None:
-        raise RunError("the tokenizer and scheduler are not on this host", where="model.source")
-    index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+        return _stand_in_helpers()
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     class_name = index["scheduler"][1]
     scheduler = getattr(diffusers, class_name, None)
     if scheduler is None or not issubclass(scheduler, diffusers.SchedulerMixin):

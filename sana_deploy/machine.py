@@ -15,6 +15,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from .known_gpus import KnownGpu, rates_of
 from .units import MIB, human_bytes
 
 FREE_GRAIN = 64 * MIB
@@ -40,6 +41,11 @@ class Gpu:
     def speed(self) -> tuple[int, int, int]:
         """Sort key: a newer generation first, then more multiprocessors."""
         return (*self.capability, self.multiprocessors)
+
+    @property
+    def rates(self) -> KnownGpu:
+        """TFLOPS and bandwidths, from the table of known GPUs or scaled from the most alike one."""
+        return rates_of(self.name, self.capability, self.multiprocessors)
 
     def __str__(self) -> str:
         return (

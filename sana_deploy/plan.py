@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .machine import Machine
     from .resolve import ResolvedPlan
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
 
 Place = int | Literal["cpu"]
@@ -40,8 +40,15 @@ BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
     "estimates.worst_utilisation": "estimated",
     "estimates.bytes_per_step": "estimated",
     "estimates.bytes_per_image": "estimated",
+    "estimates.seconds.*": "estimated",
+    "estimates.seconds_per_image": "estimated",
+    "knob_prices.*.bytes_saved": "estimated",
+    "knob_prices.*.bytes_per_image": "estimated",
+    "knob_prices.*.seconds_per_image": "estimated",
+    "considered.closest.shortfall_bytes": "estimated",
     "considered.runners_up.*.worst_utilisation": "estimated",
     "considered.runners_up.*.bytes_per_image": "estimated",
+    "considered.runners_up.*.seconds_per_image": "estimated",
     "rejections.*.closest_shortfall_bytes": "estimated",
 }
 """How each quantity was come by; counts and indices are exact."""
@@ -109,11 +116,30 @@ class Transfer(Record):
 
 
 class Estimates(Record):
-    """Totals over the whole plan."""
+    """Totals over the whole plan; `seconds` of one request by phase, empty where a component is on the CPU."""
 
     worst_utilisation: float
     bytes_per_step: int
     bytes_per_image: int
+    seconds: dict[str, float] = {}
+    seconds_per_image: float | None = None
+
+
+class KnobPrice(Record):
+    """What a knob that is on saves on the GPU that it helps most, and what it costs; None where that is not known."""
+
+    bytes_saved: int
+    bytes_per_image: int
+    seconds_per_image: float | None
+
+
+class Tile(Record):
+    """Tiles of the VAE in pixels, as `AutoencoderDC.enable_tiling` takes them."""
+
+    height: int
+    width: int
+    stride_height: int
+    stride_width: int
 
 
 class RunnerUp(Record):
@@ -122,18 +148,31 @@ class RunnerUp(Record):
     device_map: dict[Component, Place]
     worst_utilisation: float
     bytes_per_image: int
+    knobs: list[str] = []
+    seconds_per_image: float | None = None
+
+
+class Miss(Record):
+    """A candidate that does not fit, by the fewest bytes."""
+
+    device_map: dict[Component, Place]
+    knobs: list[str]
+    shortfall_bytes: int
+    message: str
 
 
 class Considered(Record):
-    """How many placements were looked at, and the next best ones."""
+    """How many placements were looked at, each under `settings` sets of knobs, and how many of these candidates fit."""
 
     placements: int
     feasible: int
     runners_up: list[RunnerUp]
+    settings: int = 1
+    closest: Miss | None = None
 
 
 class RejectionCount(Record):
-    """How many placements one reason ruled out on one GPU; the closest miss in words and bytes."""
+    """How many candidates one reason ruled out on one GPU; the closest miss in words and bytes."""
 
     reason: str
     gpu: int
@@ -143,7 +182,10 @@ class RejectionCount(Record):
 
 
 class Plan(Record):
-    """An explicit device and dtype for every component, with the reasons. See the module docstring."""
+    """An explicit device and dtype for every component, with the reasons. See the module docstring.
+
+    A plan that is not `feasible` shows the closest miss: it can be read, not applied.
+    """
 
     schema_version: str
     tool_version: str
@@ -161,6 +203,9 @@ class Plan(Record):
     rejections: list[RejectionCount]
     diagnostics: list[Diagnostic]
     basis: dict[str, str]
+    feasible: bool = True
+    knob_prices: dict[str, KnobPrice] = {}
+    vae_tile: Tile | None = None
 
     @classmethod
     def build(cls, **fields: Any) -> Plan:

@@ -1,76 +1,57 @@
-"""The search: enumerate placements, reject with the reason, score, choose. Keeps every rejection."""
+"""The search: every placement under every allowed set of knobs; nothing is guessed, the best of all is taken."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from .cost import Placement, SlotUse, bytes_per_request, home_of, is_split, slot_use
+import numpy as np
+from numpy.typing import NDArray
+
+from .candidates import CPU, FITS, Board, Candidate, Integers, Objective, Rejection, Rows, Rules, ordered
+from .cost import Place, Placement
 from .machine import Gpu
-from .precision import is_native
 from .profile import PipelineProfile
-from .spec import COMPONENTS, Component
-from .units import human_bytes
-
-Key = tuple[float | int, ...]
-"""A score, smaller is better, compared element by element."""
-Score = Callable[[Placement, float, int, Gpu | None], Key]
-"""(placement, worst utilisation, bytes moved, the home GPU) -> key."""
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Why one placement cannot be: `reason` is memory, dtype or split; memory carries the shortfall in bytes."""
-
-    reason: str
-    gpu: int
-    message: str
-    shortfall_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A placement that fits, with what it costs."""
-
-    placement: Placement
-    uses: dict[int, SlotUse]
-    worst_utilisation: float
-    bytes_per_request: int
-    key: Key
+from .spec import COMPONENTS, Component, Knob
 
 
 @dataclass
 class Search:
-    """The outcome of a search: feasible candidates best first, and every rejected placement with its reason."""
+    """The outcome of a search.
 
-    feasible: list[Candidate] = field(default_factory=list)
-    rejected: list[tuple[Placement, Rejection]] = field(default_factory=list)
+    Attributes:
+        ranked: the best candidates that fit, best first, four at most.
+        closest: of those that do not fit, the one that misses by least memory.
+        placements: how many placements were looked at, each under `settings` sets of knobs.
+        feasible: how many of these candidates fit.
+        rejections: the others by reason and GPU, most frequent first.
+    """
+
+    ranked: list[Candidate] = field(default_factory=list)
+    closest: Candidate | None = None
+    placements: int = 0
+    settings: int = 1
+    feasible: int = 0
+    rejections: list[Rejection] = field(default_factory=list)
 
     @property
     def best(self) -> Candidate | None:
         """The chosen candidate, or None when nothing fits."""
-        return self.feasible[0] if self.feasible else None
+        return self.ranked[0] if self.ranked else None
 
     @property
     def considered(self) -> int:
-        """How many placements were looked at."""
-        return len(self.feasible) + len(self.rejected)
+        """How many candidates were looked at."""
+        return self.placements * self.settings
 
-    def closest(self) -> Rejection | None:
+    def nearest(self) -> Rejection | None:
         """The rejection that misses by least memory, or any other one when no memory was short."""
-        memory = [rejection for _, rejection in self.rejected if rejection.reason == "memory"]
-        if memory:
-            return min(memory, key=lambda rejection: rejection.shortfall_bytes)
-        return self.rejected[0][1] if self.rejected else None
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What the search must respect beyond memory."""
-
-    allow_split: bool = True
-    allow_emulated: bool = False
+        short = [rejection for rejection in self.rejections if rejection.reason == "memory"]
+        return (
+            min(short, key=lambda rejection: rejection.shortfall_bytes) if short else next(iter(self.rejections), None)
+        )
 
 
 def search_balanced(
@@ -78,128 +59,122 @@ def search_balanced(
 ) -> Search:
     """Search all placements of whole components over `gpus`, GPUs that are alike counted once; `pins` are kept to.
 
-    Order: ControlNet beside the transformer, then the lowest worst peak/capacity, then fewest bytes moved, then the
-    denoiser on the faster GPU. Ties go to lower indices, so that the result is deterministic.
+    `balance` takes, one after the other: no tiling, no offload, ControlNet beside the transformer, the lowest worst
+    peak/free, fewest bytes moved, the denoiser on the faster GPU. Slicing costs next to nothing: it goes on where
+    otherwise nothing fits, or where keeping ControlNet with the transformer would fill a GPU more than splitting it
+    off. `latency` takes the fewest seconds per request, `fit` the fewest knobs, then the fewest GPUs. Ties go to lower
+    indices, so that the result is deterministic.
     """
-    return _search(placements(gpus, pins or {}), profile, gpus, rules, _balanced_score)
+    return _search(profile, gpus, rules, placements(gpus, pins or {}), _settings(rules.allow), _balanced_key)
 
 
 def search_single(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, gpu: int | None) -> Search:
-    """Search the placements that put everything on one GPU: the fastest that fits, then the emptiest."""
-    chosen = [g.index for g in gpus] if gpu is None else [gpu]
-    options: list[Placement] = [dict.fromkeys(COMPONENTS, index) for index in chosen]
-    return _search(options, profile, gpus, rules, _single_score)
+    """Search the placements that put everything on one GPU: fewest knobs, then the fastest GPU, then the emptiest."""
+    options = [[i] * len(COMPONENTS) for i, one in enumerate(gpus) if gpu in (None, one.index)]
+    return _search(profile, gpus, rules, np.array(options, np.int64), _settings(rules.allow), _single_key)
 
 
-def search_custom(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, placement: Placement) -> Search:
-    """Check the one placement the user wrote."""
-    return _search([placement], profile, gpus, rules, _balanced_score)
+def search_custom(
+    profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, placement: Placement, knobs: Iterable[Knob] = ()
+) -> Search:
+    """Check the one placement the user wrote, with the knobs that are to be on."""
+    if set(placement.values()) == {"cpu"}:
+        return Search([Candidate(placement, ordered(knobs), {}, 0.0, 0, None)], placements=1, feasible=1)
+    position: dict[Place, int] = {"cpu": CPU, **{gpu.index: i for i, gpu in enumerate(gpus)}}
+    options = np.array([[position[placement[name]] for name in COMPONENTS]], np.int64)
+    return _search(profile, gpus, rules, options, [ordered(knobs)], _balanced_key)
 
 
-def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Iterator[Placement]:
-    """Yield every assignment that keeps to `pins`, without those that only rename GPUs that are alike."""
-    pinned = set(pins.values())
-    kinds = {gpu.index: replace(gpu, index=gpu.index if gpu.index in pinned else -1, uuid="") for gpu in gpus}
-    indices = [gpu.index for gpu in gpus]
-    for places in itertools.product(*([pins[name]] if name in pins else indices for name in COMPONENTS)):
-        if _is_canonical(places, indices, kinds):
-            yield dict(zip(COMPONENTS, places, strict=True))
+def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Integers:
+    """Return every assignment that keeps to `pins`, without those that only rename GPUs that are alike.
 
-
-def _is_canonical(places: Sequence[int], indices: Sequence[int], kinds: Mapping[int, Gpu]) -> bool:
-    """Whether alike GPUs are taken in index order: the first use of one comes after that of the one before."""
-    if len(set(kinds.values())) == len(kinds):
-        return True
-    seen: set[int] = set()
-    for place in places:
-        if place not in seen:
-            alike = [i for i in indices if kinds[i] == kinds[place] and i not in seen]
-            if alike[0] != place:
-                return False
-            seen.add(place)
-    return True
-
-
-class Checker:
-    """Says of a placement what rules it out, and what every used GPU would hold.
-
-    A GPU's fill depends on the set of components on it alone, so that each set is worked out once per GPU.
+    Returns:
+        Positions in `gpus`, one row per placement, one column per component: (placements, components).
     """
-
-    def __init__(self, profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules) -> None:
-        self.profile = profile
-        self.rules = rules
-        self.gpus = {gpu.index: gpu for gpu in gpus}
-        self._uses: dict[tuple[int, int], SlotUse] = {}
-        self._emulated = {(name, gpu.index): _emulated(profile, name, gpu) for name in COMPONENTS for gpu in gpus}
-
-    def check(self, placement: Placement) -> tuple[Rejection | None, dict[int, SlotUse]]:
-        """Return why `placement` cannot be, or None, and what every used GPU would hold."""
-        if not self.rules.allow_split and is_split(placement):
-            return Rejection("split", -1, "ControlNet may not be split from the transformer (hardware.allow)"), {}
-        masks: dict[int, int] = {}
-        for bit, (name, place) in enumerate(placement.items()):
-            if place == "cpu":
-                continue
-            if not self.rules.allow_emulated and (why := self._emulated[name, place]):
-                return Rejection("dtype", place, why), {}
-            masks[place] = masks.get(place, 0) | 1 << bit
-        uses = {place: self._use(placement, place, masks[place]) for place in sorted(masks)}
-        worst, place = max(((use.peak_bytes - self.gpus[i].free_bytes, i) for i, use in uses.items()), default=(0, -1))
-        return (self._too_small(place, uses[place], worst) if worst > 0 else None), uses
-
-    def _use(self, placement: Placement, place: int, mask: int) -> SlotUse:
-        key = (place, mask)
-        if key not in self._uses:
-            self._uses[key] = slot_use(self.profile, placement, place, self.gpus[place].total_bytes)
-        return self._uses[key]
-
-    def _too_small(self, place: int, use: SlotUse, shortfall: int) -> Rejection:
-        gpu = self.gpus[place]
-        message = (
-            f"GPU {place} needs {human_bytes(use.peak_bytes)} in {use.phase}, "
-            f"{human_bytes(gpu.free_bytes)} of {human_bytes(gpu.total_bytes)} are free"
-        )
-        return Rejection("memory", place, message, shortfall)
+    position = {gpu.index: i for i, gpu in enumerate(gpus)}
+    choices = [[position[pins[name]]] if name in pins else range(len(gpus)) for name in COMPONENTS]
+    rows = np.stack(np.meshgrid(*choices, indexing="ij"), axis=-1).reshape(-1, len(COMPONENTS)).astype(np.int64)
+    pinned = {position[index] for index in pins.values()}
+    kinds: dict[Any, list[int]] = {}
+    for i, gpu in enumerate(gpus):
+        kinds.setdefault(i if i in pinned else replace(gpu, index=-1, uuid=""), []).append(i)
+    # The first column where each GPU is used: alike GPUs must come into use in their order.
+    first = np.stack(
+        [np.where((rows == i).any(1), (rows == i).argmax(1), len(COMPONENTS)) for i in range(len(gpus))], 1
+    )
+    in_order = [
+        first[:, one] <= first[:, other] for alike in kinds.values() for one, other in itertools.pairwise(alike)
+    ]
+    return rows[np.logical_and.reduce(in_order)] if in_order else rows
 
 
-def _emulated(profile: PipelineProfile, name: Component, gpu: Gpu) -> str:
-    dtype = profile.components[name].dtype
-    if is_native(dtype, gpu):
-        return ""
-    major, minor = gpu.capability
-    return f"{dtype} ({name}) is not native on GPU {gpu.index}, {gpu.name} (compute capability {major}.{minor})"
+def _settings(allow: Iterable[Knob]) -> list[tuple[Knob, ...]]:
+    """Every set of knobs to try, none first; tiling takes one image at a time too. Splitting belongs to placements."""
+    allowed = set(allow)
+    modes: list[set[Knob]] = [set(), {"vae_slicing"}, {"vae_slicing", "vae_tiling"}]
+    places: list[set[Knob]] = [set(), {"text_encoder_offload"}]
+    if "vae_tiling" in allowed:
+        allowed.add("vae_slicing")
+    return [ordered(mode | place) for place in places for mode in modes if mode | place <= allowed]
+
+
+Key = list[NDArray[Any]]
+"""Columns to sort by, the most important one first; smaller is better."""
+
+
+def _balanced_key(rows: Rows, objective: Objective) -> Key:
+    ties: Key = [rows.worst, rows.moved, rows.home_rank, *rows.places.T]
+    if objective == "latency":
+        return [rows.seconds, rows.count_knobs(), *ties]
+    if objective == "fit":
+        return [rows.count_knobs(), rows.count_further_places(), *ties]
+    tiling, offload, slicing = (rows.knobs[k] for k in ("vae_tiling", "text_encoder_offload", "vae_slicing"))
+    plain = ~(tiling | offload | slicing)
+    fuller = rows.worst > rows.worst[plain].min(initial=np.inf)
+    return [tiling, offload, rows.knobs["split_controlnet"], fuller, slicing, *ties]
+
+
+def _single_key(rows: Rows, objective: Objective) -> Key:
+    ties: Key = [rows.home_rank, -rows.free[rows.places[:, 0]], rows.places[:, 0]]
+    if objective == "latency":
+        return [rows.seconds, rows.count_knobs(), *ties]
+    if objective == "fit":
+        return [rows.count_knobs(), *ties]
+    return [*(rows.knobs[k] for k in ("vae_tiling", "text_encoder_offload", "vae_slicing")), *ties]
 
 
 def _search(
-    options: Iterable[Placement], profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, score: Score
+    profile: PipelineProfile,
+    gpus: Sequence[Gpu],
+    rules: Rules,
+    options: Integers,
+    settings: Sequence[tuple[Knob, ...]],
+    key: Callable[[Rows, Objective], Key],
 ) -> Search:
-    found, checker = Search(), Checker(profile, gpus, rules)
-    for placement in options:
-        rejection, uses = checker.check(placement)
-        if rejection:
-            found.rejected.append((placement, rejection))
-            continue
-        worst = max((use.peak_bytes / checker.gpus[i].free_bytes for i, use in uses.items()), default=0.0)
-        moved = bytes_per_request(profile, placement)
-        home = home_of(placement)
-        key = score(placement, worst, moved, None if home == "cpu" else checker.gpus[home])
-        found.feasible.append(Candidate(placement, uses, worst, moved, key))
-    found.feasible.sort(key=lambda candidate: candidate.key)
+    if not len(options):
+        return Search()
+    board = Board(profile, gpus, rules, options)
+    sheets = [board.cost(knobs) for knobs in settings]
+    found = Search(placements=len(options), settings=len(settings), rejections=board.rejections(sheets))
+    fits = [np.flatnonzero(sheet.code == FITS) for sheet in sheets]
+    found.feasible = sum(len(rows) for rows in fits)
+    found.closest = board.closest(sheets)
+    if found.feasible:
+        rows = board.rows(sheets, fits)
+        found.ranked = [
+            board.candidate(rows.places[i], settings[rows.setting[i]]) for i in _first(key(rows, rules.objective), 4)
+        ]
     return found
 
 
-def _balanced_score(placement: Placement, worst: float, moved: int, home: Gpu | None) -> Key:
-    return (int(is_split(placement)), worst, moved, *_speed_rank(home), *_index_order(placement))
-
-
-def _single_score(placement: Placement, worst: float, moved: int, home: Gpu | None) -> Key:
-    return (*_speed_rank(home), -home.free_bytes if home else 0, *_index_order(placement))
-
-
-def _speed_rank(home: Gpu | None) -> Key:
-    return tuple(-part for part in home.speed) if home else ()
-
-
-def _index_order(placement: Placement) -> Key:
-    return tuple(-1 if place == "cpu" else place for place in placement.values())
+def _first(key: Key, count: int) -> list[int]:
+    """The first `count` rows of the order that `key` gives, without sorting all."""
+    left, found = np.arange(len(key[0])), []
+    for _ in range(min(count, len(left))):
+        rows = left
+        for column in key:
+            values = column[rows]
+            rows = rows[values == values.min()]
+        found.append(int(rows[0]))
+        left = left[left != rows[0]]
+    return found

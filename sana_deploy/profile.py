@@ -1,22 +1,27 @@
 """What each component needs for a workload: weights (exact), activations per phase and crossings (estimated).
 
-Activation peaks come from functions fitted to rehearsals, shipped for the catalogued architectures and `tiny`
-(`fit.py`); components of another shape get rules of thumb from their widest layers, and the plan says so.
+Activation peaks and work are functions of the request fitted to rehearsals (`needs.py`), evaluated here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from . import catalogue
 from .checkpoint import Checkpoint, ComponentFacts
-from .spec import DTYPE_BYTES, VAE_FACTOR, Component, Dtype, Workload
+from .needs import Told, needs_of
+from .spec import DTYPE_BYTES, VAE_FACTOR, Component, Dtype, Knob, Workload
 
 Phase = Literal["encode", "prepare", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
 """Text encoding, control image into latents, the denoising loop, latents into pixels; one after the other."""
+
+VaeMode = Literal["plain", "vae_slicing", "vae_tiling"]
+"""How the VAE works: all images at once, one at a time, or one at a time in tiles."""
+VAE_TILE = (1024, 1024, 896, 896)
+"""Height and width of a tile and its strides in pixels, as `AutoencoderDC.enable_tiling` takes them. Tiles of 512
+left artifacts in flat areas (https://github.com/huggingface/diffusers/issues/10510)."""
 
 MAX_TOKENS = 300
 """SANA's prompt length in tokens, the pipeline's `max_sequence_length`."""
@@ -27,14 +32,36 @@ INSTRUCTION_BYTES = 1058
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a component computes in one phase (in denoise: in one step).
+
+    Attributes:
+        operations: kernels launched.
+        flops: floating point operations, 2 per multiply-add.
+        product_bytes: read and written by the operations that have FLOPs.
+        other_bytes: read and written by all others.
+    """
+
+    operations: int = 0
+    flops: int = 0
+    product_bytes: int = 0
+    other_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class ComponentProfile:
-    """One component: its dtype, bytes of weights, and bytes of activations in each phase where it works."""
+    """One component: its dtype, bytes of weights, and per phase where it works, bytes of activations and work.
+
+    `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own phases.
+    """
 
     name: Component
     class_name: str
     dtype: Dtype
     weights_bytes: int
     activations: Mapping[Phase, int]
+    work: Mapping[Phase, Work] = field(default_factory=dict)
+    resident: bool = True
 
     @property
     def activation_bytes(self) -> int:
@@ -52,75 +79,124 @@ class Crossing:
     bytes_each: int
     per_step: bool
 
+    def times(self, steps: int) -> int:
+        """How often it crosses in a request of `steps` denoising steps."""
+        return steps if self.per_step else 1
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that waits for it."""
+        if self.per_step:
+            return "denoise"
+        return _PHASE_OF_CROSSING.get(self.tensor, "encode")
+
+
+_PHASE_OF_CROSSING: Mapping[str, Phase] = {
+    "control_image": "prepare", "control_latents": "prepare", "latents": "decode",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class PipelineProfile:
-    """All components for one workload, and the tensors that flow between them."""
+    """All components for one workload, and the tensors that flow between them.
+
+    `vae_modes` are what the VAE needs when it works otherwise than plainly.
+    """
 
     components: Mapping[Component, ComponentProfile]
     crossings: tuple[Crossing, ...]
     steps: int
-    rough: tuple[Component, ...] = ()
+    vae_modes: Mapping[VaeMode, ComponentProfile] = field(default_factory=dict)
+
+    def under(self, knobs: Iterable[Knob]) -> PipelineProfile:
+        """Return the profile with `knobs` turned on; splitting ControlNet off changes nothing here."""
+        knobs = set(knobs)
+        parts = dict(self.components)
+        mode: VaeMode = "vae_tiling" if "vae_tiling" in knobs else "vae_slicing" if "vae_slicing" in knobs else "plain"
+        if mode in self.vae_modes:
+            parts["vae"] = self.vae_modes[mode]
+        if "text_encoder_offload" in knobs:
+            parts["text_encoder"] = replace(parts["text_encoder"], resident=False)
+        return replace(self, components=parts)
 
 
-def profile_pipeline(checkpoint: Checkpoint, workload: Workload, dtypes: Mapping[Component, Dtype]) -> PipelineProfile:
-    """Profile every component of `checkpoint` for `workload` in the given dtypes."""
-    facts = checkpoint.components
-    rules = _rules_of_thumb(facts, workload, dtypes)
-    fits = catalogue.fitted()
-    activations = {
-        name: _evaluate(fits[part.shapes_digest], workload, dtypes[name]) if part.shapes_digest in fits else rules[name]
-        for name, part in facts.items()
-    }
-    components = {
-        name: ComponentProfile(name, part.class_name, dtypes[name], part.weights_bytes(dtypes[name]), activations[name])
-        for name, part in facts.items()
-    }
-    rough = tuple(name for name, part in facts.items() if part.shapes_digest not in fits)
-    return PipelineProfile(components, _crossings(facts, workload, dtypes), workload.steps, rough)
+def profile_pipeline(
+    checkpoint: Checkpoint, workload: Workload, dtypes: Mapping[Component, Dtype], told: Told | None = None
+) -> PipelineProfile:
+    """Profile every component of `checkpoint` for `workload` in the given dtypes.
 
-
-def _evaluate(fits: catalogue.Fits, workload: Workload, dtype: Dtype) -> dict[Phase, int]:
-    """Evaluate the fits of one component: constant + batch x (per_image + per_image_pixel x pixels); see fit.py."""
-    pixels, found = workload.height * workload.width, {}
-    for phase in PHASES:
-        if phase in fits:
-            constant, per_image, per_pixel = fits[phase][dtype]["guided" if workload.guided else "unguided"]
-            found[phase] = max(0, round(constant + workload.batch * (per_image + per_pixel * pixels)))
-    return found
-
-
-def _rules_of_thumb(
-    facts: Mapping[Component, ComponentFacts], workload: Workload, dtypes: Mapping[Component, Dtype]
-) -> dict[Component, dict[Phase, int]]:
-    """Estimate activation peaks in bytes: (live tensors of the widest layer) x (its elements) x (item size).
-
-    The counts of live tensors are rough. Encoding runs the prompt once and the negative prompt once, the control
-    image passes the VAE once per image and guidance half, the denoiser sees both halves at once.
+    Args:
+        told: told of the progress where the checkpoint must be measured first; see `needs.py`.
     """
-    item = {name: DTYPE_BYTES[dtype] for name, dtype in dtypes.items()}
-    images, halves = workload.batch, 2 if workload.guided else 1
-    pixels = workload.height * workload.width
-    cells = pixels // VAE_FACTOR**2
-    text, vae = facts["text_encoder"].config, facts["vae"].config
-    tokens = _prompt_tokens(facts)
-    width = 6 * int(text["hidden_size"]) + 3 * int(text["intermediate_size"])
-    encoder_channels = int(vae["encoder_block_out_channels"][0])
-    decoder_channels = int(vae["decoder_block_out_channels"][0])
-    denoisers: dict[Component, dict[Phase, int]] = {}
-    residuals = int(facts["controlnet"].config["num_layers"])
-    for name in ("transformer", "controlnet"):
-        inner = int(facts[name].config["num_attention_heads"]) * int(facts[name].config["attention_head_dim"])
-        live = 12 * float(facts[name].config["mlp_ratio"]) / 2.5 + 8 + residuals * (2 if name == "controlnet" else 1)
-        denoisers[name] = {"denoise": int(live * inner * cells * images * halves * item[name])}
-    return {
-        "text_encoder": {"encode": width * tokens * item["text_encoder"]},
-        "vae": {
-            "prepare": 7 * encoder_channels * pixels * images * halves * item["vae"],
-            "decode": 7 * decoder_channels * pixels * images * item["vae"],
-        },
-        **denoisers,
-    }
+    facts = checkpoint.components
+    needs = needs_of(checkpoint, dtypes, workload.guided, told)
+
+    def profiled(name: Component, mode: VaeMode) -> ComponentProfile:
+        phases = [phase for phase in PHASES if phase in needs[name]]
+        return ComponentProfile(
+            name,
+            facts[name].class_name,
+            dtypes[name],
+            facts[name].weights_bytes(dtypes[name]),
+            {phase: _activation(needs[name][phase], workload, phase, mode) for phase in phases},
+            {phase: _work(needs[name][phase], workload, phase, mode) for phase in phases},
+        )
+
+    modes: tuple[VaeMode, ...] = ("vae_slicing", "vae_tiling")
+    return PipelineProfile(
+        {name: profiled(name, "plain") for name in facts},
+        _crossings(facts, workload, dtypes),
+        workload.steps,
+        {mode: profiled("vae", mode) for mode in modes},
+    )
+
+
+def linear(coefficients: Sequence[float], batch: int, pixels: int) -> float:
+    """constant + per_image x batch + per_pixel x pixels + per_image_pixel x batch x pixels."""
+    constant, per_image, per_pixel, per_image_pixel = coefficients
+    return constant + per_image * batch + per_pixel * pixels + per_image_pixel * batch * pixels
+
+
+def tiles(side: int) -> list[int]:
+    """Lengths in pixels of the tiles that cover `side`, as `AutoencoderDC.tiled_decode` cuts them."""
+    return [min(VAE_TILE[0], side - start) for start in range(0, side, VAE_TILE[2])]
+
+
+def covered_pixels(height: int, width: int) -> int:
+    """Pixels that the tiles of one image have together: more than it has, since tiles overlap."""
+    return sum(tiles(height)) * sum(tiles(width))
+
+
+def _activation(needs: Mapping[str, Any], workload: Workload, phase: Phase, mode: VaeMode) -> int:
+    """Peak in bytes. Sliced, one image at a time; tiled, one tile of it, and what collecting the tiles adds."""
+    batch, pixels = workload.batch, workload.height * workload.width
+    sliced = mode != "plain" and _rows(workload, phase) > 1
+    tile = min(workload.height, VAE_TILE[0]) * min(workload.width, VAE_TILE[1]) if mode == "vae_tiling" else pixels
+    peak = linear(needs["sliced_bytes" if sliced else "activation_bytes"], batch, tile)
+    if tile < pixels:
+        constant, per_pixel, per_image_pixel = needs["tiling_bytes"]
+        peak += constant + (per_pixel + per_image_pixel * batch) * covered_pixels(workload.height, workload.width)
+    return max(0, round(peak))
+
+
+def _work(needs: Mapping[str, Any], workload: Workload, phase: Phase, mode: VaeMode) -> Work:
+    """FLOPs and bytes grow with the pixels computed (tiles overlap), operations with the number of calls."""
+    pixels, calls = workload.height * workload.width, 1
+    if mode != "plain":
+        calls = _rows(workload, phase)
+    if mode == "vae_tiling" and max(workload.height, workload.width) > VAE_TILE[0]:
+        pixels = covered_pixels(workload.height, workload.width)
+        calls *= len(tiles(workload.height)) * len(tiles(workload.width))
+    counts = {key: round(linear(needs[key], workload.batch, pixels)) for key in _QUANTITIES}
+    return Work(operations=needs["operations"] * calls, **counts)
+
+
+_QUANTITIES = ("flops", "product_bytes", "other_bytes")
+
+
+def _rows(workload: Workload, phase: Phase) -> int:
+    """Images that pass the VAE: the control image once per guidance half."""
+    return workload.batch * (2 if workload.guided and phase == "prepare" else 1)
 
 
 def _prompt_tokens(facts: Mapping[Component, ComponentFacts]) -> int:

@@ -170,8 +170,16 @@ def report_of(
             )
             for m in ledger.timeline
         ],
-        work={name: RehearsedWork(operations=w.operations, flops=w.flops) for name, w in ledger.work.items()},
+        work=_work_by_component(ledger),
     )
+
+
+def _work_by_component(ledger: Ledger) -> dict[str, RehearsedWork]:
+    found: dict[str, RehearsedWork] = {}
+    for (_, name), work in ledger.work.items():
+        before = found.get(name, RehearsedWork(operations=0, flops=0))
+        found[name] = RehearsedWork(operations=before.operations + work.operations, flops=before.flops + work.flops)
+    return found
 
 
 def _gpu(index: int, resolved: ResolvedPlan, ledger: Ledger) -> RehearsedGpu:

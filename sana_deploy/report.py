@@ -59,7 +59,9 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
     if "cpu" in plan.device_map.values():
         blocks.append(_host_table(plan))
     blocks.append(Text("~ estimated; weights are exact", style="dim"))
+    blocks += _knob_lines(plan)
     blocks += _transfer_lines(plan)
+    blocks += _time_lines(plan)
     blocks += _considered_lines(plan)
     blocks += [line for remark in plan.diagnostics for line in _remark_lines(remark)]
     return Group(*blocks)
@@ -121,16 +123,51 @@ def _place(place: Place) -> str:
     return "CPU" if place == "cpu" else f"GPU {place}"
 
 
+def _knob_lines(plan: Plan) -> list[RenderableType]:
+    """One line per knob that is on: what it does, what it saves, what it costs."""
+    lines: list[RenderableType] = []
+    for knob in plan.knobs:
+        price = plan.knob_prices.get(knob)
+        line = f"knob {knob}: {_KNOB_WORDS.get(knob, '')}"
+        if price:
+            line += f"; saves ~{human_bytes(price.bytes_saved)}"
+            line += f", moves ~{human_bytes(price.bytes_per_image)} per image" if price.bytes_per_image > 0 else ""
+            line += f", ~{price.seconds_per_image:+.2f} s per image" if price.seconds_per_image is not None else ""
+        lines.append(Text(line, style="cyan"))
+    return lines
+
+
+_KNOB_WORDS = {
+    "vae_slicing": "the VAE takes one image at a time",
+    "split_controlnet": "ControlNet apart from the transformer",
+    "text_encoder_offload": "the text encoder waits on the CPU, and is on its GPU only during encode",
+    "vae_tiling": "the VAE takes tiles of 1024 px with stride 896; can change pixels",
+}
+
+
+def _time_lines(plan: Plan) -> list[RenderableType]:
+    seconds = plan.estimates.seconds_per_image
+    if seconds is None:
+        return []
+    phases = ", ".join(f"{phase} {value:.2f}" for phase, value in plan.estimates.seconds.items())
+    return [Text(f"time ~{seconds:.2f} s per image ({phases})")]
+
+
 def _considered_lines(plan: Plan) -> list[RenderableType]:
     seen = plan.considered
     if not seen.placements:
         return []
-    lines: list[RenderableType] = [Text(f"considered {seen.placements} placements, {seen.feasible} fit")]
+    under = f" under {seen.settings} sets of knobs" if seen.settings > 1 else ""
+    lines: list[RenderableType] = [
+        Text(
+            f"considered {seen.placements} placements{under}: {seen.feasible} of {seen.placements * seen.settings} fit"
+        )
+    ]
     for runner in seen.runners_up:
         places = ", ".join(f"{name} {_place(place)}" for name, place in runner.device_map.items())
-        apart = runner.device_map["controlnet"] != runner.device_map["transformer"]
-        note = ", ControlNet split off" if apart else ""
-        lines.append(Text(f"  next best: {places}: fullest {runner.worst_utilisation:.0%}{note}", style="dim"))
+        knobs = f", {', '.join(runner.knobs)}" if runner.knobs else ""
+        seconds = f", ~{runner.seconds_per_image:.2f} s" if runner.seconds_per_image is not None else ""
+        lines.append(Text(f"  next: {places}: fullest {runner.worst_utilisation:.0%}{seconds}{knobs}", style="dim"))
     for row in plan.rejections:
         where = f" on GPU {row.gpu}" if row.gpu >= 0 else ""
         lines.append(Text(f"  rejected {row.count} for {row.reason}{where}; closest: {row.closest}", style="dim"))

@@ -35,6 +35,12 @@ def resolve_plan(plan: Plan, machine: Machine | None = None) -> ResolvedPlan:
     Raises:
         PlanError: a GPU is missing, busier, smaller or older than its slot needs; each difference is named.
     """
+    if not plan.feasible:
+        raise PlanError(
+            "this plan shows the closest miss of something that does not fit: it can be read, not applied",
+            where="resolve",
+            hint="compile it again with one of its hints, or with hardware=custom_map hardware.force=true",
+        )
     if machine is None:
         declared = plan.spec.machine
         machine = describe_machine(declared) if isinstance(declared, VirtualMachine) else probe_torch()
@@ -91,7 +97,8 @@ def _bind(slot: Slot, plan: Plan, machine: Machine, taken: set[int]) -> tuple[Gp
 def _lacks(slot: Slot, plan: Plan, gpu: Gpu) -> str:
     hardware = plan.spec.hardware
     kept = 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")
-    if gpu.free_bytes < slot.peak_bytes + kept:
+    forced = isinstance(hardware, CustomMap) and hardware.force
+    if gpu.free_bytes < slot.peak_bytes + kept and not forced:
         wants, has = human_bytes(slot.peak_bytes + kept), human_bytes(gpu.free_bytes)
         return f"needs {wants}, GPU {gpu.index} ({gpu.name}) has {has} free"
     for name, part in plan.components.items():

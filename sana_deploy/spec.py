@@ -19,6 +19,11 @@ Dtype = Literal["float16", "bfloat16", "float32"]
 DTYPE_BYTES: dict[Dtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 Stage = Literal["compile", "resolve", "apply", "generate"]
 STAGES: tuple[Stage, ...] = ("compile", "resolve", "apply", "generate")
+Knob = Literal["vae_slicing", "split_controlnet", "text_encoder_offload", "vae_tiling"]
+KNOBS: tuple[Knob, ...] = ("vae_slicing", "split_controlnet", "text_encoder_offload", "vae_tiling")
+"""Memory savers, cheapest first. `vae_slicing`: the VAE takes one image at a time. `split_controlnet`: ControlNet apart
+from the transformer. `text_encoder_offload`: its weights wait on the CPU and are on the GPU only during encode.
+`vae_tiling`: the VAE takes one tile at a time, which can change pixels."""
 VAE_FACTOR = 32
 """Pixels per latent cell and side: DC-AE f32, the only VAE of the SANA ControlNet pipeline."""
 
@@ -80,12 +85,17 @@ class Planned(Declared):
     Attributes:
         use: indices of the GPUs that may be taken; None means all.
         keep_free: what stays free on every GPU for others, e.g. `1GiB`.
+        allow: knobs that may be turned on; tiling can change pixels and must be asked for.
+        objective: `balance` (no knob without need, then the emptiest fullest GPU), `latency` (seconds per image),
+            `fit` (fewest knobs, then fewest GPUs).
         on_shortfall: without any GPU, run on the CPU with a warning, or refuse.
     """
 
     use: Annotated[list[GpuIndex], Field(min_length=1)] | None = None
     keep_free: str = "0GiB"
     on_shortfall: Literal["cpu", "error"] = "cpu"
+    allow: list[Knob] = ["vae_slicing", "split_controlnet", "text_encoder_offload"]
+    objective: Literal["balance", "latency", "fit"] = "balance"
 
 
 class SingleGpu(Planned):
@@ -102,14 +112,20 @@ class MultiGpuBalanced(Planned):
     """
 
     strategy: Literal["multi_gpu_balanced"]
-    allow: list[Literal["split_controlnet"]] = ["split_controlnet"]
     pin: dict[Component, GpuIndex | None] = {}
 
 
 class CustomMap(Declared):
-    """Exactly what the user wrote: each component's GPU index, or `cpu`."""
+    """Exactly what the user wrote: each component's GPU index, or `cpu`.
+
+    Attributes:
+        knobs: memory savers to turn on.
+        force: apply the map even where it is not expected to fit.
+    """
 
     strategy: Literal["custom_map"]
+    knobs: list[Literal["vae_slicing", "text_encoder_offload", "vae_tiling"]] = []
+    force: bool = False
     device_map: dict[Component, GpuIndex | Literal["cpu"]]
 
     @model_validator(mode="after")
@@ -117,6 +133,8 @@ class CustomMap(Declared):
         missing = [name for name in COMPONENTS if name not in self.device_map]
         if missing:
             raise ValueError(f"device_map has no entry for {', '.join(missing)}; every component needs one")
+        if "text_encoder_offload" in self.knobs and self.device_map["text_encoder"] == "cpu":
+            raise ValueError("text_encoder_offload needs the text encoder on a GPU, device_map keeps it on the CPU")
         return self
 
 

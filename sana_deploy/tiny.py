@@ -6,13 +6,13 @@ the real loading code runs on it. Finding it imports nothing heavy; only making 
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
+from .files import cache_root
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,14 +63,6 @@ _VAE: dict[str, Any] = {
     "upsample_block_type": "interpolate",
     "scaling_factor": 0.41407,
 }
-
-
-def cache_root(cache_dir: str | None = None) -> Path:
-    """Return the cache folder: `cache_dir`, else $SANA_DEPLOY_CACHE, else $XDG_CACHE_HOME/sana_deploy."""
-    chosen = cache_dir or os.environ.get("SANA_DEPLOY_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sana_deploy"
 
 
 def ensure_tiny(cache_dir: str | None = None) -> Path:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import sdpa_flop_count
 
 from .errors import RunError
-from .ledger import Ledger
+from .ledger import Ledger, touched_bytes
 
 Fidelity = Literal["shapes", "numbers"]
 DEVICE_TYPE = "vgpu"
@@ -210,7 +210,7 @@ class VirtualHost:
             made = torch.nn.functional.scaled_dot_product_attention(*_map(_inner, (query, key, value, *args)), **inner)
         heads = query.shape[:2]
         flops = sdpa_flop_count(query.shape, (*heads, *key.shape[2:]), (*heads, *value.shape[2:]))  # type: ignore[no-untyped-call]
-        self.ledger.add_work(flops)
+        self.ledger.add_work(flops, touched_bytes((query, key, value, made)))
         return self._wrap(made, device)
 
     def _keeps_data(self, inner: torch.Tensor) -> bool:
@@ -238,11 +238,15 @@ class VirtualHost:
         made = self.put(source, device, kwargs.get("dtype"))
         if source.device != device:
             self.ledger.moved(str(source.device), str(device), made.nbytes)
+        else:
+            self.ledger.add_work(0, touched_bytes((source, made)))
         return made
 
     def _copy_into(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         if target.device != source.device:
             self.ledger.moved(str(source.device), str(target.device), source.nbytes)
+        else:
+            self.ledger.add_work(0, touched_bytes((source, target)))
         inner, origin = _inner(target), _inner(source)
         if inner.device.type == "cpu" and origin.device.type == "cpu":
             inner.copy_(origin)

@@ -70,6 +70,7 @@ def test_every_quantity_says_how_it_was_come_by(plan: Plan) -> None:
     values.pop("spec")
     counts = {"slots.*.index", "slots.*.compute_capability.*", "home", "device_map.*", "components.*.slot",
               "transfers.*.src", "transfers.*.dst", "considered.placements", "considered.feasible",
+              "considered.settings", "considered.closest.device_map.*",
               "considered.runners_up.*.device_map.*", "rejections.*.gpu", "rejections.*.count"}  # fmt: skip
     unknown = [place for place in numbers(values) if not any(fnmatch(place, known) for known in {*counts, *BASIS})]
     assert unknown == []

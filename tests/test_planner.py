@@ -3,99 +3,152 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sana_deploy.candidates import Objective, Rules
 from sana_deploy.compile import compile_spec
-from sana_deploy.cost import bytes_per_request, home_of, is_split
-from sana_deploy.errors import InfeasibleError, InvalidSpecError
+from sana_deploy.cost import Place, bytes_per_request, home_of, is_split, phase_seconds, slot_use
+from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
+from sana_deploy.known_gpus import KNOWN_GPUS
 from sana_deploy.machine import Gpu, Machine
-from sana_deploy.planner import Checker, Rules, placements, search_balanced
-from sana_deploy.profile import ComponentProfile, Crossing, PipelineProfile
-from sana_deploy.spec import COMPONENTS, DeploySpec
+from sana_deploy.planner import placements, search_balanced
+from sana_deploy.profile import ComponentProfile, Crossing, Phase, PipelineProfile, VaeMode, Work
+from sana_deploy.spec import COMPONENTS, KNOBS, Component, DeploySpec, Knob
 from sana_deploy.units import GIB, MIB
 
 sizes = st.integers(0, 60).map(lambda n: n * 100 * MIB)
+counts = st.integers(0, 50)
+
+
+@st.composite
+def works(draw: st.DrawFn) -> Work:
+    return Work(draw(counts), draw(counts) * 10**12, draw(counts) * 10**9, draw(counts) * 10**9)
 
 
 @st.composite
 def profiles(draw: st.DrawFn) -> PipelineProfile:
-    phases = {"text_encoder": ["encode"], "vae": ["prepare", "decode"]}
-    components = {
-        name: ComponentProfile(
-            name, "C", "float16", draw(sizes), {phase: draw(sizes) for phase in phases.get(name, ["denoise"])}
-        )
-        for name in COMPONENTS
-    }
+    phases: dict[str, list[Phase]] = {"text_encoder": ["encode"], "vae": ["prepare", "decode"]}
+
+    def component(name: Component, weights: int) -> ComponentProfile:
+        own = phases.get(name, ["denoise"])
+        activations = {phase: draw(sizes) for phase in own}
+        return ComponentProfile(name, "C", "float16", weights, activations, {phase: draw(works()) for phase in own})
+
+    components = {name: component(name, draw(sizes)) for name in COMPONENTS}
+    modes: tuple[VaeMode, ...] = ("vae_slicing", "vae_tiling")
     crossings = (
         Crossing("prompt_embeds", "text_encoder", "transformer", draw(sizes) // 100, False),
         Crossing("controlnet_block_samples", "controlnet", "transformer", draw(sizes) // 100, True),
         Crossing("latents", "transformer", "vae", draw(sizes) // 100, False),
     )
-    return PipelineProfile(components, crossings, 20)
+    vae = components["vae"].weights_bytes
+    return PipelineProfile(components, crossings, 20, {mode: component("vae", vae) for mode in modes})
 
 
 @st.composite
 def gpu_lists(draw: st.DrawFn) -> list[Gpu]:
-    kinds = draw(st.lists(st.tuples(st.integers(1, 16), st.integers(6, 9)), min_size=1, max_size=3))
-    return [Gpu(i, f"{s} GiB", s * GIB, s * GIB, (cc, 0)) for i, (s, cc) in enumerate(kinds)]
+    kinds = draw(
+        st.lists(st.tuples(st.integers(1, 16), st.sampled_from(["t4", "rtx3090", "a100"])), min_size=1, max_size=3)
+    )
+    rows = [(s, KNOWN_GPUS[name]) for s, name in kinds]
+    return [Gpu(i, row.name, s * GIB, s * GIB, row.capability, row.multiprocessors) for i, (s, row) in enumerate(rows)]
 
 
-def brute_force(profile: PipelineProfile, gpus: list[Gpu]) -> tuple[object, ...] | None:
-    """Score every assignment by the design's words, without the planner's shortcuts."""
-    speeds = {gpu.index: gpu.speed for gpu in gpus}
-    best, checker = None, Checker(profile, gpus, Rules())
-    for places in itertools.product([gpu.index for gpu in gpus], repeat=4):
-        placement = dict(zip(COMPONENTS, places, strict=True))
-        why, uses = checker.check(placement)
-        if why:
+def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tuple[object, ...] | None:
+    """Score every assignment under every set of knobs by the words of `search_balanced`, with nothing but `cost.py`."""
+    by_index = {gpu.index: gpu for gpu in gpus}
+    allowed = set(rules.allow)
+    found = []
+    for chosen in itertools.product([False, True], repeat=3):
+        slicing, offload, tiling = chosen
+        knobs: set[Knob] = {
+            k for k, on in zip(("vae_slicing", "text_encoder_offload", "vae_tiling"), chosen, strict=True) if on
+        }  # type: ignore[misc]
+        if (tiling and not slicing) or not knobs <= allowed | ({"vae_slicing"} if "vae_tiling" in allowed else set()):
             continue
-        worst = max(use.peak_bytes / gpus[i].free_bytes for i, use in uses.items())
-        home = speeds[home_of(placement)]
-        score = (is_split(placement), worst, bytes_per_request(profile, placement), tuple(-part for part in home))
-        best = score if best is None or score < best else best
-    return best
+        under = profile.under(knobs)
+        for places in itertools.product(by_index, repeat=4):
+            placement: dict[Component, Place] = dict(zip(COMPONENTS, places, strict=True))
+            uses = {i: slot_use(under, placement, i, by_index[i].total_bytes) for i in set(places)}
+            split = is_split(placement)
+            if any(use.peak_bytes > by_index[i].free_bytes for i, use in uses.items()):
+                continue
+            if split and "split_controlnet" not in allowed:
+                continue
+            worst = max(use.peak_bytes / by_index[i].free_bytes for i, use in uses.items())
+            seconds = phase_seconds(under, placement, by_index)
+            assert seconds is not None
+            moved, count = bytes_per_request(under, placement), slicing + offload + tiling + split
+            speed = tuple(-part for part in by_index[home_of(placement)].speed)  # type: ignore[index]
+            found.append(
+                (tiling, offload, split, slicing, worst, moved, speed, sum(seconds.values()), count, len(uses))
+            )
+    least = min((row[4] for row in found if not (row[0] or row[1] or row[3])), default=math.inf)
+    keys = {
+        "balance": lambda r: (r[0], r[1], r[2], r[4] > least, r[3], r[4], r[5], r[6]),
+        "latency": lambda r: (round(r[7], 9), r[8], r[4], r[5], r[6]),
+        "fit": lambda r: (r[8], r[9], r[4], r[5], r[6]),
+    }
+    return min((keys[rules.objective](row) for row in found), default=None)
 
 
-@settings(max_examples=150, deadline=None)
-@given(profiles(), gpu_lists())
-def test_the_chosen_placement_is_the_best_of_all(profile: PipelineProfile, gpus: list[Gpu]) -> None:
-    search = search_balanced(profile, gpus, Rules())
-    expected = brute_force(profile, gpus)
+@settings(max_examples=120, deadline=None)
+@given(profiles(), gpu_lists(), st.sets(st.sampled_from(KNOBS)), st.sampled_from(["balance", "latency", "fit"]))
+def test_the_chosen_candidate_is_the_best_of_all(
+    profile: PipelineProfile, gpus: list[Gpu], allow: set[Knob], objective: Objective
+) -> None:
+    rules = Rules(allow, objective)
+    search, expected = search_balanced(profile, gpus, rules), brute_force(profile, gpus, rules)
     if search.best is None:
         assert expected is None
+        return
+    best = search.best
+    assert expected is not None
+    assert best.seconds is not None
+    on = {knob: knob in best.knobs for knob in KNOBS}
+    home = next(gpu for gpu in gpus if gpu.index == home_of(best.placement))
+    speed = tuple(-part for part in home.speed)
+    ties = (best.worst_utilisation, best.bytes_per_request, speed)
+    if objective == "balance":
+        assert (on["vae_tiling"], on["text_encoder_offload"], on["split_controlnet"]) == expected[:3]
+        assert (on["vae_slicing"], *ties) == expected[4:]
+    elif objective == "latency":
+        assert sum(best.seconds.values()) == pytest.approx(expected[0])
     else:
-        home = next(gpu for gpu in gpus if gpu.index == home_of(search.best.placement))
-        chosen = (
-            is_split(search.best.placement),
-            search.best.worst_utilisation,
-            search.best.bytes_per_request,
-            tuple(-part for part in home.speed),
-        )
-        assert chosen == expected
+        assert (len(best.knobs), len(best.uses), *ties) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(profiles(), gpu_lists())
+def test_every_candidate_is_counted_once(profile: PipelineProfile, gpus: list[Gpu]) -> None:
+    search = search_balanced(profile, gpus, Rules())
+    assert search.feasible + sum(rejection.count for rejection in search.rejections) == search.considered
 
 
 def test_alike_gpus_are_not_counted_twice() -> None:
     alike = [Gpu(i, "T4", 15 * GIB, 15 * GIB, (7, 5)) for i in range(8)]
     unlike = [Gpu(i, f"GPU {i}", 15 * GIB, 15 * GIB, (7, 5)) for i in range(8)]
-    assert len(list(placements(alike, {}))) == 15  # the partitions of four components
-    assert len(list(placements(unlike, {}))) == 8**4
+    assert len(placements(alike, {})) == 15  # the partitions of four components
+    assert len(placements(unlike, {})) == 8**4
 
 
 Describe = Callable[..., Machine]
 Small = Callable[..., DeploySpec]
 LARGE = "model=sana_1600m_controlnet"
 AT_1024 = ("workload.height=1024", "workload.width=1024")
+ON_ONE = "hardware.device_map={text_encoder: 0, vae: 0, transformer: 0, controlnet: 0}"
 
 
 def test_controlnet_stays_beside_the_transformer_where_that_fits(small: Small, machine: Describe) -> None:
     plan = compile_spec(small(LARGE, *AT_1024), machine(12, 12))
     assert plan.device_map["controlnet"] == plan.device_map["transformer"] == plan.home
     assert plan.device_map["text_encoder"] != plan.home
-    assert plan.knobs == []
+    assert set(plan.knobs) <= {"vae_slicing"}
     assert plan.estimates.bytes_per_step == 0
     assert all(slot.peak_bytes <= slot.capacity_bytes for slot in plan.slots)
 
@@ -103,8 +156,28 @@ def test_controlnet_stays_beside_the_transformer_where_that_fits(small: Small, m
 def test_two_8_gib_cards_hold_the_1600m_pipeline_at_1024_px(small: Small, machine: Describe) -> None:
     plan = compile_spec(small(LARGE, *AT_1024), machine(8, 8))
     home, other = plan.home, 1 - int(plan.home)
-    assert plan.device_map == {"text_encoder": other, "vae": home, "transformer": home, "controlnet": other}
-    assert plan.knobs == ["split_controlnet"]
+    assert plan.device_map == {"text_encoder": other, "vae": home, "transformer": home, "controlnet": home}
+    assert plan.knobs == ["vae_slicing"]
+    assert plan.estimates.bytes_per_step == 0
+    unsliced = compile_spec(small(LARGE, *AT_1024, "hardware.allow=[split_controlnet]"), machine(8, 8))
+    assert unsliced.knobs == ["split_controlnet"]
+    assert unsliced.device_map["controlnet"] != unsliced.home
+
+
+def test_slicing_goes_on_only_where_it_is_needed_to_keep_controlnet_at_home(small: Small, machine: Describe) -> None:
+    together = compile_spec(small(LARGE, *AT_1024), machine(24, 24))
+    split_off = compile_spec(
+        small(
+            LARGE,
+            *AT_1024,
+            "hardware=custom_map",
+            "hardware.device_map={text_encoder: 0, vae: 1, transformer: 1, controlnet: 0}",
+        ),
+        machine(24, 24),
+    )
+    assert together.estimates.worst_utilisation <= split_off.estimates.worst_utilisation
+    alone = compile_spec(small(LARGE, *AT_1024), machine(24))
+    assert alone.knobs == [], "with nothing to split there is nothing to make up for"
 
 
 def test_controlnet_is_split_off_only_when_nothing_else_fits(small: Small, machine: Describe) -> None:
@@ -146,7 +219,9 @@ def test_bfloat16_before_compute_capability_8_is_refused_with_what_works(small: 
 
 
 def test_what_does_not_fit_says_how_much_is_missing(small: Small, machine: Describe) -> None:
-    with pytest.raises(InfeasibleError, match=r"0 of 2 placements fit .* GiB too much") as caught:
+    with pytest.raises(
+        InfeasibleError, match=r"0 of 2 placements fit, each under 4 sets of knobs .* GiB too much"
+    ) as caught:
         compile_spec(small(LARGE, "hardware=single_gpu"), machine(6, 6.5))
     assert caught.value.facts["shortfall_bytes"] > 0
     assert "hardware=multi_gpu_balanced" in caught.value.hint
@@ -180,7 +255,7 @@ def test_without_gpus_the_cpu_is_taken_with_a_warning_or_refused(small: Small, m
 
 def test_float16_for_fragile_components_warns_and_strict_refuses(small: Small, machine: Describe) -> None:
     plan = compile_spec(small("precision=fp16"), machine(8))
-    assert [remark.type for remark in plan.diagnostics] == ["fragile_dtype"]
+    assert [remark.type for remark in plan.diagnostics if remark.severity == "warning"] == ["fragile_dtype"]
     with pytest.raises(InfeasibleError, match="not to be safe for text_encoder and vae"):
         compile_spec(small("precision=fp16", "precision.strict=true"), machine(8))
 
@@ -213,19 +288,22 @@ def test_pinned_components_stay_where_they_are_pinned(small: Small, machine: Des
 def test_every_hint_fits_when_it_is_taken(small: Small, machine: Describe) -> None:
     for request, box in (
         ((*AT_1024, "hardware=single_gpu"), machine(8, 8)),
-        ((*AT_1024, "hardware=single_gpu"), machine(12)),
-        (("workload.height=2048", "workload.width=1024"), machine(8, 8)),
+        ((*AT_1024, "hardware=single_gpu", "hardware.allow=[]"), machine(12)),
+        (("workload.height=2048", "workload.width=2048"), machine(8, 8)),
         ((*AT_1024, "precision=fp32"), machine(16)),
         (AT_1024, machine(15, capability=(7, 5))),
+        ((*AT_1024, "hardware=custom_map", ON_ONE), machine(12)),
     ):
         with pytest.raises(InfeasibleError) as caught:
             compile_spec(small(LARGE, *request), box)
         changes = caught.value.hint.removeprefix("this fits: ").split("; or ")
-        assert 1 <= len(changes) <= 3, caught.value.hint
+        assert 1 <= len(changes) <= 4, caught.value.hint
         for change in changes:
             overrides = change.partition(" (")[0].split()
             elsewhere = None if "machine=virtual" in overrides else box
-            assert compile_spec(small(LARGE, *request, *overrides), elsewhere).slots, change
+            switched = any(override.startswith("hardware=") for override in overrides)
+            kept = [one for one in request if not (switched and one == ON_ONE)]
+            assert compile_spec(small(LARGE, *kept, *overrides), elsewhere).slots, change
 
 
 def test_the_largest_image_offered_is_the_largest(small: Small, machine: Describe) -> None:
@@ -257,9 +335,83 @@ def test_hints_keep_to_what_was_asked_of_the_gpus(small: Small, machine: Describ
 
 
 def test_what_is_kept_free_is_taken_off_once_in_hints(small: Small, machine: Describe) -> None:
-    request = [LARGE, *AT_1024, "hardware=single_gpu", "hardware.keep_free=2GiB"]
+    request = [LARGE, *AT_1024, "hardware=single_gpu", "hardware.keep_free=2GiB", "hardware.allow=[]"]
     with pytest.raises(InfeasibleError) as caught:
         compile_spec(small(*request), machine(13))
     side = int(caught.value.hint.partition("workload.height=")[2].split()[0])
     with pytest.raises(InfeasibleError):
         compile_spec(small(*request, f"workload.height={side + 32}", f"workload.width={side + 32}"), machine(13))
+
+
+def test_a_knob_that_would_help_is_told_from_what_never_fits(small: Small, machine: Describe) -> None:
+    large = (LARGE, "workload.height=2048", "workload.width=2048", "hardware=single_gpu")
+    with pytest.raises(InfeasibleError) as caught:
+        compile_spec(small(*large), machine(12))
+    assert caught.value.facts["fits_with_a_knob"] is True
+    wanted = "hardware.allow=[vae_slicing,split_controlnet,text_encoder_offload,vae_tiling]"
+    assert caught.value.hint.startswith(f"this fits: {wanted} (can change pixels)")
+    tiled = compile_spec(small(*large, wanted), machine(12))
+    assert tiled.knobs == ["vae_slicing", "text_encoder_offload", "vae_tiling"]
+    assert tiled.vae_tile is not None
+    assert tuple(tiled.vae_tile.model_dump().values()) == (1024, 1024, 896, 896)
+    with pytest.raises(InfeasibleError, match="No knob makes it fit on this machine") as caught:
+        compile_spec(small(*large), machine(6))
+    assert caught.value.facts["fits_with_a_knob"] is False
+
+
+def test_every_knob_that_is_on_has_its_price(small: Small, machine: Describe) -> None:
+    offloaded = compile_spec(small(LARGE, *AT_1024, "hardware=single_gpu"), machine(12))
+    assert offloaded.knobs == ["text_encoder_offload"]
+    price, part = offloaded.knob_prices["text_encoder_offload"], offloaded.components["text_encoder"]
+    assert price.bytes_per_image == part.weights_bytes
+    assert price.bytes_saved > 2 * GIB
+    assert price.seconds_per_image is not None
+    assert price.seconds_per_image > 0.1
+    (upload,) = [moved for moved in offloaded.transfers if moved.src == "cpu"]
+    assert (upload.tensor, upload.bytes_per_image) == ("text_encoder weights", part.weights_bytes)
+    split = compile_spec(small(LARGE, *AT_1024, "hardware.allow=[split_controlnet]"), machine(8, 8))
+    assert split.knob_prices["split_controlnet"].bytes_per_image == pytest.approx(
+        split.estimates.bytes_per_image, rel=0.05
+    )
+
+
+def test_latency_puts_all_on_the_fastest_and_fit_uses_the_fewest_gpus(small: Small) -> None:
+    slow, fast = KNOWN_GPUS["rtx3090"], KNOWN_GPUS["rtx4090"]
+    gpus = tuple(
+        Gpu(i, row.name, row.memory_mib * MIB, row.memory_mib * MIB, row.capability, row.multiprocessors)
+        for i, row in enumerate((slow, fast))
+    )
+    box = Machine("present", gpus, 64 * GIB)
+    quick = compile_spec(small(LARGE, *AT_1024, "hardware.objective=latency"), box)
+    assert set(quick.device_map.values()) == {1}
+    balanced = compile_spec(small(LARGE, *AT_1024), box)
+    assert len(balanced.slots) == 2
+    assert quick.estimates.seconds_per_image is not None
+    assert balanced.estimates.seconds_per_image is not None
+    assert quick.estimates.seconds_per_image < balanced.estimates.seconds_per_image
+    few = compile_spec(small(LARGE, *AT_1024, "hardware.objective=fit"), box)
+    assert (len(few.slots), few.knobs) == (1, [])
+
+
+def test_a_map_that_cannot_fit_is_refused_like_any_other_unless_forced(small: Small, machine: Describe) -> None:
+    request = (LARGE, *AT_1024, "hardware=custom_map", ON_ONE)
+    with pytest.raises(InfeasibleError, match=r"0 of 1 placements fit \(1 memory on GPU 0\). Closest: .* too much"):
+        compile_spec(small(*request), machine(12))
+    forced = compile_spec(small(*request, "hardware.force=true"), machine(12))
+    assert [remark.type for remark in forced.diagnostics if remark.severity == "warning"] == ["forced"]
+    assert forced.resolve(machine(12)).device_map["vae"] == "cuda:0"
+    helped = compile_spec(small(*request, "hardware.knobs=[text_encoder_offload]"), machine(12))
+    assert helped.knobs == ["text_encoder_offload"]
+    with pytest.raises(InvalidSpecError, match="needs the text encoder on a GPU"):
+        small("hardware=custom_map", "hardware.knobs=[text_encoder_offload]", "hardware.device_map.text_encoder=cpu")
+
+
+def test_what_does_not_fit_is_a_plan_to_read_but_not_to_apply(small: Small, machine: Describe) -> None:
+    with pytest.raises(InfeasibleError) as caught:
+        compile_spec(small(LARGE, *AT_1024), machine(6, 6))
+    plan = caught.value.plan
+    assert not plan.feasible
+    assert plan.considered.closest.shortfall_bytes == caught.value.facts["shortfall_bytes"] > 0
+    assert max(slot.peak_bytes - slot.available_bytes for slot in plan.slots) == plan.considered.closest.shortfall_bytes
+    with pytest.raises(PlanError, match="can be read, not applied"):
+        plan.resolve(machine(24, 24))

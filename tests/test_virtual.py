@@ -126,7 +126,7 @@ def test_flops_are_pytorch_s_own_count(host: VirtualHost) -> None:
         torch.zeros(3, 5, device="vgpu:0") @ torch.zeros(5, 7, device="vgpu:0")
         q = torch.zeros(1, 2, 8, 16, device="vgpu:0")
         functional.scaled_dot_product_attention(q, q, q)
-    assert host.ledger.work["transformer"].flops == 2 * 3 * 5 * 7 + 2 * (2 * 2 * 8 * 8 * 16)
+    assert host.ledger.work["denoise", "transformer"].flops == 2 * 3 * 5 * 7 + 2 * (2 * 2 * 8 * 8 * 16)
 
 
 def test_small_tensors_keep_data_in_shapes_and_large_ones_do_not() -> None:
@@ -150,7 +150,7 @@ def test_shapes_agree_with_numbers_byte_for_byte() -> None:
 
             module = host.place_module(copy.deepcopy(layers), "vae", torch.device("vgpu:0"))
             module(torch.zeros(2, 3, 64, 64).to("vgpu:0"))
-        peaks.append((host.ledger.peaks[0].total_bytes, host.ledger.work["pipeline"]))
+        peaks.append((host.ledger.peaks[0].total_bytes, host.ledger.work["load", "pipeline"]))
     assert peaks[0] == peaks[1]
 
 
