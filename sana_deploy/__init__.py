@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .errors import SanaDeployError as SanaDeployError
     from .load import load_pipeline as load_pipeline
     from .load import place as place
+    from .load import unplace as unplace
     from .outcome import Outcome as Outcome
     from .plan import Plan as Plan
     from .rehearsal import rehearse as rehearse
@@ -34,6 +35,7 @@ _HOMES = {
     "load_pipeline": "load",
     "place": "load",
     "rehearse": "rehearsal",
+    "unplace": "load",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,10 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
+from .profile import VAE_TILE
+from .spec import VAE_FACTOR
+
+log = logging.getLogger(__name__)
 Movement = tuple[str, str, str]
 """Source device, destination device, tensor."""
 Event = Literal["enter", "leave"]
@@ -73,7 +79,7 @@ class Visit:
                 moved = value.detach().to(self.device, non_blocking=True)
                 traffic.add(value.device, self.device, f"{self.name} weights", value.nbytes)
                 self._kept.append((own, key, value))
-                own[key] = nn.Parameter(moved, requires_grad=False) if own is child._parameters else moved
+                own[key] = nn.Parameter(moved, requires_grad=value.requires_grad) if own is child._parameters else moved
 
     def leave(self) -> None:
         """Put the module's own parameters back, so that the copies are freed."""
@@ -84,20 +90,37 @@ class Visit:
 
 @dataclass
 class Border:
-    """What all hooks of one pipeline share: the home device, the traffic counted, who listens.
+    """What all hooks of one pipeline share.
 
-    `failure` keeps a decoder's OutOfMemoryError, which diffusers' pipeline swallows. `visits` are the components whose
-    weights wait on the CPU.
+    Attributes:
+        home: the device of the denoising loop.
+        traffic: bytes moved.
+        observers: told at every border.
+        on_decode_oom: `tile` decodes once more in tiles when the VAE runs out of memory.
+        inside: the component and method at work, or the last one.
+        failure: a decoder's OutOfMemoryError, which diffusers' pipeline swallows.
+        visits: components whose weights wait on the CPU.
+        remarks: what was done that the user should know.
+        origins: where components were before they were placed.
+        expected: device -> bytes that the plan expects at its fullest, and that it found free.
+        restore: undoes what placing changed on the pipeline besides hooks; run when the first hook is taken off.
     """
 
     home: torch.device
     traffic: Traffic = field(default_factory=Traffic)
     observers: list[Observer] = field(default_factory=list)
+    on_decode_oom: Literal["tile", "raise"] = "raise"
+    inside: tuple[str, str] = ("pipeline", "")
     failure: torch.OutOfMemoryError | None = None
     visits: dict[str, Visit] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    origins: dict[str, torch.device] = field(default_factory=dict)
+    expected: dict[str, tuple[int, int]] = field(default_factory=dict)
+    restore: list[Callable[[], object]] = field(default_factory=list)
 
     def enter(self, name: str, method: str) -> None:
         """A component begins: guests that are not needed leave, observers are told, its own weights arrive."""
+        self.inside = (name, method)
         for guest, visit in self.visits.items():
             if guest != name:
                 visit.leave()
@@ -136,6 +159,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self.methods = methods
         self.keep = keep
         self.execution_device = border.home
+        self._kept: dict[str, _Kept] = {}
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
@@ -153,43 +177,117 @@ class BorderHook(ModelHook):  # type: ignore[misc]
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Wrap the methods that are no `forward`."""
         for method in (*self.methods, *self.keep):
-            setattr(module, method, self._wrapped(getattr(module, method), method))
+            setattr(module, method, self._wrapped(module, getattr(module, method), method))
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Give the methods back as the class defines them, and the weights back to the module."""
         if visit := self.border.visits.pop(self.name, None):
             visit.leave()
+        while self.border.restore:
+            self.border.restore.pop()()
         for method in (*self.methods, *self.keep):
             module.__dict__.pop(method, None)
         return module
 
-    def _wrapped(self, inner: Callable[..., Any], method: str) -> Callable[..., Any]:
+    def _wrapped(self, module: nn.Module, inner: Callable[..., Any], method: str) -> Callable[..., Any]:
         @functools.wraps(inner)
         def outer(*args: Any, **kwargs: Any) -> Any:
             self.border.enter(self.name, method)
             names = [_INPUTS[self.name, method]]
+            args, kwargs = self._pull(args, names), self._pull(kwargs)
+            again = None
             try:
-                output = inner(*self._pull(args, names), **self._pull(kwargs))
+                output = inner(*args, **kwargs)
             except torch.OutOfMemoryError as problem:
-                self.border.failure = problem
-                raise
+                again = self._tiles_for(module, method, args)
+                if again is None:
+                    self.border.failure = problem
+                    raise
+            if again is not None:  # outside `except`, whose traceback keeps the activations alive
+                output = self._in_tiles(module, again, lambda: inner(*args, **kwargs))
             self.border.notify("leave", f"{self.name}.{method}")
             return output if method in self.keep else self._push(output, _OUTPUTS[self.name, method])
 
         return outer
 
+    def _tiles_for(self, module: nn.Module, method: str, args: Any) -> tuple[int, int, int, int] | None:
+        """Tiles to decode in after running out of memory; None where that is not wanted or would change nothing."""
+        if method != "decode" or self.border.on_decode_oom != "tile" or module.use_tiling or not args:
+            return None
+        side = max(args[0].shape[-2:]) * VAE_FACTOR
+        chosen = VAE_TILE if side > VAE_TILE[0] else SMALL_TILE
+        return chosen if side > chosen[0] else None
+
+    def _in_tiles(self, module: Any, tile: tuple[int, int, int, int], decode: Callable[[], Any]) -> Any:
+        """Decode with slicing and tiling on, for this once, and say so."""
+        risk = "; tiles this small may show in flat areas" if tile == SMALL_TILE else ""
+        remark = f"the VAE ran out of memory in decode: decoded again in tiles of {tile[0]} px, stride {tile[2]}{risk}"
+        log.warning(remark)
+        self.border.remarks.append(remark)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        settings = vae_settings(module)
+        module.enable_slicing()
+        module.enable_tiling(*tile)
+        try:
+            return decode()
+        except torch.OutOfMemoryError as problem:
+            self.border.failure = problem
+            raise
+        finally:
+            module.__dict__.update(settings)
+
     def _pull(self, value: Any, names: Sequence[str] = ()) -> Any:
         if isinstance(value, tuple):
             padded = [*names, *[f"argument {i}" for i in range(len(names), len(value))]]
-            pairs = zip(value, padded, strict=False)
-            return tuple(move(item, self.device, self.border.traffic, name) for item, name in pairs)
-        return {key: move(item, self.device, self.border.traffic, key) for key, item in value.items()}
+            return tuple(self._fetch(item, name) for item, name in zip(value, padded, strict=False))
+        return {key: self._fetch(item, key) for key, item in value.items()}
+
+    def _fetch(self, value: Any, name: str) -> Any:
+        """Move one argument here; one that stays the same from step to step crosses once."""
+        steady = name in _STEADY and isinstance(value, torch.Tensor) and value.device != self.device
+        if not steady or value.is_inference():
+            return move(value, self.device, self.border.traffic, name)
+        kept = self._kept.get(name)
+        if kept is None or not kept.holds(value):
+            copy = move(value, self.device, self.border.traffic, name)
+            source = weakref.ref(value, lambda ref: self._drop(name, ref))
+            kept = self._kept[name] = _Kept(source, value._version, copy, copy._version)
+        return kept.copy
+
+    def _drop(self, name: str, source: weakref.ref[torch.Tensor]) -> None:
+        if name in self._kept and self._kept[name].source is source:
+            del self._kept[name]
 
     def _push(self, value: Any, name: str) -> Any:
         return move(value, self.border.home, self.border.traffic, name)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The copy of an argument, good for as long as the same tensor comes again and neither was written to."""
+
+    source: weakref.ref[torch.Tensor]
+    source_version: int
+    copy: torch.Tensor
+    copy_version: int
+
+    def holds(self, value: torch.Tensor) -> bool:
+        same = self.source() is value and value._version == self.source_version
+        return same and self.copy._version == self.copy_version
+
+
+def vae_settings(vae: Any) -> dict[str, Any]:
+    """The VAE's slicing and tiling attributes, to be put back into its `__dict__`."""
+    return {key: value for key, value in vae.__dict__.items() if key.startswith("tile_") or key in _VAE_SWITCHES}
+
+
+_VAE_SWITCHES = ("use_slicing", "use_tiling")
+SMALL_TILE = (512, 512, 384, 384)
+"""Tiles for an image that one large tile covers, in pixels, with a wide overlap."""
+_STEADY = ("encoder_hidden_states", "encoder_attention_mask", "controlnet_cond")
+"""Arguments that the pipeline passes unchanged in every denoising step."""
 _INPUTS = {("vae", "encode"): "control_image", ("vae", "decode"): "latents"}
 _OUTPUTS = {
     ("text_encoder", "forward"): "prompt_embeds",

@@ -11,11 +11,12 @@ from typing import Any
 
 from . import report
 from .compile import compile_spec
-from .errors import InfeasibleError, SanaDeployError, UsageError
+from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
 from .files import write_text
+from .hints import roomier
 from .inputs import check_control_image
 from .outcome import Measured, Outcome, Rehearsal, failure_of
-from .plan import Plan
+from .plan import Diagnostic, Plan
 from .resolve import ResolvedPlan
 from .spec import STAGES, DeploySpec, Stage
 
@@ -37,6 +38,7 @@ class Run:
     rehearsal: Rehearsal | None = None
     measured: Measured = field(default_factory=Measured)
     images: list[str] = field(default_factory=list)
+    remarks: list[Diagnostic] = field(default_factory=list)
 
     def outcome(self, problem: BaseException | None = None) -> Outcome:
         """Describe where the run stands; with `problem`, why it ended there."""
@@ -51,6 +53,7 @@ class Run:
             rehearsal=self.rehearsal,
             images=self.images,
             error=error,
+            diagnostics=self.remarks,
         )
 
 
@@ -131,11 +134,27 @@ def _apply(run: Run) -> None:
 
 
 def _generate(run: Run) -> None:
+    from .boundary import border_of
+
+    border = border_of(run.pipeline)
+    assert border is not None
+    try:
+        (_rehearse if run.host is not None else _run)(run)
+    except RunError as problem:
+        if problem.facts.get("out_of_memory") and run.plan:
+            problem.hint = roomier(run.plan, compile_spec) or problem.hint
+        raise
+    finally:
+        hint = "hardware.on_decode_oom=raise makes this an error"
+        run.remarks = [
+            Diagnostic(type="decoded_in_tiles", severity="warning", message=text, where="generate", hint=hint)
+            for text in border.remarks
+        ]
+
+
+def _run(run: Run) -> None:
     from .generate import generate, save_images
 
-    if run.host is not None:
-        _rehearse(run)
-        return
     with report.progress("denoising", run.brief) as advance:
         images, measured = generate(
             run.pipeline, run.spec.workload, lambda done, of: advance(f"step {done}/{of}", done, of)

@@ -23,6 +23,7 @@ from .inputs import read_control_image
 from .outcome import Measured
 from .profile import PHASES, Phase
 from .spec import Workload
+from .units import human_bytes
 
 StepDone = Callable[[int, int], None]
 """Called after each denoising step with the steps done and the steps in all."""
@@ -125,20 +126,42 @@ def run_request(
     border = _border(pipeline)
     border.traffic.moved.clear()
     border.failure = None
+    border.remarks.clear()
     steps = StepTraffic(border)
     border.observers.append(steps)
     try:
         pixels = _call(pipeline, workload, steps, on_step)
     except (torch.OutOfMemoryError, UnboundLocalError) as problem:
         # In decode the pipeline only warns of an OutOfMemoryError, then trips over the image that it never got.
-        cause = problem if isinstance(problem, torch.OutOfMemoryError) else border.failure or problem
-        hint = "a smaller height, width or batch, or more GPUs"
-        raise RunError(f"out of memory: {cause}", where="generate", hint=hint) from problem
+        cause = problem if isinstance(problem, torch.OutOfMemoryError) else border.failure
+        if cause is None:
+            raise RunError(f"the request failed: {problem}", where="generate") from problem
+        raise _out_of_memory(pipeline, border, cause) from problem
     except (RuntimeError, ValueError) as problem:
         raise RunError(f"the request failed: {problem}", where="generate") from problem
     finally:
         border.observers.remove(steps)
     return pixels, steps.per_step
+
+
+def _out_of_memory(pipeline: SanaControlNetPipeline, border: Border, problem: torch.OutOfMemoryError) -> RunError:
+    """Say where memory ran out, what the plan expected there, and what the allocator says."""
+    name, method = border.inside
+    phase = PHASE_OF.get(f"{name}.{method}", "generate")
+    device = pipeline.hf_device_map.get(name, str(border.home))
+    planned = ""
+    if device in border.expected:
+        peak, free = (human_bytes(size) for size in border.expected[device])
+        planned = f"; the plan expected {peak} there at most, of {free} that were free"
+    return RunError(
+        f"out of memory on {device}, in {name} during {phase}{planned} ({str(problem).splitlines()[0]})",
+        where="generate",
+        hint="a smaller height, width or batch, or more GPUs",
+        out_of_memory=True,
+        device=device,
+        component=name,
+        phase=phase,
+    )
 
 
 def to_images(pipeline: SanaControlNetPipeline, pixels: torch.Tensor) -> list[Image]:

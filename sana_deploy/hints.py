@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 
 from .checkpoint import Checkpoint
 from .describe import describe_machine
+from .errors import SanaDeployError
 from .machine import Machine
+from .plan import Plan
 from .precision import POLICIES, fragile_components
 from .spec import (
     KNOBS,
@@ -19,6 +21,7 @@ from .spec import (
     MultiGpuBalanced,
     VirtualMachine,
 )
+from .units import human_bytes
 
 Fits = Callable[[DeploySpec, Checkpoint, Machine], bool]
 """Whether some placement of a declaration fits a machine."""
@@ -126,3 +129,31 @@ def _first_machine(spec: DeploySpec, checkpoint: Checkpoint, fits: Fits) -> str:
         if fits(spec, checkpoint, describe_machine(machine)):
             return f"machine=virtual machine.gpus={gpus}"
     return ""
+
+
+def roomier(plan: Plan, compiled: Callable[[DeploySpec], Plan]) -> str:
+    """After a run out of memory: the first plan that needs less on its fullest GPU, as overrides; planned here."""
+    hardware = plan.spec.hardware
+    tries: Iterator[Change]
+    if isinstance(hardware, CustomMap):
+        tries = _more_knobs(plan.spec)
+    else:
+        room = ("512MiB", "1GiB", "2GiB", "4GiB")
+        kept = ((f"hardware.keep_free={size}", {"keep_free": size}) for size in room)
+        tries = (
+            (words, plan.spec.model_copy(update={"hardware": hardware.model_copy(update=change)}))
+            for words, change in kept
+        )
+    for words, changed in tries:
+        try:
+            other = compiled(changed)
+        except SanaDeployError:
+            continue
+        if _fullest(other) < _fullest(plan):
+            saved = human_bytes(_fullest(plan) - _fullest(other))
+            return f"{words} plans {saved} less on the fullest GPU ({', '.join(other.knobs) or 'another placement'})"
+    return ""
+
+
+def _fullest(plan: Plan) -> int:
+    return max((slot.peak_bytes for slot in plan.slots), default=0)

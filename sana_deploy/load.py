@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,10 +12,11 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_module
 from diffusers import SanaControlNetPipeline
 from torch import nn
 
-from .boundary import Border, attach
+from .boundary import Border, attach, border_of, vae_settings
 from .checkpoint import CLASSES, Checkpoint, ComponentFacts, open_checkpoint
 from .errors import PlanError, RunError
 from .plan import Plan
@@ -73,35 +75,108 @@ def load_pipeline(
 def place(pipeline: SanaControlNetPipeline, resolved: ResolvedPlan) -> SanaControlNetPipeline:
     """Place a pipeline that is already in memory: cast and move each component, then hook its border.
 
-    `pipeline.reset_device_map()` undoes the hooks and moves everything to the CPU.
+    `unplace` undoes it; `pipeline.reset_device_map()` does too, and moves everything to the CPU.
 
     Returns:
         The same pipeline.
 
     Raises:
-        RunError: it is already placed, or it lacks a component.
+        RunError: it is already placed or offloaded, it lacks a component, or a GPU is out of memory.
     """
     if pipeline.hf_device_map is not None:
-        raise RunError("the pipeline already has a device map", hint="call pipeline.reset_device_map() first")
+        raise RunError(
+            "the pipeline already has a device map", hint="call unplace or pipeline.reset_device_map() first"
+        )
+    modules: dict[Component, nn.Module] = {}
     for name in COMPONENTS:
         module = getattr(pipeline, name, None)
         if not isinstance(module, nn.Module):
             raise RunError(f"the pipeline has no {name}", where=name)
-        module.to(dtype=getattr(torch, resolved.plan.components[name].dtype), device=waiting_place(resolved, name))
-    _bind(pipeline, resolved)
+        if any(hasattr(child, "_hf_hook") for child in module.modules()):
+            raise RunError(f"{name} has hooks of another placement", hint="call pipeline.remove_all_hooks() first")
+        modules[name] = module
+    origins: dict[str, torch.device] = {name: next(module.parameters()).device for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            dtype = getattr(torch, resolved.plan.components[name].dtype)
+            module.to(dtype=dtype, device=waiting_place(resolved, name))
+    except torch.OutOfMemoryError as problem:
+        for moved, device in origins.items():
+            getattr(pipeline, moved).to(device)
+        raise RunError(f"out of memory while moving components: {problem}", where="place") from problem
+    _bind(pipeline, resolved, origins)
     return pipeline
 
 
-def _bind(pipeline: SanaControlNetPipeline, resolved: ResolvedPlan) -> None:
-    border = Border(home=torch.device(resolved.home))
+def unplace(pipeline: SanaControlNetPipeline) -> SanaControlNetPipeline:
+    """Take a placement off: no hooks, the class's own methods, the VAE's own settings, components where they were.
+
+    Components keep the dtype that they were placed in: what a cast rounded off cannot come back. Those that
+    `load_pipeline` put on a device stay there.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        RunError: it is not placed.
+    """
+    border = border_of(pipeline)
+    if border is None:
+        raise RunError("the pipeline is not placed")
+    for name in COMPONENTS:
+        module = getattr(pipeline, name)
+        remove_hook_from_module(module)
+        module.__dict__.pop("forward", None)
+        if name in border.origins:
+            module.to(border.origins[name])
+    pipeline.hf_device_map = None
+    return pipeline
+
+
+def _bind(
+    pipeline: SanaControlNetPipeline, resolved: ResolvedPlan, origins: Mapping[str, torch.device] | None = None
+) -> None:
+    border = Border(
+        home=torch.device(resolved.home),
+        on_decode_oom=resolved.plan.spec.hardware.on_decode_oom,
+        origins=dict(origins or {}),
+        expected={
+            resolved.slot_devices[slot.index]: (slot.peak_bytes, slot.available_bytes)
+            for slot in resolved.plan.slots
+            if slot.index in resolved.slot_devices
+        },
+    )
     for name in COMPONENTS:
         visits = waiting_place(resolved, name) != resolved.device_map[name]
         attach(getattr(pipeline, name), name, torch.device(resolved.device_map[name]), border, visits)
+    settings = vae_settings(pipeline.vae)
+    border.restore.append(lambda: pipeline.vae.__dict__.update(settings))
     if "vae_slicing" in resolved.plan.knobs:
         pipeline.vae.enable_slicing()
     if tile := resolved.plan.vae_tile:
         pipeline.vae.enable_tiling(tile.height, tile.width, tile.stride_height, tile.stride_width)
+    if resolved.device_map["controlnet"] != resolved.home:
+        _cast_prompt_once(pipeline, border)
     pipeline.hf_device_map = dict(resolved.device_map)
+
+
+def _cast_prompt_once(pipeline: SanaControlNetPipeline, border: Border) -> None:
+    """Have `encode_prompt` return embeddings in the denoiser's dtype, where the pipeline would cast them in each step.
+
+    The values are the same; the tensor is too, in every step, so that it crosses to the ControlNet once.
+    """
+    dtype = pipeline.controlnet.dtype
+    if dtype != pipeline.transformer.dtype or dtype == pipeline.text_encoder.dtype:
+        return
+    encode = pipeline.encode_prompt
+
+    @functools.wraps(encode)
+    def encode_prompt(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        embeds, mask, negative, negative_mask = encode(*args, **kwargs)
+        return embeds.to(dtype), mask, None if negative is None else negative.to(dtype), negative_mask
+
+    pipeline.encode_prompt = encode_prompt
+    border.restore.append(lambda: pipeline.__dict__.pop("encode_prompt", None))
 
 
 def waiting_place(resolved: ResolvedPlan, name: Component) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from .errors import SanaDeployError
+from .plan import Diagnostic
 
 Status = Literal["done", "infeasible", "invalid", "stale", "failed"]
 
@@ -116,6 +117,7 @@ class Outcome(Frozen):
     rehearsal: Rehearsal | None = None
     images: list[str] = []
     error: Failure | None = None
+    diagnostics: list[Diagnostic] = []
 
     def to_json(self) -> str:
         """The text of outcome.json."""

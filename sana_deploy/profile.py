@@ -92,7 +92,8 @@ class Crossing:
 
 
 _PHASE_OF_CROSSING: Mapping[str, Phase] = {
-    "control_image": "prepare", "control_latents": "prepare", "latents": "decode",
+    "control_image": "prepare", "control_latents": "prepare", "controlnet_cond": "denoise", "latents": "decode",
+    "encoder_hidden_states": "denoise", "encoder_attention_mask": "denoise",
 }  # fmt: skip
 
 
@@ -218,6 +219,8 @@ def _crossings(
     heads = facts["controlnet"].config
     residual = int(heads["num_attention_heads"]) * int(heads["attention_head_dim"]) * int(heads["num_layers"])
     pixels = 3 * workload.height * workload.width
+    # The pipeline casts the prompt embeddings anew in each step, unless they can be cast before (`load.py`).
+    recast = dtypes["controlnet"] not in (dtypes["text_encoder"], dtypes["transformer"])
     tokens = _prompt_tokens(facts) + (MAX_TOKENS if workload.guided else 0)
     return (
         Crossing("input_ids", "transformer", "text_encoder", 8 * tokens, False),
@@ -226,9 +229,9 @@ def _crossings(
         Crossing("control_image", "transformer", "vae", pixels * rows * vae, False),
         Crossing("control_latents", "vae", "transformer", channels * cells * rows * vae, False),
         Crossing("hidden_states", "transformer", "controlnet", channels * cells * rows * net, True),
-        Crossing("encoder_hidden_states", "transformer", "controlnet", MAX_TOKENS * hidden * rows * net, True),
-        Crossing("encoder_attention_mask", "transformer", "controlnet", MAX_TOKENS * rows * 8, True),
-        Crossing("controlnet_cond", "transformer", "controlnet", channels * cells * rows * vae, True),
+        Crossing("encoder_hidden_states", "transformer", "controlnet", MAX_TOKENS * hidden * rows * net, recast),
+        Crossing("encoder_attention_mask", "transformer", "controlnet", MAX_TOKENS * rows * 8, False),
+        Crossing("controlnet_cond", "transformer", "controlnet", channels * cells * rows * vae, False),
         Crossing("timestep", "transformer", "controlnet", rows * 8, True),
         Crossing("controlnet_block_samples", "controlnet", "transformer", residual * cells * rows * net, True),
         Crossing("latents", "transformer", "vae", channels * cells * workload.batch * vae, False),

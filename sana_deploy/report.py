@@ -217,6 +217,8 @@ def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
     out = console()
     if outcome.error:
         _print_error(outcome.error.message, outcome.error.where, outcome.error.hint)
+    for remark in outcome.diagnostics:
+        out.print(Group(*_remark_lines(remark)))
     seconds = outcome.measured.seconds
     if seconds:
         out.print(Text("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in seconds.items())))

@@ -79,7 +79,16 @@ class CheckpointModel(Declared):
     components: Overrides = Overrides()
 
 
-class Planned(Declared):
+class Placed(Declared):
+    """What all strategies share.
+
+    `on_decode_oom`: when the VAE runs out of memory in decode, decode once more in tiles and say so, or give up.
+    """
+
+    on_decode_oom: Literal["tile", "raise"] = "tile"
+
+
+class Planned(Placed):
     """What strategies share that choose places themselves.
 
     Attributes:
@@ -115,7 +124,7 @@ class MultiGpuBalanced(Planned):
     pin: dict[Component, GpuIndex | None] = {}
 
 
-class CustomMap(Declared):
+class CustomMap(Placed):
     """Exactly what the user wrote: each component's GPU index, or `cpu`.
 
     Attributes:

@@ -140,13 +140,16 @@ class VirtualHost:
         self._stack.close()
 
     def place_module(self, module: nn.Module, name: str, device: torch.device) -> nn.Module:
-        """Replace every parameter and buffer of `module` by one on `device`, counted as weights of `name`."""
+        """Replace every parameter and buffer of `module` by one on `device`, counted as weights of `name`.
+
+        `requires_grad` is kept: PyTorch's `matmul` chooses its kernels by it.
+        """
         with torch.no_grad(), self.ledger.owning(name):
             for child in module.modules():
                 for key, value in child._parameters.items():
                     if value is not None:
                         moved = self.put(value.detach(), device)
-                        child._parameters[key] = nn.Parameter(moved, requires_grad=False)
+                        child._parameters[key] = nn.Parameter(moved, requires_grad=value.requires_grad)
                 for key, buffer in child._buffers.items():
                     if buffer is not None:
                         child._buffers[key] = self.put(buffer.detach(), device)

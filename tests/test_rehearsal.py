@@ -71,6 +71,18 @@ def test_traffic_at_the_borders_is_all_there_is_between_gpus(small: Small) -> No
     assert by_pair(border.traffic.moved) == between
 
 
+@pytest.mark.parametrize("precision", ["mixed_bf16", "bf16", "fp32"])
+def test_what_stays_the_same_between_steps_crosses_once(small: Small, precision: str) -> None:
+    plan = compile_spec(small(f"precision={precision}", *FOUR, EACH_ALONE[0], EACH_ALONE[1], "workload.steps=4"))
+    report = rehearse(plan).report
+    every_step = {moved.tensor for moved in report.transfers if moved.bytes_per_step}
+    assert every_step == {"hidden_states", "timestep", "controlnet_block_samples"}
+    planned = {
+        (f"vgpu:{m.src}", f"vgpu:{m.dst}", m.tensor): (m.bytes_per_step, m.bytes_per_image) for m in plan.transfers
+    }
+    assert planned == {(m.src, m.dst, m.tensor): (m.bytes_per_step, m.bytes_per_image) for m in report.transfers}
+
+
 def test_with_controlnet_beside_the_transformer_nothing_moves_per_step(small: Small) -> None:
     together = "hardware.device_map={text_encoder: 0, vae: 0, transformer: 1, controlnet: 1}"
     plan = compile_spec(small(*FOUR, "hardware=custom_map", together))

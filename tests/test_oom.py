@@ -1,0 +1,110 @@
+"""Out of memory: decode is tried once more in tiles, anything else says where, what was planned, and what would fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sana_deploy.boundary import border_of, vae_settings
+from sana_deploy.compile import compile_spec
+from sana_deploy.errors import RunError
+from sana_deploy.hints import roomier
+from sana_deploy.load import load_pipeline
+from sana_deploy.rehearsal import open_host, rehearse_request
+from sana_deploy.spec import DeploySpec
+from sana_deploy.units import MIB
+
+Small = Callable[..., DeploySpec]
+ONE = ["machine=virtual", "machine.gpus=rtx4090", "hardware=single_gpu", "precision=fp32", "machine.fidelity=shapes"]
+
+
+def run_short_of_memory(small: Small, place: str, spare: int, *overrides: str) -> tuple[Any, Any]:
+    """Rehearse with a GPU that has only `spare` bytes left once `place` is entered."""
+    resolved = compile_spec(small(*ONE, *overrides)).resolve()
+    host = open_host(resolved)
+    pipeline = load_pipeline(resolved, host=host)
+    border = border_of(pipeline)
+    assert border is not None
+
+    def shrink(event: str, at: str) -> None:
+        if (event, at) == ("enter", place):
+            host.ledger.capacities[0] = host.ledger.live(0) + spare
+
+    border.observers.append(shrink)
+    return pipeline, lambda: rehearse_request(pipeline, resolved, host)
+
+
+LARGE = ["workload.height=2048", "workload.width=1536", "workload.steps=1"]
+
+
+def test_decode_is_done_again_in_tiles_once_and_said_aloud(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, run = run_short_of_memory(small, "vae.decode", 200 * MIB, *LARGE)
+    before = vae_settings(pipeline.vae)
+    assert run().report.gpus[0].phase == "prepare"
+    (remark,) = border_of(pipeline).remarks  # type: ignore[union-attr]
+    assert remark in caplog.text
+    assert "decoded again in tiles of 1024 px, stride 896" in remark
+    assert vae_settings(pipeline.vae) == before, "for this once"
+
+
+def test_an_image_of_one_tile_takes_smaller_tiles_and_names_the_risk(small: Small) -> None:
+    size = ["workload.height=1024", "workload.width=1024", "workload.steps=1"]
+    pipeline, run = run_short_of_memory(small, "vae.decode", 70 * MIB, *size)
+    run()
+    assert "tiles of 512 px, stride 384; tiles this small may show" in border_of(pipeline).remarks[0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("spare", [200 * MIB, MIB])
+def test_decode_fails_where_tiles_are_not_wanted_or_do_not_help(small: Small, spare: int) -> None:
+    wanted = ["hardware.on_decode_oom=raise"] if spare > MIB else []
+    _, run = run_short_of_memory(small, "vae.decode", spare, *LARGE, *wanted)
+    with pytest.raises(RunError, match=r"out of memory on vgpu:0, in vae during decode; the plan expected") as caught:
+        run()
+    assert caught.value.exit_code == 6
+    assert caught.value.facts["component"] == "vae"
+
+
+@pytest.mark.parametrize(
+    ("place", "where"),
+    [("text_encoder.forward", "text_encoder during encode"), ("transformer.forward", "transformer during denoise")],
+)
+def test_anywhere_else_the_component_and_the_plan_are_named(small: Small, place: str, where: str) -> None:
+    pipeline, run = run_short_of_memory(small, place, MIB)
+    with pytest.raises(RunError, match=f"in {where}; the plan expected .* there at most, of 23.65 GiB that were free"):
+        run()
+    assert border_of(pipeline).remarks == []  # type: ignore[union-attr]
+
+
+def test_the_hint_is_a_plan_that_needs_less(small: Small) -> None:
+    large = ["model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024", "machine=virtual"]
+    plan = compile_spec(
+        small(*large, "machine.gpus=2x12GiB", "hardware=single_gpu", "hardware.allow=[text_encoder_offload]")
+    )
+    assert roomier(plan, compile_spec) == "", "nothing else is allowed"
+    plan = compile_spec(small(*large, "machine.gpus=2x8GiB", "hardware.allow=[vae_slicing,split_controlnet]"))
+    hint = roomier(plan, compile_spec)
+    override, _, words = hint.partition(" plans ")
+    changed = compile_spec(
+        small(*large, "machine.gpus=2x8GiB", "hardware.allow=[vae_slicing,split_controlnet]", override)
+    )
+    assert max(slot.peak_bytes for slot in changed.slots) < max(slot.peak_bytes for slot in plan.slots), words
+
+
+def test_a_forced_map_ends_with_6_and_the_knobs_that_help(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    ended = cli(
+        "model=sana_1600m_controlnet", "machine=virtual", "machine.gpus=12GiB", "hardware=custom_map",
+        "hardware.device_map={text_encoder: 0, vae: 0, transformer: 0, controlnet: 0}", "hardware.force=true",
+    )  # fmt: skip
+    assert ended.returncode == 6, ended.stderr
+    assert "warning: hardware.force: expected to run out of memory, and forced: GPU 0 needs" in ended.stderr
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    outcome = json.loads((folder / "outcome.json").read_text())
+    assert outcome["error"]["facts"]["component"] == "vae"
+    assert outcome["error"]["hint"].startswith("hardware.knobs=[vae_slicing] plans")
