@@ -122,7 +122,7 @@ def _resolve(run: Run) -> None:
 def _apply(run: Run) -> None:
     assert run.resolved is not None
     started = time.perf_counter()
-    with report.progress("loading", run.brief) as advance:
+    with report.progress_each("loading", run.brief) as advance:
         from .load import load_pipeline
 
         if run.resolved.machine.kind == "virtual":

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from accelerate.hooks import remove_hook_from_module
 from diffusers import SanaControlNetPipeline
 from torch import nn
 
 from .boundary import Border, attach, border_of, vae_settings
-from .checkpoint import CLASSES, Checkpoint, ComponentFacts, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .errors import PlanError, RunError
 from .plan import Plan
 from .resolve import ResolvedPlan
 from .spec import COMPONENTS, Component
 from .standin import StandInTokenizer, stand_in
 from .virtual import VirtualHost
+from .weights import Progress, Wanted, load_components, quiet_libraries
 
 log = logging.getLogger(__name__)
-Progress = Callable[[Component, int, int], None]
-"""Called before each component is loaded: its name, its position from 0, and how many there are."""
 
 
 def load_pipeline(
@@ -37,7 +33,7 @@ def load_pipeline(
 
     Args:
         plan: a plan (resolved against the GPUs present) or a resolved plan.
-        progress: told before each component is loaded.
+        progress: told of the bytes read of each component.
         host: the virtual GPUs, for a plan that was resolved to such.
 
     Returns:
@@ -55,17 +51,27 @@ def load_pipeline(
     checkpoint = open_checkpoint(resolved.plan.spec.model, weights=not shapes_only)
     _check_same(resolved.plan, checkpoint)
     parts: dict[str, Any] = {}
-    with _quiet_libraries():
-        for position, name in enumerate(COMPONENTS):
-            if progress:
-                progress(name, position, len(COMPONENTS))
-            dtype, device = getattr(torch, resolved.plan.components[name].dtype), waiting_place(resolved, name)
-            facts = checkpoint.components[name]
-            if host is None:
-                parts[name] = _load_component(facts, dtype, device)
-            else:
-                module = stand_in(facts, dtype) if shapes_only else _load_component(facts, dtype, "cpu")
-                parts[name] = _place_virtually(host, module, name, device)
+    if shapes_only:
+        for name in COMPONENTS:
+            module = stand_in(checkpoint.components[name], _dtype(resolved, name))
+            parts[name] = _place_virtually(host, module, name, waiting_place(resolved, name))
+    else:
+        loaded = load_components(
+            {
+                name: Wanted(
+                    checkpoint.components[name],
+                    _dtype(resolved, name),
+                    waiting_place(resolved, name) if host is None else "cpu",
+                )
+                for name in COMPONENTS
+            },
+            progress,
+        )
+        parts |= {str(name): module for name, module in loaded.items()}
+        if host is not None:
+            for name, module in loaded.items():
+                parts[name] = _place_virtually(host, module, name, waiting_place(resolved, name))
+    with quiet_libraries():
         parts |= load_helpers(checkpoint)
     pipeline = SanaControlNetPipeline(**parts)
     _bind(pipeline, resolved)
@@ -98,8 +104,7 @@ def place(pipeline: SanaControlNetPipeline, resolved: ResolvedPlan) -> SanaContr
     origins: dict[str, torch.device] = {name: next(module.parameters()).device for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            dtype = getattr(torch, resolved.plan.components[name].dtype)
-            module.to(dtype=dtype, device=waiting_place(resolved, name))
+            module.to(dtype=_dtype(resolved, name), device=waiting_place(resolved, name))
     except torch.OutOfMemoryError as problem:
         for moved, device in origins.items():
             getattr(pipeline, moved).to(device)
@@ -179,6 +184,10 @@ def _cast_prompt_once(pipeline: SanaControlNetPipeline, border: Border) -> None:
     border.restore.append(lambda: pipeline.__dict__.pop("encode_prompt", None))
 
 
+def _dtype(resolved: ResolvedPlan, name: Component) -> torch.dtype:
+    return getattr(torch, resolved.plan.components[name].dtype)  # type: ignore[no-any-return]
+
+
 def waiting_place(resolved: ResolvedPlan, name: Component) -> str:
     """The device where a component's weights are between its turns: its own, or the CPU if it is offloaded."""
     offloaded = name == "text_encoder" and "text_encoder_offload" in resolved.plan.knobs
@@ -203,35 +212,12 @@ def _check_same(plan: Plan, checkpoint: Checkpoint) -> None:
         )
 
 
-def _place_virtually(host: VirtualHost, module: nn.Module, name: Component, device: str) -> nn.Module:
+def _place_virtually(host: VirtualHost | None, module: nn.Module, name: Component, device: str) -> nn.Module:
+    assert host is not None
     try:
         return host.place_module(module, name, torch.device(device))
     except torch.OutOfMemoryError as problem:
         raise RunError(f"out of memory while loading {name}: {problem}", where=name) from problem
-
-
-def _load_component(facts: ComponentFacts, dtype: torch.dtype, device: str) -> nn.Module:
-    if facts.folder is None:
-        raise RunError(f"the weights of {facts.name} are not on this host", where="model.source")
-    library: Any = transformers if facts.name == "text_encoder" else diffusers
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
-    if device != "cpu":
-        options["device_map"] = {"": device}
-    if facts.variant and any(facts.folder.glob(f"*.{facts.variant}*")):
-        options["variant"] = facts.variant
-    try:
-        module = getattr(library, CLASSES[facts.name]).from_pretrained(str(facts.folder), **options)
-    except torch.OutOfMemoryError as problem:
-        raise RunError(
-            f"out of memory while loading {facts.name} to {device}: {problem}", where=facts.name
-        ) from problem
-    except (OSError, RuntimeError, ValueError, KeyError) as problem:
-        raise RunError(
-            f"{facts.name} could not be loaded from {facts.folder}: {problem}", where=facts.name
-        ) from problem
-    module.eval()
-    log.info("loaded %s to %s in %s", facts.name, device, dtype)
-    return module  # type: ignore[no-any-return]
 
 
 def load_helpers(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -262,17 +248,3 @@ def _stand_in_helpers() -> Mapping[str, Any]:
     """A tokenizer that counts words and SANA's scheduler, for a catalogued model of which nothing is here."""
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     return {"scheduler": diffusers.DPMSolverMultistepScheduler(**flow), "tokenizer": StandInTokenizer()}
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own progress bars and notices out of our output while loading."""
-    bar = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if bar:
-            transformers.utils.logging.enable_progress_bar()

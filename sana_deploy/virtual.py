@@ -140,10 +140,7 @@ class VirtualHost:
         self._stack.close()
 
     def place_module(self, module: nn.Module, name: str, device: torch.device) -> nn.Module:
-        """Replace every parameter and buffer of `module` by one on `device`, counted as weights of `name`.
-
-        `requires_grad` is kept: PyTorch's `matmul` chooses its kernels by it.
-        """
+        """Put parameters and buffers on `device`, counted as weights of `name`; matmul goes by their requires_grad."""
         with torch.no_grad(), self.ledger.owning(name):
             for child in module.modules():
                 for key, value in child._parameters.items():

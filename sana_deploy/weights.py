@@ -1,0 +1,201 @@
+"""Reads components' weights concurrently: each safetensors file once, straight to its device and dtype.
+
+Modules are built from their configs with parameters on `meta`, one after the other (the libraries patch `torch.nn`
+globally while they build), then all files are read in threads. On the CPU a tensor that is stored in the wanted dtype
+is not copied at all: it stays in the file's memory map. Where a file's names are not the module's own (another
+library's layout, old names, pickled weights), the library's `from_pretrained` reads that component.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .checkpoint import CLASSES, ComponentFacts
+from .errors import RunError
+from .headers import weight_files
+from .spec import Component
+
+log = logging.getLogger(__name__)
+Progress = Callable[[Component, int, int], None]
+"""Called with a component, its bytes read so far, and its bytes in all; from several threads, one at a time."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A component to load: what it is, the dtype of its floating-point tensors, and the device they go to."""
+
+    facts: ComponentFacts
+    dtype: torch.dtype
+    device: str
+
+
+class _CancelledError(Exception):
+    """Another component failed: this one stops reading."""
+
+
+def load_components(wanted: Mapping[Component, Wanted], progress: Progress | None = None) -> dict[Component, nn.Module]:
+    """Load all `wanted` components, in evaluation mode.
+
+    Raises:
+        RunError: the first component that failed, with its file; the others have stopped and hold nothing.
+    """
+    stop, lock = threading.Event(), threading.Lock()
+
+    def told(name: Component, done: int, of: int) -> None:
+        if progress:
+            with lock:
+                progress(name, done, of)
+
+    with quiet_libraries():
+        skeletons = {name: _skeleton(one) for name, one in wanted.items()}
+        with ThreadPoolExecutor(len(wanted), thread_name_prefix="load") as pool:
+            jobs = [
+                pool.submit(_fill, skeleton, wanted[name], stop, told)
+                for name, skeleton in skeletons.items()
+                if skeleton is not None
+            ]
+            try:
+                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+                if any(job.exception() for job in done):
+                    stop.set()
+            except BaseException:
+                stop.set()
+                raise
+        for job in jobs:
+            problem = job.exception()
+            if problem is not None and not isinstance(problem, _CancelledError):
+                raise problem
+        modules = {name: skeletons[name] or _by_library(one, told) for name, one in wanted.items()}
+    return {name: module.eval() for name, module in modules.items()}
+
+
+def _skeleton(wanted: Wanted) -> nn.Module | None:
+    """Build the module without parameters; None where its files do not hold exactly the module's own names."""
+    facts = wanted.facts
+    if facts.folder is None:
+        raise RunError(f"the weights of {facts.name} are not on this host", where="model.source")
+    files = weight_files(facts.folder, facts.variant, facts.name)
+    try:
+        with init_empty_weights(include_buffers=False):
+            module = _build(facts, wanted.dtype)
+        names: set[str] = set()
+        for path in files:
+            with safe_open(path, "pt") as file:
+                names |= set(file.keys())
+    except (OSError, SafetensorError, TypeError, ValueError, KeyError, AttributeError) as problem:
+        log.info("%s goes to from_pretrained: %s", facts.name, problem)
+        return None
+    odd = names ^ set(module.state_dict())
+    if odd or getattr(module, "_keep_in_fp32_modules", None):
+        log.info("%s goes to from_pretrained: %d names differ", facts.name, len(odd))
+        return None
+    return module
+
+
+def _build(facts: ComponentFacts, dtype: torch.dtype) -> nn.Module:
+    assert facts.folder is not None
+    if facts.name == "text_encoder":
+        config = transformers.AutoConfig.from_pretrained(facts.folder, local_files_only=True)
+        return getattr(transformers, CLASSES[facts.name])._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+    cls: Any = getattr(diffusers, CLASSES[facts.name])
+    module: nn.Module = cls.from_config(cls.load_config(facts.folder, local_files_only=True))
+    module.register_to_config(_name_or_path=str(facts.folder))  # type: ignore[operator]
+    return module
+
+
+def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progress) -> None:
+    """Read every tensor of a component's files into `module`."""
+    facts = wanted.facts
+    assert facts.folder is not None
+    total, done = sum(facts.stored.values()), 0
+    for path in weight_files(facts.folder, facts.variant, facts.name):
+        try:
+            with safe_open(path, "pt", device=wanted.device) as file:
+                for key in file.keys():  # noqa: SIM118
+                    if stop.is_set():
+                        raise _CancelledError
+                    value = file.get_tensor(key)
+                    size = value.nbytes
+                    _assign(module, key, value.to(wanted.dtype) if value.is_floating_point() else value)
+                    done += size
+                    told(facts.name, done, total)
+        except torch.OutOfMemoryError as problem:
+            raise _no_memory(facts.name, wanted.device, problem) from problem
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as problem:
+            raise _unreadable(facts.name, path, problem) from problem
+    for owner in module.modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[key] = buffer.to(wanted.device)
+    log.info("loaded %s to %s in %s", facts.name, wanted.device, wanted.dtype)
+
+
+def _assign(module: nn.Module, key: str, value: torch.Tensor) -> None:
+    path, _, leaf = key.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        before = owner._parameters[leaf]
+        if before is None or before.shape != value.shape:
+            raise ValueError(f"{key} has shape {tuple(value.shape)}")
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=before.requires_grad)
+    else:
+        owner._buffers[leaf] = value
+
+
+def _by_library(wanted: Wanted, told: Progress) -> nn.Module:
+    """Let diffusers or transformers load one component."""
+    facts = wanted.facts
+    assert facts.folder is not None
+    library: Any = transformers if facts.name == "text_encoder" else diffusers
+    options: dict[str, Any] = {"dtype": wanted.dtype, "local_files_only": True, "use_safetensors": True}
+    if wanted.device != "cpu":
+        options["device_map"] = {"": wanted.device}
+    if facts.variant and any(facts.folder.glob(f"*.{facts.variant}*")):
+        options["variant"] = facts.variant
+    try:
+        module: nn.Module = getattr(library, CLASSES[facts.name]).from_pretrained(str(facts.folder), **options)
+    except torch.OutOfMemoryError as problem:
+        raise _no_memory(facts.name, wanted.device, problem) from problem
+    except (OSError, RuntimeError, ValueError, KeyError) as problem:
+        raise _unreadable(facts.name, facts.folder, problem) from problem
+    total = sum(facts.stored.values())
+    told(facts.name, total, total)
+    return module
+
+
+def _no_memory(name: Component, device: str, problem: Exception) -> RunError:
+    first = str(problem).splitlines()[0]
+    return RunError(f"out of memory while loading {name} to {device}: {first}", where=name, out_of_memory=True)
+
+
+def _unreadable(name: Component, path: Path, problem: Exception) -> RunError:
+    return RunError(f"{name} could not be loaded from {path}: {problem}", where=name, file=str(path))
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own progress bars and notices out of our output while loading."""
+    bar = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if bar:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,106 @@
+"""Loading: what diffusers and transformers load, bit for bit, read once, concurrently, and cancelled cleanly."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from sana_deploy import weights
+from sana_deploy.checkpoint import CLASSES, component_facts
+from sana_deploy.compile import compile_spec
+from sana_deploy.errors import RunError
+from sana_deploy.load import load_pipeline
+from sana_deploy.spec import COMPONENTS, Component, DeploySpec
+from sana_deploy.weights import Wanted, load_components
+
+Small = Callable[..., DeploySpec]
+
+
+def wanted(folder: Path, dtype: torch.dtype) -> dict[Component, Wanted]:
+    return {name: Wanted(component_facts(name, folder / name, None, name), dtype, "cpu") for name in COMPONENTS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_modules_are_those_of_from_pretrained_bit_for_bit(
+    tiny: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_by_library", None)  # the fallback is not taken
+    for name, ours in load_components(wanted(tiny, dtype)).items():
+        library = transformers if name == "text_encoder" else diffusers
+        theirs = getattr(library, CLASSES[name]).from_pretrained(str(tiny / name), dtype=dtype)
+        assert type(ours) is type(theirs)
+        assert not ours.training
+        mine = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
+        yours = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
+        assert mine.keys() == yours.keys()
+        for key, value in yours.items():
+            assert mine[key].dtype == value.dtype, key
+            assert mine[key].requires_grad == value.requires_grad, key
+            assert torch.equal(mine[key], value), key
+        configs = [part.config.to_dict() if name == "text_encoder" else dict(part.config) for part in (ours, theirs)]
+        assert configs[0] == configs[1]
+
+
+def test_a_tensor_stored_in_its_dtype_is_not_copied(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    module = load_components({"transformer": wanted(folder, torch.float32)["transformer"]})["transformer"]
+    (path,) = (folder / "transformer").glob("*.safetensors")
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(path) in maps.read_text(), "the file is mapped"
+    assert all(not value.is_meta for value in module.state_dict().values())
+
+
+def test_progress_reaches_the_bytes_of_every_component(tiny: Path) -> None:
+    told: dict[str, list[tuple[int, int]]] = {name: [] for name in COMPONENTS}
+    load_components(wanted(tiny, torch.float32), lambda name, done, of: told[name].append((done, of)))
+    for name, steps in told.items():
+        assert steps[-1][0] == steps[-1][1] > 0, name
+        assert steps == sorted(steps)
+
+
+def test_other_names_in_a_file_go_to_the_library(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    (path,) = (folder / "text_encoder").glob("*.safetensors")
+    prefixed = {f"model.{key}": value for key, value in load_file(path).items()}
+    save_file(prefixed, path, metadata={"format": "pt"})
+    ours = load_components({"text_encoder": wanted(folder, torch.float32)["text_encoder"]})["text_encoder"]
+    plain = load_components({"text_encoder": wanted(tiny, torch.float32)["text_encoder"]})["text_encoder"]
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in ours.state_dict().items())
+
+
+def test_a_failure_names_the_file_and_stops_the_others(
+    tiny: Path, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    spec = small("precision=fp32", "model=checkpoint", f"model.source={folder}")
+    plan = compile_spec(spec)
+    (path,) = (folder / "vae").glob("*.safetensors")
+    read: list[str] = []
+    plain, failed = weights._assign, threading.Event()
+
+    def slow(module: torch.nn.Module, key: str, value: torch.Tensor) -> None:
+        if isinstance(module, diffusers.AutoencoderDC):
+            failed.set()
+            raise OSError("made to fail")
+        failed.wait(5)
+        read.append(key)
+        plain(module, key, value)
+
+    monkeypatch.setattr(weights, "_assign", slow)
+    with pytest.raises(RunError, match=r"vae could not be loaded from .*made to fail") as caught:
+        load_pipeline(plan)
+    assert caught.value.exit_code == 6
+    assert caught.value.facts["file"] == str(path)
+    assert len(read) < 20, "the others stopped"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+    monkeypatch.setattr(weights, "_assign", plain)
+    assert load_pipeline(plan).vae.dtype == torch.float32
