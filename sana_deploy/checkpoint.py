@@ -7,8 +7,9 @@ count and files. Sources are a local folder, a hub repository, the shipped catal
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,6 +58,7 @@ class ComponentFacts:
     stored: Mapping[str, int] = field(default_factory=dict)
     folder: Path | None = None
     variant: str | None = None
+    allow_pickle: bool = False
 
     def weights_bytes(self, dtype: Dtype) -> int:
         """Bytes of all parameters and buffers once loaded in `dtype`; exact."""
@@ -97,9 +99,9 @@ def open_checkpoint(model: Model, *, weights: bool = False) -> Checkpoint:
         CheckpointError: it is missing, damaged, or not a SANA ControlNet pipeline.
     """
     if isinstance(model, TinyModel):
-        return _from_folder("tiny", "tiny", ensure_tiny(model.cache_dir), None, None, model)
+        return _from_folder("tiny", "tiny", ensure_tiny(model.cache_dir), None, None, model, weights)
     if isinstance(model, CatalogueModel) and not _is_local(model.source) and not weights:
-        return _with_overrides(_from_catalogue(model), model)
+        return _with_overrides(_from_catalogue(model), model, weights)
     if model.source is None:
         raise CheckpointError(
             f"no weights of {getattr(model, 'name', 'this model')} are published in diffusers' format",
@@ -107,8 +109,10 @@ def open_checkpoint(model: Model, *, weights: bool = False) -> Checkpoint:
             hint="convert the ControlNet with diffusers' scripts/convert_sana_controlnet_to_diffusers.py and pass "
             "model.source=FOLDER, or stop earlier with until=resolve",
         )
-    folder, revision = hub.locate(model.source, model.revision, model.variant, "model.source")
-    return _from_folder("checkpoint", model.source, folder, revision, model.variant, model)
+    folder, revision = hub.locate(
+        model.source, model.revision, model.variant, "model.source", weights=weights, pickles=model.allow_pickle
+    )
+    return _from_folder("checkpoint", model.source, folder, revision, model.variant, model, weights)
 
 
 def _is_local(source: str | None) -> bool:
@@ -131,44 +135,53 @@ def _from_catalogue(model: CatalogueModel) -> Checkpoint:
     return Checkpoint("catalogue", model.name, model.revision, components, None)
 
 
-def _with_overrides(checkpoint: Checkpoint, model: Model) -> Checkpoint:
+def _with_overrides(checkpoint: Checkpoint, model: Model, weights: bool) -> Checkpoint:
     if model.components.controlnet is None:
         return checkpoint
-    facts = _override_facts(model.components.controlnet)
-    return Checkpoint(
-        checkpoint.kind,
-        checkpoint.source,
-        checkpoint.revision,
-        {**checkpoint.components, "controlnet": facts},
-        checkpoint.folder,
-    )
+    facts = _override_facts(model.components.controlnet, weights)
+    return replace(checkpoint, components={**checkpoint.components, "controlnet": facts})
 
 
 def _from_folder(
-    kind: str, source: str, folder: Path, revision: str | None, variant: str | None, model: Model
+    kind: str, source: str, folder: Path, revision: str | None, variant: str | None, model: Model, weights: bool
 ) -> Checkpoint:
     index = _read_json(folder / "model_index.json", "model.source")
     overridden = {"controlnet"} if model.components.controlnet else set()
     _check_index(index, folder, overridden)
-    components = {
-        name: component_facts(name, folder / name, variant, f"model.source ({name})")
-        for name in COMPONENTS
-        if name not in overridden
-    }
-    checkpoint = Checkpoint(kind, source, revision, components, folder)
-    return _with_overrides(checkpoint, model)
+    pickles = not isinstance(model, TinyModel) and model.allow_pickle
+    components = {}
+    for name in COMPONENTS:
+        if name not in overridden:
+            where = f"model.source ({name})"
+            remote = (
+                None if weights or revision is None else partial(hub.remote_headers, source, revision, name, variant)
+            )
+            components[name] = component_facts(name, folder / name, variant, where, remote, pickles)
+    return _with_overrides(Checkpoint(kind, source, revision, components, folder), model, weights)
 
 
-def _override_facts(source: str) -> ComponentFacts:
+def _override_facts(source: str, weights: bool) -> ComponentFacts:
     where = "model.components.controlnet"
-    folder, _ = hub.locate(source, None, None, where)
-    if not (folder / "config.json").is_file() and (folder / "controlnet").is_dir():
-        folder = folder / "controlnet"
-    return component_facts("controlnet", folder, None, where)
+    root, revision = hub.locate(source, None, None, where, weights=weights)
+    nested = not (root / "config.json").is_file() and (root / "controlnet").is_dir()
+    prefix = "controlnet" if nested else ""
+    remote = None if weights or revision is None else partial(hub.remote_headers, source, revision, prefix, None)
+    return component_facts("controlnet", root / prefix, None, where, remote)
 
 
-def component_facts(name: Component, folder: Path, variant: str | None, where: str) -> ComponentFacts:
-    """Read one component's config and safetensors headers.
+Remote = Callable[[str], Mapping[str, TensorFacts]]
+"""Reads the headers of files that are not on this host; takes the place for messages."""
+
+
+def component_facts(
+    name: Component,
+    folder: Path,
+    variant: str | None,
+    where: str,
+    remote: Remote | None = None,
+    allow_pickle: bool = False,
+) -> ComponentFacts:
+    """Read one component's config and the headers of its files, which `remote` tells where they are not here.
 
     Raises:
         CheckpointError: the folder, its config or a weight file is missing, damaged or of another class.
@@ -181,9 +194,7 @@ def component_facts(name: Component, folder: Path, variant: str | None, where: s
             f"{folder} holds a {class_name}, but the {name} of a SANA ControlNet pipeline is a {CLASSES[name]}",
             where=where,
         )
-    tensors: dict[str, TensorFacts] = {}
-    for path in weight_files(folder, variant, where):
-        tensors |= read_header(path, where)
+    tensors = _headers(folder, variant, where, remote, allow_pickle)
     stored: dict[str, int] = {}
     for facts in tensors.values():
         stored[facts.dtype] = stored.get(facts.dtype, 0) + facts.numel * ITEM_BYTES[facts.dtype]
@@ -207,7 +218,23 @@ def component_facts(name: Component, folder: Path, variant: str | None, where: s
         stored=dict(sorted(stored.items())),
         folder=folder,
         variant=variant,
+        allow_pickle=allow_pickle,
     )
+
+
+def _headers(
+    folder: Path, variant: str | None, where: str, remote: Remote | None, allow_pickle: bool
+) -> dict[str, TensorFacts]:
+    try:
+        files = weight_files(folder, variant, where, allow_pickle)
+    except CheckpointError:
+        if remote is None:
+            raise
+        return dict(remote(where))
+    tensors: dict[str, TensorFacts] = {}
+    for path in files:
+        tensors |= read_header(path, where)
+    return tensors
 
 
 def _stable(config: Mapping[str, Any]) -> dict[str, Any]:

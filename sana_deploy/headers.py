@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,8 @@ class TensorFacts:
         return math.prod(self.shape)
 
 
-def weight_files(folder: Path, variant: str | None, where: str) -> list[Path]:
-    """Return the safetensors files of one component folder, the variant's if it has one.
+def weight_files(folder: Path, variant: str | None, where: str, allow_pickle: bool = False) -> list[Path]:
+    """Return the safetensors files of one component folder, the variant's if it has one; pickled ones if allowed.
 
     Raises:
         CheckpointError: there are none, a shard of the index is missing, or only pickled weights are there.
@@ -52,12 +53,14 @@ def weight_files(folder: Path, variant: str | None, where: str) -> list[Path]:
             index = folder / f"{base}.safetensors.index{suffix}.json"
             if index.is_file():
                 return _shards(index, where)
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    pickled = sorted(folder.glob("*.bin"))
+    if pickled and allow_pickle:
+        return pickled
     if pickled:
         raise CheckpointError(
-            f"only pickled weights ({pickled[0]}) are in {folder}; pickles can run code and are not loaded",
+            f"only pickled weights ({pickled[0].name}) are in {folder}; pickles can run code and are not loaded",
             where=where,
-            hint="convert them with save_pretrained(..., safe_serialization=True)",
+            hint="convert them with save_pretrained, or accept them with model.allow_pickle=true",
         )
     raise CheckpointError(
         f"no safetensors file in {folder} (looked for {' or '.join(f'{b}.safetensors' for b in BASE_NAMES)})",
@@ -83,9 +86,13 @@ def _shards(index: Path, where: str) -> list[Path]:
 def read_header(path: Path, where: str) -> dict[str, TensorFacts]:
     """Read the tensors that one safetensors file declares and check that their data is all there.
 
+    A pickled file (`.bin`) is read by torch's restricted unpickler, which makes tensors and runs no code.
+
     Raises:
         CheckpointError: the file is no safetensors file, or is shorter or longer than its header says.
     """
+    if path.suffix == ".bin":
+        return _read_pickle(path, where)
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -114,6 +121,21 @@ def read_header(path: Path, where: str) -> dict[str, TensorFacts]:
             actual_bytes=size,
         )
     return tensors
+
+
+def _read_pickle(path: Path, where: str) -> dict[str, TensorFacts]:
+    import torch
+
+    words = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+             "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # fmt: skip
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        return {
+            key: TensorFacts(words[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for key, t in state.items()
+        }
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as problem:
+        first = str(problem).splitlines()[0]
+        raise CheckpointError(f"{path} holds more than tensors, or is damaged: {first}", where=where) from problem
 
 
 def parse_entries(entries: Mapping[str, Any]) -> tuple[dict[str, TensorFacts], int]:

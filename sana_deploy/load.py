@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import PlanError, RunError
 from .plan import Plan
 from .resolve import ResolvedPlan
-from .spec import COMPONENTS, Component
+from .spec import COMPONENTS, Component, Model
 from .standin import StandInTokenizer, stand_in
 from .virtual import VirtualHost
 from .weights import Progress, Wanted, load_components, quiet_libraries
@@ -48,7 +48,7 @@ def load_pipeline(
     if resolved.machine.kind == "virtual" and host is None:
         raise RunError("the plan is for virtual GPUs", hint="use rehearse(plan), or machine=present")
     shapes_only = host is not None and host.fidelity == "shapes"
-    checkpoint = open_checkpoint(resolved.plan.spec.model, weights=not shapes_only)
+    checkpoint = open_checkpoint(_pinned(resolved.plan), weights=not shapes_only)
     _check_same(resolved.plan, checkpoint)
     parts: dict[str, Any] = {}
     if shapes_only:
@@ -192,6 +192,12 @@ def waiting_place(resolved: ResolvedPlan, name: Component) -> str:
     """The device where a component's weights are between its turns: its own, or the CPU if it is offloaded."""
     offloaded = name == "text_encoder" and "text_encoder_offload" in resolved.plan.knobs
     return "cpu" if offloaded else resolved.device_map[name]
+
+
+def _pinned(plan: Plan) -> Model:
+    """The plan's model at the commit that it was compiled for, where it comes from the hub."""
+    model, commit = plan.spec.model, plan.checkpoint.revision
+    return model if commit is None else model.model_copy(update={"revision": commit})
 
 
 def _check_same(plan: Plan, checkpoint: Checkpoint) -> None:

@@ -64,6 +64,7 @@ class CatalogueModel(Declared):
     source: str | None = None
     revision: str | None = None
     variant: str | None = None
+    allow_pickle: bool = False
     resolution: Side = 1024
     components: Overrides = Overrides()
 
@@ -75,6 +76,7 @@ class CheckpointModel(Declared):
     source: str
     revision: str | None = None
     variant: str | None = None
+    allow_pickle: bool = False
     resolution: Side = 1024
     components: Overrides = Overrides()
 

@@ -89,7 +89,9 @@ def _skeleton(wanted: Wanted) -> nn.Module | None:
     facts = wanted.facts
     if facts.folder is None:
         raise RunError(f"the weights of {facts.name} are not on this host", where="model.source")
-    files = weight_files(facts.folder, facts.variant, facts.name)
+    files = weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle)
+    if any(path.suffix != ".safetensors" for path in files):
+        return None
     try:
         with init_empty_weights(include_buffers=False):
             module = _build(facts, wanted.dtype)
@@ -123,7 +125,7 @@ def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progre
     facts = wanted.facts
     assert facts.folder is not None
     total, done = sum(facts.stored.values()), 0
-    for path in weight_files(facts.folder, facts.variant, facts.name):
+    for path in weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle):
         try:
             with safe_open(path, "pt", device=wanted.device) as file:
                 for key in file.keys():  # noqa: SIM118
@@ -162,7 +164,9 @@ def _by_library(wanted: Wanted, told: Progress) -> nn.Module:
     facts = wanted.facts
     assert facts.folder is not None
     library: Any = transformers if facts.name == "text_encoder" else diffusers
-    options: dict[str, Any] = {"dtype": wanted.dtype, "local_files_only": True, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": wanted.dtype, "local_files_only": True}
+    files = weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle)
+    options["use_safetensors"] = all(path.suffix == ".safetensors" for path in files)
     if wanted.device != "cpu":
         options["device_map"] = {"": wanted.device}
     if facts.variant and any(facts.folder.glob(f"*.{facts.variant}*")):

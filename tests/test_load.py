@@ -136,3 +136,28 @@ def test_a_saved_plan_loads_the_same_pipeline(small: Small, tmp_path: Path) -> N
     plan = compile_spec(spec)
     again = Plan.load(plan.save(tmp_path / "plan.json"))
     assert np.array_equal(request(load_pipeline(again), spec), request(load_pipeline(plan), spec))
+
+
+def test_pickled_weights_load_where_they_are_accepted_and_run_no_code(tiny: Path, small: Small, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    path = folder / "controlnet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    chosen = ["precision=fp32", "model=checkpoint", f"model.source={folder}"]
+    with pytest.raises(CheckpointError, match="only pickled weights") as caught:
+        compile_spec(small(*chosen))
+    assert "model.allow_pickle=true" in caught.value.hint
+    spec = small(*chosen, "model.allow_pickle=true")
+    pipeline = load_pipeline(compile_spec(spec))
+    assert np.array_equal(request(pipeline, spec), request(load_pipeline(compile_spec(small("precision=fp32"))), spec))
+
+    class Malicious:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tmp_path / "ran").touch, ()
+
+    torch.save({"weight": Malicious()}, path.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match="holds more than tensors, or is damaged"):
+        compile_spec(spec)
+    assert not (tmp_path / "ran").exists()
