@@ -9,6 +9,7 @@ byte-level tokenizer of `tiny`. About 7 GB for 0.6B and 10 GB for 1.6B; pictures
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,13 +28,16 @@ DTYPES: dict[str, Dtype] = {
 }
 
 
-def make_checkpoint(name: str, folder: Path) -> Path:
-    """Write the checkpoint of the catalogued model `name` into `folder`, on the GPU where there is one."""
+def make_checkpoint(name: str, folder: Path, dtypes: Mapping[str, Dtype] | None = None) -> Path:
+    """Write the checkpoint of the catalogued model `name` into `folder`, on the GPU where there is one.
+
+    Components are stored in DTYPES, or in those given.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = open_checkpoint(CatalogueModel(kind="catalogue", name=name)).components  # type: ignore[arg-type]
     generator = torch.Generator(device).manual_seed(0)
     modules = {}
-    for part, dtype in DTYPES.items():
+    for part, dtype in {**DTYPES, **(dtypes or {})}.items():
         module = stand_in(facts[part], getattr(torch, dtype)).to_empty(device=device)  # type: ignore[index]
         with torch.no_grad():
             for key, tensor in module.named_parameters():

@@ -44,6 +44,7 @@ class Side:
     error: float = 0.0
     knobs: str = ""
     miss: str = ""
+    total_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,21 @@ def rehearse_miss(plan: Any) -> str:
 def theirs(spec: Any) -> Side:
     """Place with diffusers' map and hooks, and run the same request."""
     import torch
+
+    from sana_deploy.describe import describe_machine
+    from sana_deploy.spec import COMPONENTS
+
+    dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
+    memory = {gpu.index: gpu.free_bytes for gpu in describe_machine(spec.machine).gpus}
+    found = balanced_map(spec.model.name, dtypes, memory)
+    if "cpu" in found.values() or set(found) != set(COMPONENTS):
+        return Side("CPU offload" if set(found) == set(COMPONENTS) else "loses a component")
+    return accelerated(spec, found)
+
+
+def accelerated(spec: Any, found: dict[str, int]) -> Side:
+    """Run the request with accelerate's hooks on a given map of whole components."""
+    import torch
     from accelerate import dispatch_model
     from diffusers import DPMSolverMultistepScheduler, SanaControlNetPipeline
 
@@ -131,9 +147,6 @@ def theirs(spec: Any) -> Side:
 
     machine = describe_machine(spec.machine)
     dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
-    found = balanced_map(spec.model.name, dtypes, {gpu.index: gpu.free_bytes for gpu in machine.gpus})
-    if "cpu" in found.values() or set(found) != set(COMPONENTS):
-        return Side("CPU offload" if set(found) == set(COMPONENTS) else "loses a component")
     host = VirtualHost([gpu.free_bytes - CONTEXT_BYTES for gpu in machine.gpus], "shapes")
     facts = open_checkpoint(spec.model).components
     steps: list[Counter[tuple[str, str]]] = []
@@ -166,7 +179,8 @@ def theirs(spec: Any) -> Side:
         if gpu.index in found.values()
     ]
     step = sum((steps[1] - steps[0]).values())
-    return Side("fits", max(shares), step, layout(found))
+    total = sum(bytes_ for pair, bytes_ in host.ledger.traffic.items() if "cpu" not in pair)
+    return Side("fits", max(shares), step, layout(found), total_bytes=total)
 
 
 def balanced_map(model: str, dtypes: dict[str, Any], memory: dict[int, int]) -> dict[str, Any]:
