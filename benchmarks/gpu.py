@@ -3,9 +3,11 @@
     python benchmarks/gpu.py OUT_FOLDER [--models sana_600m_controlnet,...] [--work FOLDER]
 
 Needs one GPU of 24 GB or more and no network: full-size checkpoints with random weights are made in the work folder.
-For every model, precision, resolution and batch it compiles a plan, rehearses it in shapes on a virtual copy of this
-GPU, then runs the request for real (2 steps) and reads PyTorch's peak per phase, the peak reserved, and what the
-driver reports. Writes gpu.json and gpu.md.
+For every model, precision, resolution, batch and set of knobs it compiles a plan, rehearses it in shapes on a virtual
+copy of this GPU, then runs the request for real (2 steps) and reads PyTorch's peak per phase, the peak reserved, what
+the driver reports, and the seconds of a second run. Then for each model: whether VAE slicing changes a bit and what it
+costs, loading in GB/s beside the copy bandwidth, and the denoising step with and without the border hooks, interleaved.
+Writes gpu.json and gpu.md.
 """
 
 from __future__ import annotations
@@ -14,27 +16,45 @@ import argparse
 import gc
 import json
 import platform
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from diffusers import SanaControlNetPipeline
 from make_checkpoint import make_checkpoint
 
-from sana_deploy.boundary import border_of
+from sana_deploy.boundary import border_of, pinned
 from sana_deploy.compile import compile_spec
 from sana_deploy.compose import compose_spec
 from sana_deploy.cost import CONTEXT_BYTES
 from sana_deploy.generate import PHASE_OF, PhaseClock, run_request
-from sana_deploy.load import load_pipeline
+from sana_deploy.inputs import read_control_image
+from sana_deploy.load import load_pipeline, place, unplace
 from sana_deploy.machine import probe_torch
 from sana_deploy.rehearsal import rehearse
 from sana_deploy.units import GIB
 
-CASES = [(512, 1), (1024, 1), (1024, 4), (2048, 1)]
-PRECISIONS = ("mixed_bf16", "bf16")
+CASES = [
+    ("mixed_bf16", 512, 1, ""),
+    ("mixed_bf16", 1024, 1, ""),
+    ("mixed_bf16", 1024, 1, "vae_slicing"),
+    ("mixed_bf16", 1024, 4, ""),
+    ("mixed_bf16", 1024, 4, "vae_slicing"),
+    ("mixed_bf16", 1024, 1, "text_encoder_offload"),
+    ("mixed_bf16", 2048, 1, ""),
+    ("mixed_bf16", 2048, 1, "vae_slicing,vae_tiling"),
+    ("bf16", 1024, 1, ""),
+    ("bf16", 2048, 1, "vae_slicing,vae_tiling"),
+]
+"""Precision, side in pixels, batch, knobs."""
+
+
+ON_ONE = "hardware.device_map={text_encoder: 0, vae: 0, transformer: 0, controlnet: 0}"
 
 
 class PhasePeaks:
@@ -56,10 +76,11 @@ class PhasePeaks:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measure(source: Path, precision: str, side: int, batch: int) -> dict[str, Any]:
+def measure(source: Path, precision: str, side: int, batch: int, knobs: str) -> dict[str, Any]:
     """Plan, rehearse and run one case."""
     gpu = probe_torch().gpus[0]
-    base = ["model=checkpoint", f"model.source={source}", f"precision={precision}", "hardware=single_gpu"]
+    base = ["model=checkpoint", f"model.source={source}", f"precision={precision}", "hardware=custom_map", ON_ONE]
+    base += [f"hardware.knobs=[{knobs}]"]
     base += [f"workload.height={side}", f"workload.width={side}", f"workload.batch={batch}", "workload.steps=2"]
     twin = ["machine=virtual", f"machine.gpus={gpu.total_bytes // 2**20}MiB", "machine.fidelity=shapes"]
     rehearsed = rehearse(compile_spec(compose_spec([*base, *twin]))).report.gpus[0]
@@ -81,7 +102,8 @@ def measure(source: Path, precision: str, side: int, batch: int) -> dict[str, An
     free, total = torch.cuda.mem_get_info()
     reserved = torch.cuda.max_memory_reserved()
     row = {
-        "model": source.name, "precision": precision, "side": side, "batch": batch,
+        "model": source.name, "precision": precision, "side": side, "batch": batch, "knobs": knobs,
+        "planned_seconds": plan.estimates.seconds,
         "weights_bytes": weights, "planned_weights_bytes": plan.slots[0].weights_bytes,
         "measured_phase_bytes": {k: v for k, v in peaks.peaks.items() if k != "load"},
         "rehearsed_phase_bytes": {k: v for k, v in rehearsed.phase_peaks.items() if k != "load"},
@@ -101,13 +123,116 @@ def measure(source: Path, precision: str, side: int, batch: int) -> dict[str, An
     return row
 
 
+def timed(work: Callable[[], Any], rounds: int = 7) -> float:
+    """Median seconds of `work` on the GPU, after one run to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def extras(source: Path) -> dict[str, Any]:
+    """Slicing, loading and hooks of one model at 1024 px in mixed_bf16."""
+    base = ["model=checkpoint", f"model.source={source}", "precision=mixed_bf16", "hardware=single_gpu"]
+    plan = compile_spec(compose_spec([*base, "workload.height=1024", "workload.width=1024", "workload.steps=20"]))
+    found = {"model": source.name, "copy_gbps": copy_rate(), "load_gbps": load_rates(plan, source)}
+    pipeline = load_pipeline(plan)
+    return {**found, "slicing": slicing_cost(pipeline.vae), "step_seconds": hook_cost(pipeline, plan)}
+
+
+def copy_rate() -> float:
+    """GB/s of copying 1 GiB of pinned memory to the GPU."""
+    host = pinned(torch.empty(2**30, dtype=torch.uint8))
+    there = torch.empty_like(host, device="cuda")
+
+    def copy() -> None:
+        there.copy_(host, non_blocking=True)
+
+    return host.nbytes / timed(copy) / 1e9
+
+
+def load_rates(plan: Any, source: Path) -> dict[str, float]:
+    """GB/s of weights from the page cache to the GPU, ours and diffusers'."""
+    dtypes = {name: getattr(torch, part.dtype) for name, part in plan.components.items()}
+    weights = sum(part.weights_bytes for part in plan.components.values())
+    sides: dict[str, Callable[[], Any]] = {
+        "ours": lambda: load_pipeline(plan),
+        "from_pretrained": lambda: SanaControlNetPipeline.from_pretrained(source, dtype=dtypes, device_map="cuda"),
+    }
+    rates = {}
+    for side, load in sides.items():
+        seconds = []
+        for _ in range(3):
+            gc.collect()
+            torch.cuda.empty_cache()
+            started = time.perf_counter()
+            pipeline = load()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+            del pipeline
+        rates[side] = weights / min(seconds) / 1e9
+    return rates
+
+
+def slicing_cost(vae: Any) -> dict[str, Any]:
+    """Whether one image at a time gives the same bits, and its seconds over those of two at once."""
+    pixels = torch.randn(1, 3, 1024, 1024, device="cuda", dtype=torch.bfloat16).repeat(2, 1, 1, 1)
+    results, seconds = [], []
+    with torch.no_grad():
+        for sliced in (False, True):
+            (vae.enable_slicing if sliced else vae.disable_slicing)()
+            results.append(vae.encode(pixels).latent)
+            seconds.append(timed(lambda: vae.encode(pixels)))
+    vae.disable_slicing()
+    whole, apart = results
+    return {
+        "bit_identical": torch.equal(whole, apart),
+        "ratio": seconds[1] / seconds[0],
+        "largest_difference": float((whole - apart).abs().max()),
+        "largest": float(whole.abs().max()),
+    }
+
+
+def hook_cost(pipeline: Any, plan: Any) -> dict[str, float]:
+    """Median seconds of a denoising step with the border hooks and without, rounds interleaved."""
+    resolved, steps = plan.resolve(), plan.spec.workload.steps
+    picture, found = read_control_image(plan.spec.workload), {"hooked": [], "bare": []}
+
+    def run() -> float:
+        times: list[float] = []
+
+        def step_end(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            return values
+
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline("a lighthouse", control_image=picture, height=1024, width=1024, num_inference_steps=steps,
+                 use_resolution_binning=False, output_type="latent", callback_on_step_end=step_end)  # fmt: skip
+        return (times[-1] - times[0]) / (steps - 1)
+
+    run()
+    for _ in range(5):
+        found["hooked"].append(run())
+        unplace(pipeline)
+        found["bare"].append(run())
+        place(pipeline, resolved)
+    ratio = statistics.median(a / b for a, b in zip(found["hooked"], found["bare"], strict=True))
+    return {**{key: statistics.median(values) for key, values in found.items()}, "ratio": ratio}
+
+
 def markdown(facts: dict[str, Any]) -> str:
     """Render the rows: measured GiB per phase, and how far rehearsal and plan are from them."""
     lines = [
         f"{facts['gpu']}, torch {facts['torch']}, diffusers {facts['diffusers']}, transformers {facts['transformers']}",
         "",
-        "| model | precision | px | batch | phase | measured GiB | rehearsed | plan | reserved GiB | context MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | precision | px | batch | knobs | phase | measured GiB | rehearsed | plan | seconds "
+        "| estimated / measured | reserved GiB | context MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in facts["rows"]:
         fullest = max(row["measured_phase_bytes"].values())
@@ -115,11 +240,29 @@ def markdown(facts: dict[str, Any]) -> str:
             rehearsed = row["rehearsed_phase_bytes"].get(phase, 0) / measured - 1
             plan = f"{row['planned_bytes'] / measured - 1:+.1%}" if measured == fullest else ""
             lines.append(
-                f"| {row['model']} | {row['precision']} | {row['side']} | {row['batch']} | {phase} "
-                f"| {measured / GIB:.3f} | {rehearsed:+.1%} | {plan} "
+                f"| {row['model']} | {row['precision']} | {row['side']} | {row['batch']} | {row['knobs']} | {phase} "
+                f"| {measured / GIB:.3f} | {rehearsed:+.1%} | {plan} | {row['seconds'][phase]:.3f} "
+                f"| {row['planned_seconds'][phase] / row['seconds'][phase]:.2f} "
                 f"| {row['reserved_bytes'] / GIB:.2f} | {row['context_bytes'] / 2**20:.0f} |"
             )
+    for found in facts["extras"]:
+        cut, steps, loads = found["slicing"], found["step_seconds"], found["load_gbps"]
+        lines += [
+            "",
+            f"{found['model']}: VAE slicing of the control image, bit-identical: {cut['bit_identical']} (largest "
+            f"difference {cut['largest_difference']:.3g} of {cut['largest']:.3g}), seconds x {cut['ratio']:.2f}; "
+            f"loading {loads['ours']:.2f} GB/s, from_pretrained {loads['from_pretrained']:.2f} GB/s, pinned copy "
+            f"{found['copy_gbps']:.1f} GB/s; a step with border hooks over one without: {steps['ratio']:.3f} "
+            f"({1000 * steps['hooked']:.1f} ms).",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def save(facts: dict[str, Any], folder: Path) -> None:
+    """Write both files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    (folder / "gpu.md").write_text(markdown(facts), encoding="utf-8")
 
 
 def main() -> None:
@@ -132,7 +275,7 @@ def main() -> None:
     facts: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "diffusers": diffusers.__version__,
         "transformers": transformers.__version__, "python": platform.python_version(),
-        "assumed_context_bytes": CONTEXT_BYTES, "rows": [],
+        "assumed_context_bytes": CONTEXT_BYTES, "rows": [], "extras": [],
     }  # fmt: skip
     for model in options.models.split(","):
         started = time.perf_counter()
@@ -140,13 +283,12 @@ def main() -> None:
         print(f"made {model} in {time.perf_counter() - started:.0f} s", flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-        for precision in PRECISIONS:
-            for side, batch in CASES:
-                facts["rows"].append(measure(source, precision, side, batch))
-                options.out.mkdir(parents=True, exist_ok=True)
-                (options.out / "gpu.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-                (options.out / "gpu.md").write_text(markdown(facts), encoding="utf-8")
-                print(f"{model} {precision} {side} x{batch} done", flush=True)
+        for case in CASES:
+            facts["rows"].append(measure(source, *case))
+            save(facts, options.out)
+            print(model, *case, "done", flush=True)
+        facts["extras"].append(extras(source))
+        save(facts, options.out)
     print(markdown(facts))
 
 

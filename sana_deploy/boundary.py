@@ -7,10 +7,12 @@ answers `home` and the pipeline's own tensors (latents, timesteps, embeddings) a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -53,6 +55,17 @@ def by_pair(moved: Counter[Movement]) -> dict[str, int]:
     return dict(pairs)
 
 
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy `tensor` to pinned host memory; return it as it is where the system has no more to lock.
+
+    The device is named, since PyTorch would ask a rehearsal's device type once that is registered.
+    """
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return tensor.pin_memory("cuda")
+    return tensor
+
+
 class Visit:
     """Weights that wait on the CPU and are on `device` only while their component works: a knob of the plan.
 
@@ -65,7 +78,7 @@ class Visit:
         self._kept: list[tuple[dict[str, Any], str, Any]] = []
         if device.type == "cuda":
             for tensor in (*module.parameters(), *module.buffers()):
-                tensor.data = tensor.data.pin_memory()
+                tensor.data = pinned(tensor.data)
 
     def arrive(self, traffic: Traffic) -> None:
         """Copy the weights to the GPU; nothing happens where they are there already."""
