@@ -132,7 +132,7 @@ def _knob_lines(plan: Plan) -> list[RenderableType]:
         if price:
             line += f"; saves ~{human_bytes(price.bytes_saved)}"
             line += f", moves ~{human_bytes(price.bytes_per_image)} per image" if price.bytes_per_image > 0 else ""
-            line += f", ~{price.seconds_per_image:+.2f} s per image" if price.seconds_per_image is not None else ""
+            line += f", costs ~{price.seconds_per_image:.2f} s per image" if price.seconds_per_image is not None else ""
         lines.append(Text(line, style="cyan"))
     return lines
 

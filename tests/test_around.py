@@ -130,6 +130,37 @@ def test_callbacks_change_latents_and_embeddings_between_steps(placed: Placed) -
     assert not same(changed, call(placed.reference, num_inference_steps=3))
 
 
+def test_callbacks_see_every_tensor_that_diffusers_promises(placed: Placed) -> None:
+    seen: set[str] = set()
+
+    def look(pipeline: Any, step: int, __: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.update(values)
+        if step == pipeline.num_timesteps - 1:
+            values["latents"] = torch.zeros_like(values["latents"])
+        return values
+
+    options = dict(callback_on_step_end=look,
+                   callback_on_step_end_tensor_inputs=placed.pipeline._callback_tensor_inputs)  # fmt: skip
+    assert same(placed.images(**options), call(placed.reference, **options))
+    assert seen == set(placed.pipeline._callback_tensor_inputs)
+
+
+def test_attention_slicing_and_a_plain_tuple(placed: Placed) -> None:
+    for pipeline in (placed.pipeline, placed.reference):
+        pipeline.enable_attention_slicing(slice_size=1)
+    with placed.host:
+        ours = placed.pipeline("a lighthouse", control_image=STRIPES, height=64, width=96, num_inference_steps=1,
+                               generator=torch.Generator().manual_seed(0), use_resolution_binning=False,
+                               output_type="np", return_dict=False)  # fmt: skip
+    assert same(ours[0], call(placed.reference, num_inference_steps=1))
+
+
+def test_a_placed_pipeline_saves_what_it_was_loaded_from(tiny: Path, small: Small, tmp_path: Path) -> None:
+    pipeline = load_pipeline(compile_spec(small("precision=fp32")))
+    pipeline.save_pretrained(tmp_path)
+    assert same(call(SanaControlNetPipeline.from_pretrained(tmp_path)), call(pipeline))
+
+
 def test_embeddings_changed_in_place_cross_anew(placed: Placed) -> None:
     def change(_: Any, step: int, __: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         values["prompt_embeds"].mul_(0.5)
