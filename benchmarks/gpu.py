@@ -28,7 +28,7 @@ import transformers
 from diffusers import SanaControlNetPipeline
 from make_checkpoint import make_checkpoint
 
-from sana_deploy.boundary import border_of, pinned
+from sana_deploy.boundary import border_of
 from sana_deploy.compile import compile_spec
 from sana_deploy.compose import compose_spec
 from sana_deploy.cost import CONTEXT_BYTES
@@ -36,6 +36,7 @@ from sana_deploy.generate import PHASE_OF, PhaseClock, run_request
 from sana_deploy.inputs import read_control_image
 from sana_deploy.load import load_pipeline, place, unplace
 from sana_deploy.machine import probe_torch
+from sana_deploy.offload import pinned
 from sana_deploy.rehearsal import rehearse
 from sana_deploy.units import GIB
 

@@ -7,14 +7,10 @@ answers `home` and the pipeline's own tensors (latents, timesteps, embeddings) a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import logging
-import threading
-import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,82 +19,17 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
+from .offload import Visit
 from .profile import VAE_TILE
 from .spec import VAE_FACTOR
+from .traffic import Traffic, move
 
 log = logging.getLogger(__name__)
-Movement = tuple[str, str, str]
-"""Source device, destination device, tensor."""
 Event = Literal["enter", "leave"]
 Observer = Callable[[Event, str], None]
 """Called with the event and `component.method` at every border, on the calling thread."""
-
-
-@dataclass
-class Traffic:
-    """Bytes moved between devices, counted where they move, by tensor."""
-
-    moved: Counter[Movement] = field(default_factory=Counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, src: torch.device, dst: torch.device, tensor: str, count: int) -> None:
-        """Count `count` bytes of `tensor` from `src` to `dst`."""
-        with self._lock:
-            self.moved[str(src), str(dst), tensor] += count
-
-
-def by_pair(moved: Counter[Movement]) -> dict[str, int]:
-    """Sum movements over tensors: "src->dst" -> bytes."""
-    pairs: Counter[str] = Counter()
-    for (src, dst, _), count in sorted(moved.items()):
-        pairs[f"{src}->{dst}"] += count
-    return dict(pairs)
-
-
-def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy `tensor` to pinned host memory; return it as it is where the system has no more to lock.
-
-    The device is named, since PyTorch would ask a rehearsal's device type once that is registered.
-    """
-    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return tensor.pin_memory("cuda")
-    return tensor
-
-
-class Visit:
-    """Weights that wait on the CPU and are on `device` only while their component works: a knob of the plan.
-
-    They are copied when the component is entered and dropped when another one is: parameters on the CPU stay the
-    module's own objects. For CUDA they are kept in pinned memory, which copies at the link's full rate.
-    """
-
-    def __init__(self, module: nn.Module, name: str, device: torch.device) -> None:
-        self.module, self.name, self.device = module, name, device
-        self._kept: list[tuple[dict[str, Any], str, Any]] = []
-        if device.type == "cuda":
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor.data = pinned(tensor.data)
-
-    def arrive(self, traffic: Traffic) -> None:
-        """Copy the weights to the GPU; nothing happens where they are there already."""
-        if self._kept:
-            return
-        for child in self.module.modules():
-            for key, value in (*child._parameters.items(), *child._buffers.items()):
-                if value is None:
-                    continue
-                own: dict[str, Any] = child._parameters if key in child._parameters else child._buffers
-                moved = value.detach().to(self.device, non_blocking=True)
-                traffic.add(value.device, self.device, f"{self.name} weights", value.nbytes)
-                self._kept.append((own, key, value))
-                own[key] = nn.Parameter(moved, requires_grad=value.requires_grad) if own is child._parameters else moved
-
-    def leave(self) -> None:
-        """Put the module's own parameters back, so that the copies are freed."""
-        for own, key, value in self._kept:
-            own[key] = value
-        self._kept.clear()
+Inspector = Callable[[Any, str, Any], None]
+"""Called with the component, its method and the result."""
 
 
 @dataclass
@@ -109,6 +40,8 @@ class Border:
         home: the device of the denoising loop.
         traffic: bytes moved.
         observers: told at every border.
+        inspectors: shown every result where it was made, before it moves.
+        notes: what loading found that the user should know.
         on_decode_oom: `tile` decodes once more in tiles when the VAE runs out of memory.
         inside: the component and method at work, or the last one.
         failure: a decoder's OutOfMemoryError, which diffusers' pipeline swallows.
@@ -122,6 +55,8 @@ class Border:
     home: torch.device
     traffic: Traffic = field(default_factory=Traffic)
     observers: list[Observer] = field(default_factory=list)
+    inspectors: list[Inspector] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     on_decode_oom: Literal["tile", "raise"] = "raise"
     inside: tuple[str, str] = ("pipeline", "")
     failure: torch.OutOfMemoryError | None = None
@@ -140,6 +75,12 @@ class Border:
         self.notify("enter", f"{name}.{method}")
         if name in self.visits:
             self.visits[name].arrive(self.traffic)
+
+    def leave(self, name: str, method: str, output: Any) -> None:
+        """A component ends with `output`."""
+        for inspector in self.inspectors:
+            inspector(name, method, output)
+        self.notify("leave", f"{name}.{method}")
 
     def notify(self, event: Event, place: str) -> None:
         """Tell every observer."""
@@ -184,7 +125,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Push the outputs home."""
-        self.border.notify("leave", f"{self.name}.forward")
+        self.border.leave(self.name, "forward", output)
         return self._push(output, _OUTPUTS[self.name, "forward"])
 
     def init_hook(self, module: nn.Module) -> nn.Module:
@@ -219,7 +160,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
                     raise
             if again is not None:  # outside `except`, whose traceback keeps the activations alive
                 output = self._in_tiles(module, again, lambda: inner(*args, **kwargs))
-            self.border.notify("leave", f"{self.name}.{method}")
+            self.border.leave(self.name, method, output)
             return output if method in self.keep else self._push(output, _OUTPUTS[self.name, method])
 
         return outer
@@ -310,23 +251,6 @@ _OUTPUTS = {
     ("controlnet", "forward"): "controlnet_block_samples",
 }
 """What reports call the tensors at a border; other inputs keep their argument's name."""
-
-
-def move(value: Any, device: torch.device, traffic: Traffic, name: str) -> Any:
-    """Return `value` with every tensor in it (dict, list, tuple, model output) on `device`, counting bytes."""
-    if isinstance(value, torch.Tensor):
-        if value.device == device:
-            return value
-        traffic.add(value.device, device, name, value.nbytes)
-        return value.to(device)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move(item, device, traffic, name) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(move(item, device, traffic, name) for item in value)
-    if isinstance(value, dict):
-        moved = {key: move(item, device, traffic, name) for key, item in value.items()}
-        return moved if type(value) is dict else type(value)(**moved)
-    return value
 
 
 def attach(module: nn.Module, name: str, device: torch.device, border: Border, visits: bool = False) -> None:

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from . import machine as machines
 from .assemble import assemble
+from .auto import choose_precision
 from .candidates import Candidate, Rejection, Rules
 from .checkpoint import Checkpoint, open_checkpoint
 from .compose import compose_spec
 from .describe import describe_machine
 from .errors import InfeasibleError
 from .hints import with_all_knobs, working_changes
-from .machine import Machine
+from .machine import Gpu, Machine
 from .needs import Told
 from .plan import Diagnostic, Place, Plan
 from .planner import Search, search_balanced, search_custom, search_single
@@ -34,12 +35,16 @@ def compile_plan(overrides: Sequence[str] = ()) -> Plan:
 
 def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | None = None) -> Plan:
     """Compile a validated declaration for `machine` (probed unless given); `told` hears of a checkpoint's measuring."""
-    diagnostics = _precision_remarks(spec)
     checkpoint = open_checkpoint(spec.model)
-    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components, told)
     machine = machine or machine_of(spec)
     _check_indices(spec, machine)
     offered = _offered(spec, machine)
+    diagnostics: list[Diagnostic] = []
+    if spec.precision.name == "auto":
+        spec, reason = choose_precision(spec, checkpoint, replace(machine, gpus=_usable(spec, machine)), _fits)
+        diagnostics.append(reason)
+    diagnostics += [*_precision_remarks(spec), *_stored_remarks(spec, checkpoint)]
+    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components, told)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         return _cpu_plan(spec, checkpoint, profile, offered, diagnostics)
     search = _search(spec, profile, offered)
@@ -64,14 +69,22 @@ def machine_of(spec: DeploySpec) -> Machine:
     return machines.probe()
 
 
+def _usable(spec: DeploySpec, machine: Machine) -> tuple[Gpu, ...]:
+    """The GPUs that the declaration leaves to choose from."""
+    hardware = spec.hardware
+    if isinstance(hardware, CustomMap):
+        named = {place for place in hardware.device_map.values() if place != "cpu"}
+        return tuple(gpu for gpu in machine.gpus if gpu.index in named)
+    return tuple(gpu for gpu in machine.gpus if hardware.use is None or gpu.index in hardware.use)
+
+
 def _offered(spec: DeploySpec, machine: Machine) -> Machine:
     """The part of `machine` that the planner may take: `hardware.use` and `hardware.keep_free`."""
     hardware = spec.hardware
     if isinstance(hardware, CustomMap):
         return machine
     kept = parse_bytes(hardware.keep_free, "hardware.keep_free")
-    chosen = [gpu for gpu in machine.gpus if hardware.use is None or gpu.index in hardware.use]
-    gpus = tuple(replace(gpu, free_bytes=max(0, gpu.free_bytes - kept)) for gpu in chosen)
+    gpus = tuple(replace(gpu, free_bytes=max(0, gpu.free_bytes - kept)) for gpu in _usable(spec, machine))
     return replace(machine, gpus=gpus)
 
 
@@ -132,6 +145,22 @@ def _precision_remarks(spec: DeploySpec) -> list[Diagnostic]:
         type="fragile_dtype", severity="warning", message=message, where="precision.components", hint=hint
     )
     return [remark]
+
+
+def _stored_remarks(spec: DeploySpec, checkpoint: Checkpoint) -> list[Diagnostic]:
+    """Say where bfloat16 files are loaded in float16, which has less range; rounding is what a policy asks for."""
+    narrowed = [
+        name
+        for name, facts in checkpoint.components.items()
+        if facts.stored.get("BF16") and spec.precision.components[name] == "float16"
+    ]
+    if not narrowed:
+        return []
+    verb = "is" if len(narrowed) == 1 else "are"
+    subject = f"{' and '.join(narrowed)} {verb}"
+    message = f"{subject} stored in bfloat16 and loaded in float16, which has less range"
+    hint = "values out of range are counted at load; precision=bf16 keeps them"
+    return [Diagnostic(type="lossy_dtype", severity="info", message=message, where="precision.components", hint=hint)]
 
 
 def _cpu_plan(

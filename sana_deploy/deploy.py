@@ -107,6 +107,7 @@ def _compile(run: Run) -> None:
                 if run.plan:
                     run.plan.save(run.folder / "plan.json")
                 raise
+        run.spec = run.spec.model_copy(update={"precision": run.plan.spec.precision})
     run.plan.save(run.folder / "plan.json")
     if not run.brief:
         report.show_plan(run.plan)
@@ -123,6 +124,7 @@ def _apply(run: Run) -> None:
     assert run.resolved is not None
     started = time.perf_counter()
     with report.progress_each("loading", run.brief) as advance:
+        from .boundary import border_of
         from .load import load_pipeline
 
         if run.resolved.machine.kind == "virtual":
@@ -130,6 +132,13 @@ def _apply(run: Run) -> None:
 
             run.host = open_host(run.resolved)
         run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of), run.host)
+    border = border_of(run.pipeline)
+    assert border is not None
+    hint = "precision=bf16 or precision=fp32 keep them"
+    run.remarks += [
+        Diagnostic(type="out_of_range", severity="warning", message=text, where="precision.components", hint=hint)
+        for text in border.notes
+    ]
     run.measured = Measured(seconds={"load": round(time.perf_counter() - started, 6)})
 
 
@@ -146,7 +155,7 @@ def _generate(run: Run) -> None:
         raise
     finally:
         hint = "hardware.on_decode_oom=raise makes this an error"
-        run.remarks = [
+        run.remarks += [
             Diagnostic(type="decoded_in_tiles", severity="warning", message=text, where="generate", hint=hint)
             for text in border.remarks
         ]

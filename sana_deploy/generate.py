@@ -16,13 +16,14 @@ import torch
 from diffusers import SanaControlNetPipeline
 from PIL.Image import Image
 
-from .boundary import Border, Event, Movement, border_of, by_pair
+from .boundary import Border, Event, border_of
 from .errors import RunError
 from .files import write_bytes
 from .inputs import read_control_image
 from .outcome import Measured
 from .profile import PHASES, Phase
-from .spec import Workload
+from .spec import COMPONENTS, Workload
+from .traffic import Movement, by_pair
 from .units import human_bytes
 
 StepDone = Callable[[int, int], None]
@@ -94,20 +95,33 @@ def generate(
         `workload.batch` images of (height, width), and what was measured.
 
     Raises:
-        RunError: out of memory, a failed operation, or an image that is NaN or one flat colour.
+        RunError: out of memory, a failed operation, a component whose result is NaN or infinite, or an image that is
+            NaN or one flat colour.
     """
+    from .guard import NumericsGuard
+
     border = _border(pipeline)
+    guard = NumericsGuard({name: str(getattr(pipeline, name).dtype).removeprefix("torch.") for name in COMPONENTS})
+
+    def stepped(done: int, of: int) -> None:
+        guard.step_done()
+        if on_step:
+            on_step(done, of)
+
     devices = [torch.device(place) for place in sorted(set(pipeline.hf_device_map.values())) if "cuda" in place]
     clock = PhaseClock(devices)
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     border.observers.append(clock)
+    border.inspectors.append(guard)
     started = time.perf_counter()
     try:
-        pixels, per_step = run_request(pipeline, workload, on_step)
+        pixels, per_step = run_request(pipeline, workload, stepped)
+        guard.check()
     finally:
         clock.switch(None)
         border.observers.remove(clock)
+        border.inspectors.remove(guard)
     elapsed = time.perf_counter() - started
     return to_images(pipeline, pixels), _measured(clock, border, per_step, devices, elapsed)
 

@@ -51,6 +51,7 @@ def load_pipeline(
     checkpoint = open_checkpoint(_pinned(resolved.plan), weights=not shapes_only)
     _check_same(resolved.plan, checkpoint)
     parts: dict[str, Any] = {}
+    notes: list[str] = []
     if shapes_only:
         for name in COMPONENTS:
             module = stand_in(checkpoint.components[name], _dtype(resolved, name))
@@ -66,6 +67,7 @@ def load_pipeline(
                 for name in COMPONENTS
             },
             progress,
+            notes,
         )
         parts |= {str(name): module for name, module in loaded.items()}
         if host is not None:
@@ -75,6 +77,9 @@ def load_pipeline(
         parts |= load_helpers(checkpoint)
     pipeline = SanaControlNetPipeline(**parts)
     _bind(pipeline, resolved)
+    border = border_of(pipeline)
+    assert border is not None
+    border.notes += notes
     return pipeline
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from diffusers import SanaControlNetPipeline
 from PIL.Image import Image
 
-from .boundary import Event, Movement, border_of, by_pair
+from .boundary import Event, border_of
 from .cost import CONTEXT_BYTES
 from .errors import InfeasibleError
 from .generate import PHASE_OF, StepDone, host_peak, run_request, to_images
@@ -19,6 +19,7 @@ from .outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, Rehears
 from .plan import Plan
 from .resolve import ResolvedPlan
 from .spec import VirtualMachine
+from .traffic import Movement, by_pair
 from .units import MIB, human_bytes
 from .virtual import Fidelity, VirtualHost
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import InvalidSpecError, did_you_mean
 
@@ -150,17 +158,27 @@ class CustomMap(Placed):
 
 
 class Precision(Declared):
-    """The dtype of each component, and what to do about risky or emulated ones."""
+    """The dtype of each component, and what to do about risky or emulated ones.
+
+    The policy named `auto` may leave components open; compiling fills them in.
+    """
 
     name: str
     components: dict[Component, Dtype]
     allow_emulated: bool = False
     strict: bool = False
 
+    @field_validator("components", mode="before")
+    @classmethod
+    def _left_open(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("name") != "auto" or not isinstance(value, Mapping):
+            return value
+        return {name: dtype for name, dtype in value.items() if dtype is not None}
+
     @model_validator(mode="after")
     def _complete(self) -> Precision:
         missing = [name for name in COMPONENTS if name not in self.components]
-        if missing:
+        if missing and self.name != "auto":
             raise ValueError(f"components has no dtype for {', '.join(missing)}; every component needs one")
         return self
 

@@ -48,8 +48,15 @@ class _CancelledError(Exception):
     """Another component failed: this one stops reading."""
 
 
-def load_components(wanted: Mapping[Component, Wanted], progress: Progress | None = None) -> dict[Component, nn.Module]:
+def load_components(
+    wanted: Mapping[Component, Wanted], progress: Progress | None = None, notes: list[str] | None = None
+) -> dict[Component, nn.Module]:
     """Load all `wanted` components, in evaluation mode.
+
+    Args:
+        wanted: what to load.
+        progress: told of the bytes read of each component.
+        notes: gets a sentence for every component whose values do not fit float16.
 
     Raises:
         RunError: the first component that failed, with its file; the others have stopped and hold nothing.
@@ -65,7 +72,7 @@ def load_components(wanted: Mapping[Component, Wanted], progress: Progress | Non
         skeletons = {name: _skeleton(one) for name, one in wanted.items()}
         with ThreadPoolExecutor(len(wanted), thread_name_prefix="load") as pool:
             jobs = [
-                pool.submit(_fill, skeleton, wanted[name], stop, told)
+                pool.submit(_fill, skeleton, wanted[name], stop, told, notes if notes is not None else [])
                 for name, skeleton in skeletons.items()
                 if skeleton is not None
             ]
@@ -120,11 +127,11 @@ def _build(facts: ComponentFacts, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progress) -> None:
+def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progress, notes: list[str]) -> None:
     """Read every tensor of a component's files into `module`."""
     facts = wanted.facts
     assert facts.folder is not None
-    total, done = sum(facts.stored.values()), 0
+    total, done, lost = sum(facts.stored.values()), 0, 0
     for path in weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle):
         try:
             with safe_open(path, "pt", device=wanted.device) as file:
@@ -133,7 +140,9 @@ def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progre
                         raise _CancelledError
                     value = file.get_tensor(key)
                     size = value.nbytes
-                    _assign(module, key, value.to(wanted.dtype) if value.is_floating_point() else value)
+                    cast = value.to(wanted.dtype) if value.is_floating_point() else value
+                    lost += _overflowed(value, cast)
+                    _assign(module, key, cast)
                     done += size
                     told(facts.name, done, total)
         except torch.OutOfMemoryError as problem:
@@ -144,7 +153,16 @@ def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progre
         for key, buffer in owner._buffers.items():
             if buffer is not None:
                 owner._buffers[key] = buffer.to(wanted.device)
+    if lost:
+        notes.append(f"{lost} values of the {facts.name} do not fit float16 and became infinite")
     log.info("loaded %s to %s in %s", facts.name, wanted.device, wanted.dtype)
+
+
+def _overflowed(value: torch.Tensor, cast: torch.Tensor) -> int:
+    """How many finite values became infinite in float16, from a dtype of more range."""
+    if cast.dtype != torch.float16 or value.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        return 0
+    return int(torch.isinf(cast).sum() - torch.isinf(value).sum())
 
 
 def _assign(module: nn.Module, key: str, value: torch.Tensor) -> None:

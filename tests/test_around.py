@@ -18,12 +18,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaControlNetPipeline
 from PIL import Image
 
 from sana_deploy import load_pipeline, place, unplace
-from sana_deploy.boundary import border_of, by_pair
+from sana_deploy.boundary import border_of
 from sana_deploy.compile import compile_spec
 from sana_deploy.errors import RunError
 from sana_deploy.rehearsal import open_host
 from sana_deploy.resolve import ResolvedPlan
 from sana_deploy.spec import COMPONENTS, DeploySpec
+from sana_deploy.traffic import by_pair
 from sana_deploy.virtual import VirtualHost
 
 Small = Callable[..., DeploySpec]

@@ -14,7 +14,8 @@ from diffusers import AutoencoderDC
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sana_deploy.boundary import Border, Traffic, attach, by_pair, move
+from sana_deploy.boundary import Border, attach
+from sana_deploy.traffic import Traffic, by_pair, move
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -68,6 +68,6 @@ def test_composing_inside_another_hydra_app_leaves_it_as_it_was(tmp_path: Path) 
 
 def test_the_policies_that_hints_offer_are_those_of_the_config_group() -> None:
     options = {option for group, option in OPTIONS if group == "precision"}
-    assert set(POLICIES) == options
+    assert {*POLICIES, "auto"} == options
     for name, components in POLICIES.items():
         assert compose_spec([f"precision={name}"]).precision.components == components

@@ -1,0 +1,58 @@
+"""Weights that wait on the CPU and visit their GPU: what the knob `text_encoder_offload` turns on."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from .traffic import Traffic
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy `tensor` to pinned host memory; return it as it is where the system has no more to lock.
+
+    The device is named, since PyTorch would ask a rehearsal's device type once that is registered.
+    """
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return tensor.pin_memory("cuda")
+    return tensor
+
+
+class Visit:
+    """Weights that wait on the CPU and are on `device` only while their component works: a knob of the plan.
+
+    They are copied when the component is entered and dropped when another one is: parameters on the CPU stay the
+    module's own objects. For CUDA they are kept in pinned memory, which copies at the link's full rate.
+    """
+
+    def __init__(self, module: nn.Module, name: str, device: torch.device) -> None:
+        self.module, self.name, self.device = module, name, device
+        self._kept: list[tuple[dict[str, Any], str, Any]] = []
+        if device.type == "cuda":
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = pinned(tensor.data)
+
+    def arrive(self, traffic: Traffic) -> None:
+        """Copy the weights to the GPU; nothing happens where they are there already."""
+        if self._kept:
+            return
+        for child in self.module.modules():
+            for key, value in (*child._parameters.items(), *child._buffers.items()):
+                if value is None:
+                    continue
+                own: dict[str, Any] = child._parameters if key in child._parameters else child._buffers
+                moved = value.detach().to(self.device, non_blocking=True)
+                traffic.add(value.device, self.device, f"{self.name} weights", value.nbytes)
+                self._kept.append((own, key, value))
+                own[key] = nn.Parameter(moved, requires_grad=value.requires_grad) if own is child._parameters else moved
+
+    def leave(self) -> None:
+        """Put the module's own parameters back, so that the copies are freed."""
+        for own, key, value in self._kept:
+            own[key] = value
+        self._kept.clear()

@@ -1,0 +1,124 @@
+"""A dtype is a promise: chosen with a reason, checked at every border, and never cast out of range in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sana_deploy.boundary import border_of
+from sana_deploy.compile import compile_spec
+from sana_deploy.errors import InfeasibleError, RunError
+from sana_deploy.generate import generate
+from sana_deploy.load import load_pipeline
+from sana_deploy.machine import Gpu, Machine
+from sana_deploy.precision import POLICIES
+from sana_deploy.spec import DeploySpec
+from sana_deploy.units import GIB
+
+Small = Callable[..., DeploySpec]
+Describe = Callable[..., Machine]
+LARGE = ["model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024", "precision=auto"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "capability", "chosen", "reason"),
+    [
+        ((24,), (8, 9), "mixed_bf16", "native here and it fits"),
+        ((15, 15), (7, 5), "mixed_fp32", "mixed_bf16: bfloat16 is not native on Test 15 GiB"),
+        ((), (8, 6), "fp32", "what CPUs compute natively"),
+    ],
+)
+def test_auto_takes_the_best_legal_policy_and_says_why(
+    small: Small, machine: Describe, sizes: tuple[int, ...], capability: tuple[int, int], chosen: str, reason: str
+) -> None:
+    plan = compile_spec(small(*LARGE), machine(*sizes, capability=capability))
+    assert plan.spec.precision.name == chosen
+    assert {name: part.dtype for name, part in plan.components.items()} == POLICIES[chosen]
+    (remark,) = [one for one in plan.diagnostics if one.type == "auto_precision"]
+    assert reason in remark.message
+
+
+def test_auto_keeps_what_is_fixed_and_speaks_of_memory_where_nothing_fits(small: Small, machine: Describe) -> None:
+    plan = compile_spec(small(*LARGE, "precision.components.vae=float32"), machine(24))
+    assert plan.components["vae"].dtype == "float32"
+    assert plan.components["text_encoder"].dtype == "bfloat16"
+    with pytest.raises(InfeasibleError, match="too much"):
+        compile_spec(small(*LARGE), machine(4, capability=(7, 5)))
+
+
+def test_a_mixed_machine_gets_bfloat16_where_it_is_native(small: Small) -> None:
+    new = Gpu(0, "NVIDIA GeForce RTX 4090", 24 * GIB, 24 * GIB, (8, 9), 128)
+    old = Gpu(1, "Tesla T4", 15 * GIB, 15 * GIB, (7, 5), 40)
+    plan = compile_spec(small(*LARGE), Machine("present", (new, old), 64 * GIB))
+    assert plan.spec.precision.name == "mixed_bf16"
+    assert {name for name, part in plan.components.items() if part.slot == 1} <= {"transformer", "controlnet"}
+    pinned = small(*LARGE, "precision=mixed_bf16", "hardware.pin.vae=1")
+    with pytest.raises(InfeasibleError, match=r"bfloat16 \(vae\) is not native on GPU 1, Tesla T4"):
+        compile_spec(pinned, Machine("present", (new, old), 64 * GIB))
+
+
+@pytest.fixture
+def overflowing(tiny: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose text encoder's last norm makes values that float16 cannot hold, of weights that it can."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "overflowing"))
+    (path,) = (folder / "text_encoder").glob("*.safetensors")
+    weights = load_file(path)
+    weights["norm.weight"] = torch.full_like(weights["norm.weight"], 6e4)
+    save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_an_overflow_is_caught_at_the_border_and_named(
+    cli: Callable[..., subprocess.CompletedProcess[str]], overflowing: Path, tmp_path: Path
+) -> None:
+    chosen = ["model=checkpoint", f"model.source={overflowing}", "workload.height=64", "workload.width=64"]
+    ended = cli(*chosen, "precision=fp16", "workload.steps=3")
+    assert ended.returncode == 6, ended.stderr
+    said = "error: precision.components.text_encoder: the text_encoder gave NaN or infinity in float16 during encode"
+    assert said in ended.stderr
+    assert "hint: precision=mixed_bf16, or precision=mixed_fp32" in ended.stderr
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    assert not list(folder.glob("*.png"))
+    facts = json.loads((folder / "outcome.json").read_text())["error"]["facts"]
+    assert facts == {"component": "text_encoder", "dtype": "float16", "phase": "encode"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "where"), [("vae", "vae gave NaN or infinity in float32 during prepare"),
+                          ("transformer", "transformer gave NaN or infinity in float32 during denoise")]
+)  # fmt: skip
+def test_the_first_component_that_breaks_is_the_one_named(small: Small, broken: str, where: str) -> None:
+    spec = small("precision=fp32", "workload.steps=4")
+    pipeline = load_pipeline(compile_spec(spec))
+    next(getattr(pipeline, broken).parameters()).data.fill_(float("nan"))
+    steps: list[int] = []
+    with pytest.raises(RunError, match=where) as caught:
+        generate(pipeline, spec.workload, lambda done, of: steps.append(done))
+    assert steps == [], "it ends with the first step"
+    assert "the weights or the inputs are damaged" in caught.value.hint
+    assert border_of(pipeline).inspectors == []  # type: ignore[union-attr]
+
+
+def test_values_that_float16_cannot_hold_are_counted_at_load(
+    tiny: Path, small: Small, tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "wide"))
+    (path,) = (folder / "controlnet").glob("*.safetensors")
+    weights = {key: value.to(torch.bfloat16) for key, value in load_file(path).items()}
+    key = next(iter(weights))
+    weights[key].view(-1)[:3] = 1e6
+    save_file(weights, path, metadata={"format": "pt"})
+    chosen = ["model=checkpoint", f"model.source={folder}", "precision=mixed_bf16"]
+    plan = compile_spec(small(*chosen))
+    (remark,) = [one for one in plan.diagnostics if one.type == "lossy_dtype"]
+    assert remark.message.startswith("controlnet is stored in bfloat16 and loaded in float16")
+    ended = cli(*chosen, "workload.height=64", "workload.width=64", "until=apply")
+    assert "3 values of the controlnet do not fit float16 and became infinite" in ended.stderr
+    assert not [one for one in compile_spec(small(*chosen, "precision=bf16")).diagnostics if one.type == "lossy_dtype"]
