@@ -9,7 +9,7 @@ from .hints import Fits
 from .machine import Machine
 from .plan import Diagnostic
 from .precision import POLICIES, is_native
-from .spec import Component, DeploySpec, Dtype, Precision
+from .spec import Component, DeploySpec, Dtype
 
 ORDER = ("mixed_bf16", "mixed_fp32", "bf16", "fp32")
 """Policies that SANA survives, best first: the documented recipe, the same for GPUs without bfloat16, then the rest."""
@@ -44,8 +44,7 @@ def _candidates(spec: DeploySpec) -> Iterator[tuple[str, DeploySpec]]:
 def _with(spec: DeploySpec, name: str) -> DeploySpec:
     given = spec.precision
     components: dict[Component, Dtype] = {**POLICIES[name], **given.components}
-    chosen = Precision(name=name, components=components, allow_emulated=given.allow_emulated, strict=given.strict)
-    return spec.model_copy(update={"precision": chosen})
+    return spec.model_copy(update={"precision": given.model_copy(update={"name": name, "components": components})})
 
 
 def _why_not(dtypes: Mapping[Component, Dtype], machine: Machine) -> str:

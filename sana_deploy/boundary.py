@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 Event = Literal["enter", "leave"]
 Observer = Callable[[Event, str], None]
 """Called with the event and `component.method` at every border, on the calling thread."""
+Watcher = Callable[[Any, str, Any, Any], None]
+"""Called with the component, its method, and the positional and named inputs."""
 Inspector = Callable[[Any, str, Any], None]
 """Called with the component, its method and the result."""
 
@@ -40,6 +42,7 @@ class Border:
         home: the device of the denoising loop.
         traffic: bytes moved.
         observers: told at every border.
+        watchers: shown every input where it is taken, after it moved.
         inspectors: shown every result where it was made, before it moves.
         notes: what loading found that the user should know.
         on_decode_oom: `tile` decodes once more in tiles when the VAE runs out of memory.
@@ -55,6 +58,7 @@ class Border:
     home: torch.device
     traffic: Traffic = field(default_factory=Traffic)
     observers: list[Observer] = field(default_factory=list)
+    watchers: list[Watcher] = field(default_factory=list)
     inspectors: list[Inspector] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     on_decode_oom: Literal["tile", "raise"] = "raise"
@@ -75,6 +79,11 @@ class Border:
         self.notify("enter", f"{name}.{method}")
         if name in self.visits:
             self.visits[name].arrive(self.traffic)
+
+    def watch(self, name: str, method: str, args: Any, kwargs: Any) -> None:
+        """A component has its inputs."""
+        for watcher in self.watchers:
+            watcher(name, method, args, kwargs)
 
     def leave(self, name: str, method: str, output: Any) -> None:
         """A component ends with `output`."""
@@ -121,7 +130,9 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             return args, kwargs
         self.border.enter(self.name, "forward")
         names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
-        return self._pull(args, names), self._pull(kwargs)
+        args, kwargs = self._pull(args, names), self._pull(kwargs)
+        self.border.watch(self.name, "forward", args, kwargs)
+        return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Push the outputs home."""
@@ -150,6 +161,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             self.border.enter(self.name, method)
             names = [_INPUTS[self.name, method]]
             args, kwargs = self._pull(args, names), self._pull(kwargs)
+            self.border.watch(self.name, method, args, kwargs)
             again = None
             try:
                 output = inner(*args, **kwargs)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
 from .files import write_text
 from .hints import roomier
 from .inputs import check_control_image
-from .outcome import Measured, Outcome, Rehearsal, failure_of
+from .outcome import Audit, Measured, Outcome, Rehearsal, failure_of
 from .plan import Diagnostic, Plan
+from .progress import progress, progress_each
 from .resolve import ResolvedPlan
 from .spec import STAGES, DeploySpec, Stage
 
@@ -36,6 +38,7 @@ class Run:
     host: Any = None
     pipeline: Any = None
     rehearsal: Rehearsal | None = None
+    audit: Audit | None = None
     measured: Measured = field(default_factory=Measured)
     images: list[str] = field(default_factory=list)
     remarks: list[Diagnostic] = field(default_factory=list)
@@ -51,6 +54,7 @@ class Run:
             device_map={str(k): v for k, v in self.resolved.device_map.items()} if self.resolved else {},
             measured=self.measured,
             rehearsal=self.rehearsal,
+            audit=self.audit,
             images=self.images,
             error=error,
             diagnostics=self.remarks,
@@ -99,7 +103,7 @@ def reject(problem: SanaDeployError, folder: Path) -> Outcome:
 def _compile(run: Run) -> None:
     check_control_image(run.spec.workload)
     if run.plan is None:
-        with report.progress("profiling", run.brief) as advance:
+        with progress("profiling", run.brief) as advance:
             try:
                 run.plan = compile_spec(run.spec, told=lambda done, of: advance(f"point {done}/{of}", done, of))
             except InfeasibleError as problem:
@@ -123,7 +127,7 @@ def _resolve(run: Run) -> None:
 def _apply(run: Run) -> None:
     assert run.resolved is not None
     started = time.perf_counter()
-    with report.progress_each("loading", run.brief) as advance:
+    with progress_each("loading", run.brief) as advance:
         from .boundary import border_of
         from .load import load_pipeline
 
@@ -164,13 +168,44 @@ def _generate(run: Run) -> None:
 def _run(run: Run) -> None:
     from .generate import generate, save_images
 
-    with report.progress("denoising", run.brief) as advance:
+    with progress("denoising", run.brief) as advance, _recording(run) as recorder:
         images, measured = generate(
             run.pipeline, run.spec.workload, lambda done, of: advance(f"step {done}/{of}", done, of)
         )
     seconds = {**run.measured.seconds, **measured.seconds}
     run.measured = measured.model_copy(update={"seconds": seconds})
     run.images = [path.name for path in save_images(images, run.folder)]
+    if recorder is not None:
+        _audit(run, recorder, images)
+
+
+@contextlib.contextmanager
+def _recording(run: Run) -> Iterator[Any]:
+    """Record what passes the borders while the block runs, if an audit is wanted."""
+    if not run.spec.precision.audit:
+        yield None
+        return
+    from .audit import Recorder
+    from .boundary import border_of
+
+    recorder, border = Recorder(), border_of(run.pipeline)
+    assert border is not None
+    recorder.attach(border)
+    try:
+        yield recorder
+    finally:
+        recorder.detach(border)
+
+
+def _audit(run: Run, recorder: Any, images: list[Any]) -> None:
+    """Compare with float32; the planned pipeline leaves its GPUs first."""
+    from .audit import audit, in_float32
+
+    assert run.plan is not None
+    reference = in_float32(run.spec, compile_spec)
+    run.pipeline = None
+    with progress("auditing", run.brief):
+        run.audit = audit(recorder, images, run.plan, reference, run.spec.workload)
 
 
 def _rehearse(run: Run) -> None:
@@ -179,11 +214,14 @@ def _rehearse(run: Run) -> None:
 
     assert run.resolved is not None
     resolved = replace(run.resolved, plan=run.resolved.plan.model_copy(update={"spec": run.spec}))
-    with report.progress("rehearsing", run.brief) as advance:
+    with progress("rehearsing", run.brief) as advance:
         ended = rehearse_request(
             run.pipeline, resolved, run.host, lambda done, of: advance(f"step {done}/{of}", done, of)
         )
     run.rehearsal = ended.report
+    if run.spec.precision.audit:
+        message = "an audit computes on this host's devices, a rehearsal does not: nothing was compared"
+        run.remarks.append(Diagnostic(type="no_audit", severity="info", message=message, where="precision.audit"))
     seconds = {**run.measured.seconds, **ended.measured.seconds}
     run.measured = ended.measured.model_copy(update={"seconds": seconds})
     run.images = [path.name for path in save_images(ended.images, run.folder)]

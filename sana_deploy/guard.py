@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from .generate import PHASE_OF
 from .precision import FRAGILE
 from .profile import Phase
 from .spec import Component
+from .traffic import floating
 
 GUARDED_STEPS = 2
 """Denoising steps that are looked at; a float16 overflow shows in the first."""
@@ -33,7 +33,7 @@ class NumericsGuard:
         phase = PHASE_OF[f"{name}.{method}"]
         if phase == "denoise" and self.steps >= GUARDED_STEPS:
             return
-        for tensor in _floating(output):
+        for tensor in floating(output):
             self._flags.append((name, phase, torch.isfinite(tensor).all()))
 
     def step_done(self) -> None:
@@ -63,18 +63,6 @@ class NumericsGuard:
                     dtype=dtype,
                     phase=phase,
                 )
-
-
-def _floating(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _floating(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _floating(item)
 
 
 def _cure(name: Component, dtype: str) -> str:

@@ -95,6 +95,23 @@ class Rehearsal(Frozen):
     work: dict[str, RehearsedWork]
 
 
+class AuditedBorder(Frozen):
+    """A component's first result in one phase, beside its own in float32 for the same inputs."""
+
+    component: str
+    phase: str
+    dtype: str
+    relative_error: float
+
+
+class Audit(Frozen):
+    """A dtype policy against float32: errors per border, and the image's PSNR in dB (None where it is identical)."""
+
+    borders: list[AuditedBorder]
+    psnr: float | None
+    identical: bool
+
+
 class Failure(Frozen):
     """An error as data."""
 
@@ -115,6 +132,7 @@ class Outcome(Frozen):
     device_map: dict[str, str] = {}
     measured: Measured = Measured()
     rehearsal: Rehearsal | None = None
+    audit: Audit | None = None
     images: list[str] = []
     error: Failure | None = None
     diagnostics: list[Diagnostic] = []

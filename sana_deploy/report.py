@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .errors import SanaDeployError
 from .machine import host_memory
-from .outcome import Measured, Outcome, Rehearsal, RehearsedGpu
+from .outcome import Audit, Measured, Outcome, Rehearsal, RehearsedGpu
 from .plan import Diagnostic, Place, Plan, Slot
 from .units import human_bytes
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from .spec import DeploySpec
 
 BAR_CELLS = 24
-Advance = Callable[[str, int, int], None]
-"""Told the current item, how many are done, and how many there are."""
 
 
 def console() -> Console:
@@ -226,6 +224,8 @@ def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
         out.print(render_rehearsal(outcome.rehearsal))
     else:
         _show_measured(out, outcome.measured)
+    if outcome.audit:
+        out.print(render_audit(outcome.audit))
     shown = _relative(folder)
     saved = [*(f"{shown}/{image}" for image in outcome.images), f"{shown}/outcome.json"]
     if outcome.plan_digest:
@@ -285,6 +285,20 @@ def _rehearsed_transfers(rehearsal: Rehearsal) -> RenderableType:
     return table
 
 
+def render_audit(audit: Audit) -> RenderableType:
+    """Render an audit: error per border, then the image."""
+    table = Table(box=None, pad_edge=True, header_style="dim")
+    for title in ("component", "phase", "dtype"):
+        table.add_column(title)
+    table.add_column("relative error", justify="right")
+    for row in audit.borders:
+        table.add_row(row.component, row.phase, row.dtype, f"{row.relative_error:.2e}" if row.relative_error else "0")
+    image = (
+        "identical" if audit.identical else f"PSNR {audit.psnr:.1f} dB" if audit.psnr is not None else "not a number"
+    )
+    return Group(Text(""), Text("audited against float32", style="bold"), table, Text(f"image: {image}"))
+
+
 def show_brief(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
     """Print one line for one job of a sweep; the summary has the rest."""
     seconds = outcome.measured.seconds.get("generate")
@@ -304,52 +318,3 @@ def _relative(folder: Path) -> str:
     with contextlib.suppress(ValueError):
         return folder.resolve().relative_to(Path.cwd()).as_posix()
     return str(folder)
-
-
-@contextlib.contextmanager
-def progress(title: str, brief: bool = False) -> Iterator[Advance]:
-    """Show a progress bar on stderr while the block runs; on no terminal, one line per quarter, `brief`: none."""
-    out = console()
-    if not out.is_terminal:
-        yield (lambda item, done, of: None) if brief else _quarters(out, title)
-        return
-    with _bars(out) as display:
-        task = display.add_task("", total=None)
-        yield lambda item, done, of: display.update(task, description=f"{title:<10} {item}", completed=done, total=of)
-
-
-@contextlib.contextmanager
-def progress_each(title: str, brief: bool = False) -> Iterator[Advance]:
-    """Show a bar per item, items side by side; on no terminal, one line as each item ends."""
-    out = console()
-    if not out.is_terminal:
-        yield lambda item, done, of: out.print(Text(f"{title}: {item}")) if done >= of and not brief else None
-        return
-    with _bars(out) as display:
-        tasks: dict[str, Any] = {}
-
-        def advance(item: str, done: int, of: int) -> None:
-            if item not in tasks:
-                tasks[item] = display.add_task(f"{title:<10} {item:<12}")
-            display.update(tasks[item], completed=done, total=of)
-
-        yield advance
-
-
-def _bars(out: Console) -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=out, transient=True)
-
-
-def _quarters(out: Console, title: str) -> Advance:
-    shown = -1
-
-    def advance(item: str, done: int, of: int) -> None:
-        nonlocal shown
-        if (quarter := done * 4 // max(of, 1)) > shown:
-            shown = quarter
-            out.print(Text(f"{title}: {item}"))
-
-    return advance

@@ -160,6 +160,8 @@ class CustomMap(Placed):
 class Precision(Declared):
     """The dtype of each component, and what to do about risky or emulated ones.
 
+    `audit` compares every component, and the image, with a float32 run of the same request.
+
     The policy named `auto` may leave components open; compiling fills them in.
     """
 
@@ -167,6 +169,7 @@ class Precision(Declared):
     components: dict[Component, Dtype]
     allow_emulated: bool = False
     strict: bool = False
+    audit: bool = False
 
     @field_validator("components", mode="before")
     @classmethod

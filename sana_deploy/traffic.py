@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,19 @@ def by_pair(moved: Counter[Movement]) -> dict[str, int]:
     for (src, dst, _), count in sorted(moved.items()):
         pairs[f"{src}->{dst}"] += count
     return dict(pairs)
+
+
+def floating(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the floating-point tensors in nested dicts (model outputs), lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from floating(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from floating(item)
 
 
 def move(value: Any, device: torch.device, traffic: Traffic, name: str) -> Any:

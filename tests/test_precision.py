@@ -122,3 +122,36 @@ def test_values_that_float16_cannot_hold_are_counted_at_load(
     ended = cli(*chosen, "workload.height=64", "workload.width=64", "until=apply")
     assert "3 values of the controlnet do not fit float16 and became infinite" in ended.stderr
     assert not [one for one in compile_spec(small(*chosen, "precision=bf16")).diagnostics if one.type == "lossy_dtype"]
+
+
+AUDITED = ["workload.height=64", "workload.width=64", "workload.steps=2", "precision.audit=true"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "mixed_bf16", "fp32"])
+def test_an_audit_tells_the_error_of_every_border_and_of_the_image(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path, precision: str
+) -> None:
+    ended = cli(*AUDITED, f"precision={precision}")
+    assert ended.returncode == 0, ended.stderr
+    assert "audited against float32" in ended.stderr
+    (path,) = (tmp_path / "outputs").glob("*/*/outcome.json")
+    found = json.loads(path.read_text())["audit"]
+    errors = {(row["component"], row["phase"]): (row["dtype"], row["relative_error"]) for row in found["borders"]}
+    assert set(errors) == {
+        ("text_encoder", "encode"), ("vae", "prepare"), ("controlnet", "denoise"), ("transformer", "denoise"),
+        ("vae", "decode"),
+    }  # fmt: skip
+    bounds = {"float32": (0.0, 0.0), "float16": (1e-5, 1e-2), "bfloat16": (1e-4, 1e-1)}
+    for dtype, error in errors.values():
+        lowest, highest = bounds[dtype]
+        assert lowest <= error <= highest
+    assert found["identical"] == (precision == "fp32")
+    assert found["psnr"] is None if precision == "fp32" else found["psnr"] > 30
+
+
+def test_an_audit_that_does_not_fit_says_so(small: Small, machine: Describe) -> None:
+    from sana_deploy.audit import in_float32
+
+    spec = small("model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024", "precision.audit=true")
+    with pytest.raises(InfeasibleError, match="an audit runs the request in float32 too, and that does not fit"):
+        in_float32(spec, lambda changed: compile_spec(changed, machine(8, 8)))
