@@ -88,8 +88,8 @@ def _closest(path: str) -> str:
         return did_you_mean(word, COMPONENTS)
     root = conf_dir() / (parent or ".")
     files = list(root.glob("*.yaml")) if parent else [conf_dir() / "config.yaml"]
-    known: set[str] = set()
-    for file in files:
-        loaded = OmegaConf.load(file)
-        known |= {str(key) for key in cast("DictConfig", loaded)} - {"defaults", "hydra"}
+    keys = {file.stem: {str(key) for key in cast("DictConfig", OmegaConf.load(file))} for file in files}
+    known = set().union(*keys.values()) - {"defaults", "hydra"}
+    if parent and (owners := sorted(name for name in keys if word in keys[name])):
+        return f"{word} belongs to {' and '.join(f'{parent}={owner}' for owner in owners)}"
     return did_you_mean(word, known) if known else ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .describe import describe_machine
-from .errors import PlanError
+from .errors import InvalidSpecError, PlanError
 from .machine import Gpu, Machine, probe_torch
 from .plan import Diagnostic, Plan, Slot
 from .precision import is_native
@@ -42,8 +42,7 @@ def resolve_plan(plan: Plan, machine: Machine | None = None) -> ResolvedPlan:
             hint="compile it again with one of its hints, or with hardware=custom_map hardware.force=true",
         )
     if machine is None:
-        declared = plan.spec.machine
-        machine = describe_machine(declared) if isinstance(declared, VirtualMachine) else probe_torch()
+        machine = _declared(plan)
     if plan.slots and not machine.gpus and _may_fall_back(plan):
         return _on_cpu(plan, machine)
     bound: dict[int, Gpu] = {}
@@ -64,6 +63,17 @@ def resolve_plan(plan: Plan, machine: Machine | None = None) -> ResolvedPlan:
     slots = {index: f"{kind}:{gpu.index}" for index, gpu in bound.items()}
     devices = {name: place if place == "cpu" else slots[place] for name, place in plan.device_map.items()}
     return ResolvedPlan(plan, machine, devices, slots, devices["transformer"], tuple(_drift(plan, bound)))
+
+
+def _declared(plan: Plan) -> Machine:
+    """The machine that the plan names: described, or this host's."""
+    declared = plan.spec.machine
+    if not isinstance(declared, VirtualMachine):
+        return probe_torch()
+    try:
+        return describe_machine(declared)
+    except InvalidSpecError as problem:
+        raise PlanError(f"the plan's machine is not valid: {problem}", where="plan_file") from problem
 
 
 def _may_fall_back(plan: Plan) -> bool:
@@ -96,7 +106,10 @@ def _bind(slot: Slot, plan: Plan, machine: Machine, taken: set[int]) -> tuple[Gp
 
 def _lacks(slot: Slot, plan: Plan, gpu: Gpu) -> str:
     hardware = plan.spec.hardware
-    kept = 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")
+    try:
+        kept = 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")
+    except InvalidSpecError as problem:
+        raise PlanError(f"the plan's declaration is not valid: {problem}", where="plan_file") from problem
     forced = isinstance(hardware, CustomMap) and hardware.force
     if gpu.free_bytes < slot.peak_bytes + kept and not forced:
         wants, has = human_bytes(slot.peak_bytes + kept), human_bytes(gpu.free_bytes)
