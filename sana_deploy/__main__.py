@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from . import report
 from .compose import compose_error, conf_dir, spec_from_config
 from .deploy import deploy, reject
+from .diff import main as diff
 from .errors import InputError, SanaDeployError
 
 _codes: list[int] = []
@@ -43,6 +44,8 @@ def _job(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line and exit with the code of the table in --help."""
+    if sys.argv[1:2] == ["diff"]:
+        sys.exit(diff(sys.argv[2:]))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come back here instead of as a traceback
     try:
         _job()
