@@ -119,7 +119,7 @@ def _compile(run: Run) -> None:
 
 def _resolve(run: Run) -> None:
     assert run.plan is not None
-    run.resolved = run.plan.resolve()
+    run.resolved = run.plan.resolve(allow=run.spec.resolve.allow, bind=run.spec.resolve.bind)
     if not run.brief:
         report.show_resolved(run.resolved)
 

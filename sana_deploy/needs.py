@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import cast
 
@@ -21,14 +20,13 @@ from .catalogue import Fits
 from .checkpoint import Checkpoint
 from .errors import InputError
 from .files import cache_root, write_text
+from .plan import library_versions
 from .shapes import digest
 from .spec import COMPONENTS, Component, Dtype
 
 log = logging.getLogger(__name__)
 MEASURED_AS: Mapping[Dtype, Dtype] = {"float16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 """float16 and bfloat16 take the same bytes, and the same operations but for clipping; a test holds that."""
-LIBRARIES = ("diffusers", "torch", "transformers")
-"""Distributions whose versions decide what a component's code does."""
 Told = Callable[[int, int], None]
 """Called with the points measured and the points in all."""
 
@@ -56,7 +54,7 @@ def needs_of(
 def _kept_or_measured(
     checkpoint: Checkpoint, dtype: Dtype, guided: bool, told: Told | None
 ) -> Mapping[Component, Fits]:
-    versions = {name: metadata.version(name) for name in LIBRARIES}
+    versions = library_versions()
     name = digest({"checkpoint": checkpoint.fingerprint, "dtype": dtype, "guided": guided, "versions": versions})
     path = cache_root() / "profiles" / f"{name}.json"
     if (kept := _read(path)) is not None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +23,23 @@ from .spec import COMPONENTS, Component, DeploySpec, Dtype
 if TYPE_CHECKING:
     from .machine import Machine
     from .resolve import ResolvedPlan
+
+LIBRARIES = ("diffusers", "torch", "transformers")
+"""Distributions whose versions decide what a component's code does."""
+
+
+@cache
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name).partition("+")[0]
+    except metadata.PackageNotFoundError:  # a plan can be read where it cannot be applied
+        return "not installed"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of LIBRARIES that are installed, without the build's local part; imports none of them."""
+    return {name: _installed(name) for name in LIBRARIES}
+
 
 SCHEMA_VERSION = "1.1"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
@@ -206,11 +226,15 @@ class Plan(Record):
     feasible: bool = True
     knob_prices: dict[str, KnobPrice] = {}
     vae_tile: Tile | None = None
+    libraries: dict[str, str] = {}
 
     @classmethod
     def build(cls, **fields: Any) -> Plan:
         """Make a plan from its parts, adding version, basis and digest."""
-        draft = cls(schema_version=SCHEMA_VERSION, tool_version=__version__, digest="", basis=dict(BASIS), **fields)
+        draft = cls(
+            schema_version=SCHEMA_VERSION, tool_version=__version__, digest="", basis=dict(BASIS),
+            libraries=library_versions(), **fields,
+        )  # fmt: skip
         return draft.model_copy(update={"digest": digest_of(draft.model_dump(mode="json"))})
 
     def to_json(self) -> str:
@@ -285,19 +309,37 @@ class Plan(Record):
         if self.home != self.device_map["transformer"]:
             raise PlanError(f"{origin}: home is {self.home}, the transformer is elsewhere", where="plan_file")
 
-    def resolve(self, machine: Machine | None = None) -> ResolvedPlan:
-        """Bind slots to the GPUs present (probed through torch unless `machine` is given).
+    def resolve(
+        self,
+        machine: Machine | None = None,
+        allow: Sequence[str] | None = None,
+        bind: Mapping[str, str] | None = None,
+    ) -> ResolvedPlan:
+        """Bind slots to the GPUs present.
+
+        Args:
+            machine: probed through torch unless given.
+            allow: staleness to accept (`library_versions`); the declaration's unless given.
+            bind: slot index -> GPU UUID; the declaration's unless given.
 
         Raises:
-            PlanError: a GPU is missing, smaller, busier or older than the plan needs.
+            PlanError: a GPU is missing, smaller, busier or older than the plan needs, or a library changed.
+            InfeasibleError: a GPU of `bind` is not there.
         """
         from .resolve import resolve_plan
 
-        return resolve_plan(self, machine)
+        return resolve_plan(self, machine, allow, bind)
 
 
-_OUTSIDE_DIGEST = ("digest", "tool_version")
-_HOST_PATHS = (("model", "cache_dir"), ("workload", "control_image"), ("plan_file",), ("until",), ("output",))
+_OUTSIDE_DIGEST = ("digest", "tool_version", "libraries")
+_HOST_PATHS = (
+    ("model", "cache_dir"),
+    ("workload", "control_image"),
+    ("plan_file",),
+    ("until",),
+    ("output",),
+    ("resolve",),
+)
 
 
 def digest_of(values: dict[str, Any]) -> str:

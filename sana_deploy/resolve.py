@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .describe import describe_machine
-from .errors import InvalidSpecError, PlanError
+from .errors import InfeasibleError, InvalidSpecError, PlanError
 from .machine import Gpu, Machine, probe_torch
-from .plan import Diagnostic, Plan, Slot
+from .plan import Diagnostic, Plan, Slot, library_versions
 from .precision import is_native
 from .spec import Component, CustomMap, VirtualMachine
 from .units import human_bytes, parse_bytes
@@ -29,11 +29,20 @@ class ResolvedPlan:
     drift: tuple[Diagnostic, ...] = ()
 
 
-def resolve_plan(plan: Plan, machine: Machine | None = None) -> ResolvedPlan:
+def resolve_plan(
+    plan: Plan,
+    machine: Machine | None = None,
+    allow: Sequence[str] | None = None,
+    bind: Mapping[str, str] | None = None,
+) -> ResolvedPlan:
     """Bind every slot of `plan` to a device of `machine`: the described one for a virtual plan, else probed by torch.
 
+    `allow` and `bind` are the declaration's unless given; see `Plan.resolve`.
+
     Raises:
-        PlanError: a GPU is missing, busier, smaller or older than its slot needs; each difference is named.
+        PlanError: a GPU is missing, busier, smaller or older than its slot needs, or a library changed; each
+            difference is on a line of its own.
+        InfeasibleError: a GPU of `bind` is not there.
     """
     if not plan.feasible:
         raise PlanError(
@@ -41,28 +50,91 @@ def resolve_plan(plan: Plan, machine: Machine | None = None) -> ResolvedPlan:
             where="resolve",
             hint="compile it again with one of its hints, or with hardware=custom_map hardware.force=true",
         )
-    if machine is None:
-        machine = _declared(plan)
-    if plan.slots and not machine.gpus and _may_fall_back(plan):
+    machine = machine or _declared(plan)
+    allowed = plan.spec.resolve.allow if allow is None else allow
+    versions = _library_drift(plan)
+    stale = [] if "library_versions" in allowed else versions
+    if plan.slots and not machine.gpus and _may_fall_back(plan) and not stale:
         return _on_cpu(plan, machine)
-    bound: dict[int, Gpu] = {}
-    problems: list[str] = []
-    for slot in sorted(plan.slots, key=lambda slot: -slot.peak_bytes):
-        gpu, why = _bind(slot, plan, machine, {g.index for g in bound.values()})
-        if gpu is None:
-            problems.append(why)
-        else:
-            bound[slot.index] = gpu
-    if problems:
+    wanted = _bound(plan, machine, (plan.spec.resolve.bind if bind is None else bind) or {})
+    matched = _match(sorted(plan.slots, key=lambda slot: -slot.peak_bytes), plan, machine, wanted, {})
+    if matched is None or stale:
+        problems = [*stale, *(_problems(plan, machine, wanted) if matched is None else [])]
+        libraries = "; or accept the libraries with resolve.allow=[library_versions]" if stale else ""
         raise PlanError(
-            f"the plan does not fit the GPUs present: {'; '.join(problems)} ({machine.inventory()})",
+            "the plan is stale:\n  " + "\n  ".join(problems) + f"\n  ({machine.inventory()})",
             where="resolve",
-            hint="compile it again on this machine",
+            hint=f"compile it again on this machine{libraries}",
         )
     kind = "vgpu" if machine.kind == "virtual" else "cuda"
-    slots = {index: f"{kind}:{gpu.index}" for index, gpu in bound.items()}
+    slots = {index: f"{kind}:{gpu.index}" for index, gpu in sorted(matched.items())}
     devices = {name: place if place == "cpu" else slots[place] for name, place in plan.device_map.items()}
-    return ResolvedPlan(plan, machine, devices, slots, devices["transformer"], tuple(_drift(plan, bound)))
+    drift = [Diagnostic(type="drift", severity="info", message=text, where="resolve") for text in versions]
+    return ResolvedPlan(plan, machine, devices, slots, devices["transformer"], (*drift, *_drift(plan, matched)))
+
+
+def _library_drift(plan: Plan) -> list[str]:
+    """Libraries of another version than the plan was compiled with, one line each."""
+    now = library_versions()
+    return [f"{name}: was {was}, is {now.get(name)}" for name, was in plan.libraries.items() if now.get(name) != was]
+
+
+def _bound(plan: Plan, machine: Machine, bind: Mapping[str, str]) -> dict[int, Gpu]:
+    """The GPU that each slot of `bind` must get."""
+    slots = {str(slot.index): slot.index for slot in plan.slots}
+    by_uuid = {gpu.uuid.removeprefix("GPU-"): gpu for gpu in machine.gpus if gpu.uuid}
+    found: dict[int, Gpu] = {}
+    for key, uuid in bind.items():
+        gpu = by_uuid.get(uuid.removeprefix("GPU-"))
+        if key not in slots:
+            known = ", ".join(slots) or "none"
+            raise InvalidSpecError(f"the plan has no slot {key}", where=f"resolve.bind.{key}", hint=f"slots: {known}")
+        if gpu is None:
+            there = ", ".join(f"GPU-{known}" for known in by_uuid) or "none"
+            raise InfeasibleError(
+                f"no GPU here has the UUID {uuid}", where=f"resolve.bind.{key}", hint=f"UUIDs here: {there}"
+            )
+        found[slots[key]] = gpu
+    return found
+
+
+def _match(
+    slots: Sequence[Slot], plan: Plan, machine: Machine, wanted: Mapping[int, Gpu], bound: dict[int, Gpu]
+) -> dict[int, Gpu] | None:
+    """Give every slot a GPU of its own that will do, the most alike first; None where there is no such matching."""
+    if not slots:
+        return bound
+    first, *rest = slots
+    taken = {gpu.index for index, gpu in {**wanted, **bound}.items() if index != first.index}
+    choices = [wanted[first.index]] if first.index in wanted else machine.gpus
+    for gpu in sorted(choices, key=lambda gpu: _unlike(first, gpu)):
+        if gpu.index not in taken and not _lacks(first, plan, gpu):
+            matched = _match(rest, plan, machine, wanted, {**bound, first.index: gpu})
+            if matched is not None:
+                return matched
+    return None
+
+
+def _unlike(slot: Slot, gpu: Gpu) -> tuple[bool, bool, int]:
+    """Sort key: the GPU of the slot's own index, then of its own kind, then the emptiest."""
+    return gpu.index != slot.index, gpu.name != slot.gpu, -gpu.free_bytes
+
+
+def _problems(plan: Plan, machine: Machine, wanted: Mapping[int, Gpu]) -> list[str]:
+    """What each slot lacks on the GPU that is most like its own; GPUs are given out once."""
+    taken: set[int] = set()
+    found = []
+    for slot in plan.slots:
+        free = [wanted[slot.index]] if slot.index in wanted else [g for g in machine.gpus if g.index not in taken]
+        was = f"slot {slot.name}: was {slot.gpu}, {human_bytes(slot.available_bytes)} free"
+        if not free:
+            found.append(f"{was}, is missing: it wants a GPU, none is left")
+            continue
+        gpu = min(free, key=lambda gpu: _unlike(slot, gpu))
+        taken.add(gpu.index)
+        if why := _lacks(slot, plan, gpu):
+            found.append(f"{was}, is GPU {gpu.index} ({gpu.name}), {human_bytes(gpu.free_bytes)} free: {why}")
+    return found
 
 
 def _declared(plan: Plan) -> Machine:
@@ -92,18 +164,6 @@ def _on_cpu(plan: Plan, machine: Machine) -> ResolvedPlan:
     return ResolvedPlan(plan, machine, dict.fromkeys(plan.device_map, "cpu"), {}, "cpu", (remark,))
 
 
-def _bind(slot: Slot, plan: Plan, machine: Machine, taken: set[int]) -> tuple[Gpu | None, str]:
-    """Find a free GPU for `slot`: the one of the same index if it will do, else the emptiest that will."""
-    free = [gpu for gpu in machine.gpus if gpu.index not in taken]
-    if not free:
-        return None, f"slot {slot.name} wants a GPU, none is left"
-    for gpu in sorted(free, key=lambda gpu: (gpu.index != slot.index, -gpu.free_bytes)):
-        if not _lacks(slot, plan, gpu):
-            return gpu, ""
-    nearest = min(free, key=lambda gpu: (gpu.index != slot.index, -gpu.free_bytes))
-    return None, f"slot {slot.name} {_lacks(slot, plan, nearest)}"
-
-
 def _lacks(slot: Slot, plan: Plan, gpu: Gpu) -> str:
     hardware = plan.spec.hardware
     try:
@@ -112,12 +172,11 @@ def _lacks(slot: Slot, plan: Plan, gpu: Gpu) -> str:
         raise PlanError(f"the plan's declaration is not valid: {problem}", where="plan_file") from problem
     forced = isinstance(hardware, CustomMap) and hardware.force
     if gpu.free_bytes < slot.peak_bytes + kept and not forced:
-        wants, has = human_bytes(slot.peak_bytes + kept), human_bytes(gpu.free_bytes)
-        return f"needs {wants}, GPU {gpu.index} ({gpu.name}) has {has} free"
+        return f"it needs {human_bytes(slot.peak_bytes + kept)}"
     for name, part in plan.components.items():
         emulated = not plan.spec.precision.allow_emulated and not is_native(part.dtype, gpu)
         if part.slot == slot.index and emulated:
-            return f"holds {name} in {part.dtype}, which GPU {gpu.index} ({gpu.name}) only emulates"
+            return f"it holds {name} in {part.dtype}, which this GPU only emulates"
     return ""
 
 

@@ -228,6 +228,23 @@ class Workload(Declared):
         return self.guidance_scale > 1.0
 
 
+class Resolve(Declared):
+    """How a plan is bound to the GPUs present; nothing of it is planned.
+
+    Attributes:
+        allow: staleness to accept, by name: `library_versions`.
+        bind: slot index -> UUID of the GPU that it must get; None leaves the choice.
+    """
+
+    allow: list[Literal["library_versions"]] = []
+    bind: dict[str, str] | None = None
+
+    @field_validator("bind", mode="before")
+    @classmethod
+    def _plain_keys(cls, value: Any) -> Any:
+        return {str(key): uuid for key, uuid in value.items()} if isinstance(value, Mapping) else value
+
+
 Model = Annotated[TinyModel | CatalogueModel | CheckpointModel, Field(discriminator="kind")]
 MachineSpec = Annotated[PresentMachine | VirtualMachine, Field(discriminator="kind")]
 Hardware = Annotated[SingleGpu | MultiGpuBalanced | CustomMap, Field(discriminator="strategy")]
@@ -241,6 +258,7 @@ class DeploySpec(Declared):
     precision: Precision
     machine: MachineSpec
     workload: Workload
+    resolve: Resolve = Resolve()
     until: Stage = "generate"
     output: Literal["text", "json"] = "text"
     plan_file: str | None = None

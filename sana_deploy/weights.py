@@ -77,10 +77,8 @@ def load_components(
                 if skeleton is not None
             ]
             try:
-                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-                if any(job.exception() for job in done):
-                    stop.set()
-            except BaseException:
+                wait(jobs, return_when=FIRST_EXCEPTION)
+            except BaseException:  # interrupted
                 stop.set()
                 raise
         for job in jobs:
@@ -146,8 +144,10 @@ def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progre
                     done += size
                     told(facts.name, done, total)
         except torch.OutOfMemoryError as problem:
+            stop.set()
             raise _no_memory(facts.name, wanted.device, problem) from problem
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as problem:
+            stop.set()
             raise _unreadable(facts.name, path, problem) from problem
     for owner in module.modules():
         for key, buffer in owner._buffers.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from sana_deploy.compile import compile_spec
-from sana_deploy.errors import PlanError
+from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
 from sana_deploy.machine import Machine
 from sana_deploy.plan import Plan
 from sana_deploy.spec import DeploySpec
@@ -45,7 +46,7 @@ def test_a_slot_moves_to_another_gpu_when_its_own_is_busy(plan: Plan, machine: D
     ("sizes", "options", "says"),
     [
         ((8,), {}, "wants a GPU, none is left"),
-        ((8, 8), {"used": 4}, "needs .* GiB, GPU"),
+        ((8, 8), {"used": 4}, r"was Test 8 GiB, 8.00 GiB free, is GPU 0 \(Test 8 GiB\), 4.00 GiB free: it needs"),
         ((8, 8), {"capability": (7, 5)}, "only emulates"),
     ],
 )
@@ -74,3 +75,54 @@ def test_the_machine_is_probed_through_torch_by_default(plan: Plan) -> None:
     from sana_deploy.machine import probe_torch
 
     assert len(probe_torch().gpus) == torch.cuda.device_count()
+
+
+def test_each_difference_is_on_a_line_of_its_own(plan: Plan, machine: Describe) -> None:
+    old = plan.model_copy(update={"libraries": {**plan.libraries, "torch": "1.13.0"}})
+    with pytest.raises(PlanError) as caught:
+        old.resolve(machine(8))
+    lines = caught.value.message.splitlines()
+    assert lines[1].startswith("  torch: was 1.13.0, is 2.")
+    assert lines[2].startswith("  slot gpu1: was Test 8 GiB, 8.00 GiB free, is missing")
+    assert "resolve.allow=[library_versions]" in caught.value.hint
+
+
+def test_another_library_version_is_refused_until_it_is_allowed_by_name(plan: Plan, machine: Describe) -> None:
+    old = plan.model_copy(update={"libraries": {**plan.libraries, "diffusers": "0.1.0"}})
+    with pytest.raises(PlanError, match=r"diffusers: was 0\.1\.0, is 0\."):
+        old.resolve(machine(8, 8))
+    resolved = old.resolve(machine(8, 8), allow=["library_versions"])
+    assert [remark.message.split(",")[0] for remark in resolved.drift] == ["diffusers: was 0.1.0"]
+    assert plan.digest == old.digest, "versions are no decision"
+
+
+def test_slots_can_be_bound_by_uuid(plan: Plan, machine: Describe) -> None:
+    box = machine(8, 8, 8)
+    named = Machine("present", tuple(replace(gpu, uuid=f"uuid-{gpu.index}") for gpu in box.gpus), box.host_bytes)
+    resolved = plan.resolve(named, bind={"0": "GPU-uuid-2", "1": "uuid-0"})
+    assert resolved.slot_devices == {0: "cuda:2", 1: "cuda:0"}
+    with pytest.raises(InfeasibleError, match="no GPU here has the UUID GPU-none") as caught:
+        plan.resolve(named, bind={"0": "GPU-none"})
+    assert "GPU-uuid-0, GPU-uuid-1" in caught.value.hint
+    with pytest.raises(InvalidSpecError, match="the plan has no slot 7"):
+        plan.resolve(named, bind={"7": "uuid-0"})
+
+
+def test_a_matching_is_found_where_taking_the_first_that_will_do_fails(plan: Plan, machine: Describe) -> None:
+    small_peak, large_peak = sorted(slot.peak_bytes for slot in plan.slots)
+    large = next(slot for slot in plan.slots if slot.peak_bytes == large_peak)
+    box = machine(8, 8)
+    tight = [replace(gpu, free_bytes=small_peak) for gpu in box.gpus]
+    tight[1 - large.index] = replace(box.gpus[1 - large.index], free_bytes=large_peak)
+    resolved = plan.resolve(Machine("present", tuple(tight), box.host_bytes))
+    assert resolved.slot_devices[large.index] == f"cuda:{1 - large.index}"
+
+
+def test_allowances_and_bindings_are_declared_and_stay_out_of_the_plan_s_decisions(
+    small: Callable[..., DeploySpec],
+) -> None:
+    declared = small("resolve.allow=[library_versions]", "resolve.bind={0: GPU-abc}", "machine=2xrtx3060")
+    assert declared.resolve.bind == {"0": "GPU-abc"}
+    assert compile_spec(declared).digest == compile_spec(small("machine=2xrtx3060")).digest
+    with pytest.raises(InvalidSpecError, match=r"'everything' is not one of library_versions"):
+        small("resolve.allow=[everything]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,7 @@ def test_a_failure_names_the_file_and_stops_the_others(
             failed.set()
             raise OSError("made to fail")
         failed.wait(5)
+        time.sleep(0.02)
         read.append(key)
         plain(module, key, value)
 
