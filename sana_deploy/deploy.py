@@ -12,6 +12,7 @@ from typing import Any
 
 from . import report
 from .compile import compile_spec
+from .describe import describe_machine
 from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
 from .files import write_text
 from .hints import roomier
@@ -20,7 +21,7 @@ from .outcome import Audit, Measured, Outcome, Rehearsal, failure_of
 from .plan import Diagnostic, Plan
 from .progress import progress, progress_each
 from .resolve import ResolvedPlan
-from .spec import STAGES, DeploySpec, Stage
+from .spec import STAGES, DeploySpec, Stage, VirtualMachine
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,9 @@ def _compile(run: Run) -> None:
 
 def _resolve(run: Run) -> None:
     assert run.plan is not None
-    run.resolved = run.plan.resolve(allow=run.spec.resolve.allow, bind=run.spec.resolve.bind)
+    wanted = run.spec.resolve
+    machine = describe_machine(VirtualMachine(kind="virtual", gpus=wanted.machine)) if wanted.machine else None
+    run.resolved = run.plan.resolve(machine, allow=wanted.allow, bind=wanted.bind)
     if not run.brief:
         report.show_resolved(run.resolved)
 

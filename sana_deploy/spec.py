@@ -234,10 +234,12 @@ class Resolve(Declared):
     Attributes:
         allow: staleness to accept, by name: `library_versions`.
         bind: slot index -> UUID of the GPU that it must get; None leaves the choice.
+        machine: virtual GPUs to rehearse a saved plan on, in the words of `machine.gpus`; None takes the plan's.
     """
 
     allow: list[Literal["library_versions"]] = []
     bind: dict[str, str] | None = None
+    machine: str | None = None
 
     @field_validator("bind", mode="before")
     @classmethod

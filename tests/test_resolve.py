@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +129,25 @@ def test_allowances_and_bindings_are_declared_and_stay_out_of_the_plan_s_decisio
     assert compile_spec(declared).digest == compile_spec(small("machine=2xrtx3060")).digest
     with pytest.raises(InvalidSpecError, match=r"'everything' is not one of library_versions"):
         small("resolve.allow=[everything]")
+
+
+def test_a_saved_plan_is_tried_on_other_machines_from_the_command_line(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    made = cli("model=sana_1600m_controlnet", "machine=2xrtx3090", "until=compile", "hydra.run.dir=made")
+    assert made.returncode == 0, made.stderr
+    apply = ["plan_file=made/plan.json", "until=resolve"]
+    same, fewer, larger = (cli(*apply, f"resolve.machine={gpus}") for gpus in ("2xrtx3090", "1xrtx3090", "2xa100"))
+    assert same.returncode == 0
+    assert "resolve: slot" not in same.stderr
+    assert fewer.returncode == 5
+    assert "is missing: it wants a GPU, none is left" in " ".join(fewer.stderr.split())
+    assert larger.returncode == 0
+    assert "is GPU 0: NVIDIA A100-SXM4-80GB" in larger.stderr
+    values = json.loads((tmp_path / "made" / "plan.json").read_text())
+    values["libraries"]["diffusers"] = "0.1.0"
+    (tmp_path / "made" / "plan.json").write_text(json.dumps(values))
+    assert cli(*apply).returncode == 5
+    allowed = cli(*apply, "resolve.allow=[library_versions]")
+    assert allowed.returncode == 0
+    assert "note: resolve: diffusers: was 0.1.0, is 0." in allowed.stderr
