@@ -216,7 +216,9 @@ def _infeasible(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, sear
     detail = nearest.message if nearest else "there is nothing to place on"
     short = f", {human_bytes(nearest.shortfall_bytes)} too much" if nearest and nearest.shortfall_bytes else ""
     under = f", each under {search.settings} sets of knobs" if search.settings > 1 else ""
-    never = "" if _fits(with_all_knobs(spec), checkpoint, machine) else ". No knob makes it fit on this machine"
+    helped = _fits(with_all_knobs(spec), checkpoint, machine)
+    short_of_memory = nearest is not None and nearest.reason == "memory"
+    never = ". No knob makes it fit on this machine" if short_of_memory and not helped else ""
     return InfeasibleError(
         f"0 of {search.placements} placements fit{under} ({reasons}). Closest: {detail}{short}{never}",
         where="hardware",
@@ -224,7 +226,7 @@ def _infeasible(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, sear
         placements=search.placements,
         candidates=search.considered,
         shortfall_bytes=nearest.shortfall_bytes if nearest else 0,
-        fits_with_a_knob=not never,
+        fits_with_a_knob=helped,
     )
 
 

@@ -21,10 +21,12 @@ from .units import human_bytes
 
 log = logging.getLogger(__name__)
 COLUMNS = (
-    "job", "overrides", "status", "exit_code", "gpus", "worst_utilisation", "weights_bytes", "bytes_per_step",
-    "seconds", "device_map", "reason",
+    "job", "overrides", "status", "exit_code", "gpus", "worst_utilisation", "weights_bytes", "peak_bytes",
+    "bytes_per_step", "estimated_seconds_per_image", "seconds", "psnr", "knobs", "dtypes", "device_map", "reason",
 )  # fmt: skip
-_NUMBERS = ("job", "fullest", "weights", "per step", "seconds")
+_NESTED = ("overrides", "knobs", "dtypes", "device_map")
+"""Columns that hold JSON in summary.csv."""
+_NUMBERS = ("job", "fullest", "weights", "peak", "per step", "~seconds", "seconds", "PSNR")
 """Column titles that are aligned to the right."""
 
 
@@ -57,18 +59,25 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def _row(job: Path) -> dict[str, Any]:
     outcome, plan = _read(job / "outcome.json"), _read(job / "plan.json")
     error = outcome.get("error") or {}
+    plan = plan if plan.get("feasible", True) else {}  # a closest miss has no figures to compare
     slots = plan.get("slots", [])
-    parts = plan.get("components", {}).values()
+    parts = plan.get("components", {})
+    estimates, audit = plan.get("estimates", {}), outcome.get("audit") or {}
     return {
         "job": int(job.name),
         "overrides": _overrides(job),
         "status": outcome.get("status", "failed"),
         "exit_code": outcome.get("exit_code", 1),
         "gpus": len(slots),
-        "worst_utilisation": plan.get("estimates", {}).get("worst_utilisation"),
-        "weights_bytes": sum(part["weights_bytes"] for part in parts) if plan else None,
-        "bytes_per_step": plan.get("estimates", {}).get("bytes_per_step"),
+        "worst_utilisation": estimates.get("worst_utilisation"),
+        "weights_bytes": sum(part["weights_bytes"] for part in parts.values()) if plan else None,
+        "peak_bytes": max((slot["peak_bytes"] for slot in slots), default=None),
+        "bytes_per_step": estimates.get("bytes_per_step"),
+        "estimated_seconds_per_image": estimates.get("seconds_per_image"),
         "seconds": outcome.get("measured", {}).get("seconds", {}).get("generate"),
+        "psnr": audit.get("psnr"),
+        "knobs": plan.get("knobs", []),
+        "dtypes": {name: part["dtype"] for name, part in parts.items()},
         "device_map": outcome.get("device_map") or plan.get("device_map", {}),
         "reason": error.get("message", "" if outcome else "the job left no outcome.json"),
     }
@@ -98,7 +107,7 @@ def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        nested = {key: json.dumps(row[key], ensure_ascii=False) for key in ("overrides", "device_map")}
+        nested = {key: json.dumps(row[key], ensure_ascii=False) for key in _NESTED}
         writer.writerow({**row, **nested})
     write_text(folder / "summary.csv", table.getvalue())
     write_text(folder / "summary.md", _markdown(cells_of(rows)))
@@ -122,9 +131,7 @@ def cells_of(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _cells(row: dict[str, Any], swept: list[str]) -> dict[str, str]:
-    used, moved, weights, seconds = (
-        row[key] for key in ("worst_utilisation", "bytes_per_step", "weights_bytes", "seconds")
-    )
+    used = row["worst_utilisation"]
     places = sorted({f"GPU {place}" if isinstance(place, int) else place for place in row["device_map"].values()})
     return {
         "job": str(row["job"]),
@@ -132,11 +139,23 @@ def _cells(row: dict[str, Any], swept: list[str]) -> dict[str, str]:
         "status": row["status"],
         "devices": ", ".join(places),
         "fullest": f"{used:.0%}" if used else "",
-        "weights": human_bytes(weights) if weights is not None else "",
-        "per step": human_bytes(moved) if moved is not None else "",
-        "seconds": f"{seconds:.2f}" if seconds is not None else "",
+        "weights": _size(row["weights_bytes"]),
+        "peak": _size(row["peak_bytes"]),
+        "per step": _size(row["bytes_per_step"]),
+        "~seconds": _number(row["estimated_seconds_per_image"]),
+        "seconds": _number(row["seconds"]),
+        "PSNR": _number(row["psnr"]),
+        "knobs": ", ".join(row["knobs"]),
         "reason": row["reason"],
     }
+
+
+def _size(count: int | None) -> str:
+    return "" if count is None else human_bytes(count)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def render_rows(rows: list[dict[str, Any]]) -> Any:

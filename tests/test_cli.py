@@ -115,6 +115,29 @@ def test_six_jobs_are_compared_and_an_infeasible_one_is_a_row(cli: Run, tiny: Pa
     assert all((folder / str(job) / "image-000.png").is_file() for job in range(4))
 
 
+def test_a_sweep_over_precision_compares_dtypes_peaks_and_accuracy(cli: Run, tiny: Path, tmp_path: Path) -> None:
+    swept = cli("-m", "precision=fp16,mixed_bf16,fp32", "precision.audit=true", *FAST)
+    assert swept.returncode == 0, swept.stderr
+    (path,) = (tmp_path / "outputs" / "multirun").glob("*/*/summary.json")
+    rows = json.loads(path.read_text())
+    assert [row["dtypes"]["vae"] for row in rows] == ["float16", "bfloat16", "float32"]
+    assert rows[0]["psnr"] > rows[1]["psnr"] > 20
+    assert rows[2]["psnr"] is None, "it is the reference itself"
+    assert "PSNR" in swept.stderr
+
+
+def test_a_sweep_over_machines_has_figures_only_where_something_fits(cli: Run, tmp_path: Path) -> None:
+    swept = cli("-m", "precision=auto,mixed_bf16", "machine=2xt4", "model=sana_1600m_controlnet", "until=compile")
+    assert swept.returncode == 0, swept.stderr
+    (path,) = (tmp_path / "outputs" / "multirun").glob("*/*/summary.json")
+    fits, refused = json.loads(path.read_text())
+    assert fits["dtypes"]["vae"] == "float32"
+    assert fits["peak_bytes"] > 8 * 2**30
+    assert fits["estimated_seconds_per_image"] > 1
+    assert (refused["status"], refused["peak_bytes"], refused["worst_utilisation"]) == ("infeasible", None, None)
+    assert "No knob" not in refused["reason"]
+
+
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m sana_deploy --help | head -n 1"
     shown = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
