@@ -6,8 +6,9 @@ Needs one GPU of 24 GB or more and no network: full-size checkpoints with random
 For every model, precision, resolution, batch and set of knobs it compiles a plan, rehearses it in shapes on a virtual
 copy of this GPU, then runs the request for real (2 steps) and reads PyTorch's peak per phase, the peak reserved, what
 the driver reports, and the seconds of a second run. Then for each model: whether VAE slicing changes a bit and what it
-costs, loading in GB/s beside the copy bandwidth, and the denoising step with and without the border hooks, interleaved.
-Writes gpu.json and gpu.md.
+costs, loading in GB/s beside the copy bandwidth, the denoising step with and without the border hooks, a request with
+and without the search for NaN, and the step with compiled transformer blocks, hooked and bare; pairs are interleaved.
+Quantised precisions are left out where their libraries are not installed. Writes gpu.json and gpu.md.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ from sana_deploy.boundary import border_of
 from sana_deploy.compile import compile_spec
 from sana_deploy.compose import compose_spec
 from sana_deploy.cost import CONTEXT_BYTES
+from sana_deploy.errors import InvalidSpecError
 from sana_deploy.generate import PHASE_OF, PhaseClock, run_request
+from sana_deploy.guard import NumericsGuard
 from sana_deploy.inputs import read_control_image
 from sana_deploy.load import load_pipeline, place, unplace
 from sana_deploy.machine import probe_torch
 from sana_deploy.offload import pinned
+from sana_deploy.precision import QUANTIZED
+from sana_deploy.quantize import require
 from sana_deploy.rehearsal import rehearse
 from sana_deploy.units import GIB
 
@@ -51,6 +56,9 @@ CASES = [
     ("mixed_bf16", 2048, 1, "vae_slicing,vae_tiling"),
     ("bf16", 1024, 1, ""),
     ("bf16", 2048, 1, "vae_slicing,vae_tiling"),
+    ("int8_text_encoder", 1024, 1, ""),
+    ("int8", 1024, 1, ""),
+    ("nf4", 1024, 1, ""),
 ]
 """Precision, side in pixels, batch, knobs."""
 
@@ -137,12 +145,15 @@ def timed(work: Callable[[], Any], rounds: int = 7) -> float:
 
 
 def extras(source: Path) -> dict[str, Any]:
-    """Slicing, loading and hooks of one model at 1024 px in mixed_bf16."""
+    """Slicing, loading, hooks, guard and compiled blocks of one model at 1024 px in mixed_bf16."""
     base = ["model=checkpoint", f"model.source={source}", "precision=mixed_bf16", "hardware=single_gpu"]
     plan = compile_spec(compose_spec([*base, "workload.height=1024", "workload.width=1024", "workload.steps=20"]))
     found = {"model": source.name, "copy_gbps": copy_rate(), "load_gbps": load_rates(plan, source)}
     pipeline = load_pipeline(plan)
-    return {**found, "slicing": slicing_cost(pipeline.vae), "step_seconds": hook_cost(pipeline, plan)}
+    found |= {"slicing": slicing_cost(pipeline.vae), "step_seconds": hook_cost(pipeline, plan)}
+    found["guarded_ratio"] = guard_cost(pipeline, plan)
+    pipeline.transformer.compile_repeated_blocks()
+    return {**found, "compiled_step_seconds": hook_cost(pipeline, plan)}
 
 
 def copy_rate() -> float:
@@ -226,6 +237,26 @@ def hook_cost(pipeline: Any, plan: Any) -> dict[str, float]:
     return {**{key: statistics.median(values) for key, values in found.items()}, "ratio": ratio}
 
 
+def guard_cost(pipeline: Any, plan: Any, rounds: int = 7) -> float:
+    """Median over pairs of a whole request with the search for NaN over one without."""
+    border, workload, ratios = border_of(pipeline), plan.spec.workload, []
+
+    def seconds(inspected: bool) -> float:
+        guard = NumericsGuard(dict.fromkeys(plan.components, ""))
+        border.inspectors[:] = [guard] if inspected else []
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run_request(pipeline, workload, (lambda done, of: guard.step_done()) if inspected else None)
+        guard.check()
+        torch.cuda.synchronize()
+        border.inspectors.clear()
+        return time.perf_counter() - started
+
+    for _ in range(rounds):
+        ratios.append(seconds(True) / seconds(False))
+    return statistics.median(ratios)
+
+
 def markdown(facts: dict[str, Any]) -> str:
     """Render the rows: measured GiB per phase, and how far rehearsal and plan are from them."""
     lines = [
@@ -248,13 +279,16 @@ def markdown(facts: dict[str, Any]) -> str:
             )
     for found in facts["extras"]:
         cut, steps, loads = found["slicing"], found["step_seconds"], found["load_gbps"]
+        compiled = found["compiled_step_seconds"]
         lines += [
             "",
             f"{found['model']}: VAE slicing of the control image, bit-identical: {cut['bit_identical']} (largest "
             f"difference {cut['largest_difference']:.3g} of {cut['largest']:.3g}), seconds x {cut['ratio']:.2f}; "
             f"loading {loads['ours']:.2f} GB/s, from_pretrained {loads['from_pretrained']:.2f} GB/s, pinned copy "
             f"{found['copy_gbps']:.1f} GB/s; a step with border hooks over one without: {steps['ratio']:.3f} "
-            f"({1000 * steps['hooked']:.1f} ms).",
+            f"({1000 * steps['hooked']:.1f} ms); a request that is searched for NaN over one that is not: "
+            f"{found['guarded_ratio']:.3f}; with compiled blocks a step takes {1000 * compiled['hooked']:.1f} ms with "
+            f"border hooks, {1000 * compiled['bare']:.1f} without.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -266,11 +300,23 @@ def save(facts: dict[str, Any], folder: Path) -> None:
     (folder / "gpu.md").write_text(markdown(facts), encoding="utf-8")
 
 
+def runs_here(precision: str) -> bool:
+    """Whether the libraries that a precision needs are installed."""
+    try:
+        for quantization in QUANTIZED.get(precision, {}).values():
+            require(quantization)
+    except InvalidSpecError as problem:
+        print(f"{precision} left out: {problem.message}", flush=True)
+        return False
+    return True
+
+
 def main() -> None:
     """Run all cases and write both files after each."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", default="sana_600m_controlnet,sana_1600m_controlnet")
+    parser.add_argument("--precisions", help="only these, comma-separated")
     parser.add_argument("--work", type=Path, default=Path("/tmp/sana_deploy_checkpoints"))
     options = parser.parse_args()
     facts: dict[str, Any] = {
@@ -278,13 +324,14 @@ def main() -> None:
         "transformers": transformers.__version__, "python": platform.python_version(),
         "assumed_context_bytes": CONTEXT_BYTES, "rows": [], "extras": [],
     }  # fmt: skip
+    cases = [case for case in CASES if case[0] in (options.precisions or case[0]).split(",") and runs_here(case[0])]
     for model in options.models.split(","):
         started = time.perf_counter()
         source = make_checkpoint(model, options.work / model)
         print(f"made {model} in {time.perf_counter() - started:.0f} s", flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-        for case in CASES:
+        for case in cases:
             facts["rows"].append(measure(source, *case))
             save(facts, options.out)
             print(model, *case, "done", flush=True)

@@ -17,7 +17,7 @@ from diffusers import DPMSolverMultistepScheduler, SanaControlNetPipeline
 
 from sana_deploy import tiny
 from sana_deploy.checkpoint import open_checkpoint
-from sana_deploy.spec import CatalogueModel, Dtype
+from sana_deploy.spec import CatalogueModel, Dtype, Format
 from sana_deploy.standin import stand_in
 
 DTYPES: dict[str, Dtype] = {
@@ -38,7 +38,7 @@ def make_checkpoint(name: str, folder: Path, dtypes: Mapping[str, Dtype] | None 
     generator = torch.Generator(device).manual_seed(0)
     modules = {}
     for part, dtype in {**DTYPES, **(dtypes or {})}.items():
-        module = stand_in(facts[part], getattr(torch, dtype)).to_empty(device=device)  # type: ignore[index]
+        module = stand_in(facts[part], Format(dtype)).to_empty(device=device)  # type: ignore[index]
         with torch.no_grad():
             for key, tensor in module.named_parameters():
                 if tensor.dim() > 1:

@@ -146,7 +146,6 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
     from sana_deploy.virtual import VirtualHost
 
     machine = describe_machine(spec.machine)
-    dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
     host = VirtualHost([gpu.free_bytes - CONTEXT_BYTES for gpu in machine.gpus], "shapes")
     facts = open_checkpoint(spec.model).components
     steps: list[Counter[tuple[str, str]]] = []
@@ -159,7 +158,7 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
         modules = {}
         for name in COMPONENTS:
             device = torch.device("vgpu", found[name])
-            modules[name] = host.place_module(stand_in(facts[name], dtypes[name]), name, device)
+            modules[name] = host.place_module(stand_in(facts[name], spec.precision.formats[name]), name, device)
             dispatch_model(modules[name], device_map={"": device}, force_hooks=True)
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
         pipeline = SanaControlNetPipeline(

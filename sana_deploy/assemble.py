@@ -58,7 +58,8 @@ def assemble(
     components = {
         name: PlacedComponent(
             class_name=part.class_name,
-            dtype=part.dtype,
+            dtype=part.format.dtype,
+            quantization=part.format.quantization,
             weights_bytes=part.weights_bytes,
             activation_bytes=part.activation_bytes,
             slot=placement[name],

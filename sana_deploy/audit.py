@@ -62,7 +62,8 @@ def in_float32(spec: DeploySpec, compiled: Callable[[DeploySpec], Plan]) -> Plan
     Raises:
         InfeasibleError: it does not fit the machine.
     """
-    precision = spec.precision.model_copy(update={"name": "fp32", "components": dict(POLICIES["fp32"])})
+    policy = {"name": "fp32", "components": dict(POLICIES["fp32"]), "quantization": {}}
+    precision = spec.precision.model_copy(update=policy)
     try:
         return compiled(spec.model_copy(update={"precision": precision}))
     except InfeasibleError as problem:
@@ -91,7 +92,7 @@ def audit(recorded: Recorder, images: list[Image], plan: Plan, reference: Plan, 
         AuditedBorder(
             component=name,
             phase=PHASE_OF[f"{name}.{method}"],
-            dtype=plan.components[name].dtype,
+            dtype=str(plan.components[name].format),
             relative_error=round(_error(result, _again(pipeline, name, method, recorded)), 9),
         )
         for (name, method), result in recorded.results.items()

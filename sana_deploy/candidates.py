@@ -137,7 +137,7 @@ class Board:
             self.moved += apart * crossing.bytes_each * crossing.times(profile.steps)
         self.column = column
         emulated = [
-            [not is_native(profile.components[name].dtype, gpu) for gpu in gpus] + [False] for name in COMPONENTS
+            [not is_native(profile.components[name].format.dtype, gpu) for gpu in gpus] + [False] for name in COMPONENTS
         ]
         hit = np.stack([np.array(emulated[i])[options[:, i]] for i in range(len(COMPONENTS))], 1)
         self.emulated = np.where(hit.any(1) & (not rules.allow_emulated), hit.argmax(1), -1)
@@ -261,7 +261,7 @@ class Board:
         if reason == "dtype":
             name = COMPONENTS[self.emulated[row]]
             capability = ".".join(map(str, gpu.capability))
-            dtype = self.profile.components[name].dtype
+            dtype = self.profile.components[name].format.dtype
             message = f"{dtype} ({name}) is not native on GPU {gpu.index}, {gpu.name} (compute capability {capability})"
             return Rejection(reason, gpu.index, message)
         placement = self.placement(self.options[row])

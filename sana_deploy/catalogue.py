@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from .shapes import buffers, shapes_digest
+from .shapes import buffers, linears, shapes_digest
 
 FOLDER = Path(__file__).parent / "architectures"
 
@@ -91,12 +92,14 @@ def _facts(name: str, module: Any) -> dict[str, Any]:
     config = json.loads(module.config.to_json_string()) if name == "text_encoder" else dict(module.config)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     cast, kept = buffers(name, config)  # type: ignore[arg-type]
+    shapes = {key: tuple(t.shape) for key, t in module.state_dict().items()}
     return {
         "class_name": type(module).__name__,
         "config": config,
         "parameters": sum(tensor.numel() for tensor in module.parameters()) + cast,
         "fixed_bytes": kept,
-        "shapes_digest": shapes_digest({key: tuple(t.shape) for key, t in module.state_dict().items()}),
+        "shapes_digest": shapes_digest(shapes),
+        "linears": asdict(linears(shapes)),
     }
 
 

@@ -16,8 +16,8 @@ from typing import Any, cast
 from . import catalogue, hub
 from .errors import CheckpointError
 from .headers import FLOATING, ITEM_BYTES, TensorFacts, read_header, weight_files
-from .shapes import buffers, digest, shapes_digest
-from .spec import COMPONENTS, DTYPE_BYTES, CatalogueModel, Component, Dtype, Model, TinyModel
+from .shapes import Linears, buffers, digest, linears, shapes_digest
+from .spec import COMPONENTS, DTYPE_BYTES, CatalogueModel, Component, Format, Model, TinyModel
 from .tiny import ensure_tiny
 
 CLASSES: dict[Component, str] = {
@@ -46,6 +46,7 @@ class ComponentFacts:
     Attributes:
         parameters: floating-point elements (buffers too) that are cast to the policy's dtype at load.
         fixed_bytes: bytes whatever the dtype: integer tensors, and buffers that stay float32.
+        linears: the part of `parameters` that can be quantised.
         stored: safetensors dtype word -> bytes in the files; empty when the weights are not here.
     """
 
@@ -55,14 +56,18 @@ class ComponentFacts:
     parameters: int
     fixed_bytes: int
     shapes_digest: str
+    linears: Linears
     stored: Mapping[str, int] = field(default_factory=dict)
     folder: Path | None = None
     variant: str | None = None
     allow_pickle: bool = False
 
-    def weights_bytes(self, dtype: Dtype) -> int:
-        """Bytes of all parameters and buffers once loaded in `dtype`; exact."""
-        return self.parameters * DTYPE_BYTES[dtype] + self.fixed_bytes
+    def weights_bytes(self, form: Format) -> int:
+        """Bytes of all parameters and buffers once loaded in `form`; exact."""
+        size = self.parameters * DTYPE_BYTES[form.dtype] + self.fixed_bytes
+        if form.quantization is None:
+            return size
+        return size - self.linears.elements * DTYPE_BYTES[form.dtype] + self.linears.quantized_bytes(form.quantization)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ def _from_catalogue(model: CatalogueModel) -> Checkpoint:
             parameters=part["parameters"],
             fixed_bytes=part["fixed_bytes"],
             shapes_digest=part["shapes_digest"],
+            linears=Linears(**part["linears"]),
         )
         for name, part in ((name, entry[name]) for name in COMPONENTS)
     }
@@ -208,13 +214,15 @@ def component_facts(
         )
     cast, kept = buffers(name, config)
     integers = sum(size for dtype, size in stored.items() if dtype not in FLOATING)
+    shapes = {key: facts.shape for key, facts in tensors.items()}
     return ComponentFacts(
         name=name,
         class_name=class_name,
         config=config,
         parameters=parameters + cast,
         fixed_bytes=integers + kept,
-        shapes_digest=shapes_digest({key: facts.shape for key, facts in tensors.items()}),
+        shapes_digest=shapes_digest(shapes),
+        linears=linears(shapes),
         stored=dict(sorted(stored.items())),
         folder=folder,
         variant=variant,

@@ -18,7 +18,7 @@ from .machine import Gpu, Machine
 from .needs import Told
 from .plan import Diagnostic, Place, Plan
 from .planner import Search, search_balanced, search_custom, search_single
-from .precision import FRAGILE, fragile_components
+from .precision import FRAGILE, fragile_components, overflowing_components
 from .profile import PipelineProfile, profile_pipeline
 from .spec import COMPONENTS, CustomMap, DeploySpec, MultiGpuBalanced, SingleGpu, VirtualMachine
 from .units import human_bytes, parse_bytes
@@ -44,7 +44,7 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | 
         spec, reason = choose_precision(spec, checkpoint, replace(machine, gpus=_usable(spec, machine)), _fits)
         diagnostics.append(reason)
     diagnostics += [*_precision_remarks(spec), *_stored_remarks(spec, checkpoint)]
-    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components, told)
+    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.formats, told)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         return _cpu_plan(spec, checkpoint, profile, offered, diagnostics)
     search = _search(spec, profile, offered)
@@ -135,7 +135,7 @@ def _range(indices: set[int]) -> str:
 def _precision_remarks(spec: DeploySpec) -> list[Diagnostic]:
     fragile = fragile_components(spec.precision.components)
     if not fragile:
-        return []
+        return _overflow_remarks(spec)
     reasons = "; ".join(f"{name}: {FRAGILE[name]}" for name in fragile)
     message = f"float16 is documented not to be safe for {' and '.join(fragile)} ({reasons})"
     hint = "precision=mixed_bf16, or precision=fp32 where bfloat16 is not native"
@@ -144,7 +144,20 @@ def _precision_remarks(spec: DeploySpec) -> list[Diagnostic]:
     remark = Diagnostic(
         type="fragile_dtype", severity="warning", message=message, where="precision.components", hint=hint
     )
-    return [remark]
+    return [remark, *_overflow_remarks(spec)]
+
+
+def _overflow_remarks(spec: DeploySpec) -> list[Diagnostic]:
+    """Say where int8 products are summed in float16, which has little range for them."""
+    names = overflowing_components(spec.precision.formats)
+    if not names:
+        return []
+    message = (
+        f"int8 weights of {' and '.join(names)} in float16: torchao sums products before it scales them, "
+        "up to 127 times larger, and float16 ends at 65504"
+    )
+    where, hint = f"precision.components.{names[0]}", "bfloat16 or float32 there, or nf4, which scales first"
+    return [Diagnostic(type="fragile_dtype", severity="warning", message=message, where=where, hint=hint)]
 
 
 def _stored_remarks(spec: DeploySpec, checkpoint: Checkpoint) -> list[Diagnostic]:
@@ -206,7 +219,7 @@ def _fits(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> bool:
         _check_indices(spec, machine)
     except InfeasibleError:
         return False
-    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.components)
+    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.formats)
     return _search(spec, profile, _offered(spec, machine)).best is not None
 
 

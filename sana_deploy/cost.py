@@ -155,7 +155,7 @@ def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
 def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
     """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
     seconds = {
-        phase: (steps if phase == "denoise" else 1) * work_seconds(work, part.dtype, rates)
+        phase: (steps if phase == "denoise" else 1) * work_seconds(work, part.format.dtype, rates)
         for phase, work in part.work.items()
     }
     if not part.resident:

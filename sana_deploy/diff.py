@@ -56,6 +56,7 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
     for name, part in plan.components.items():
         yield f"components.{name}.slot", part.slot
         yield f"components.{name}.dtype", part.dtype
+        yield f"components.{name}.quantization", part.quantization
     yield "knobs", ", ".join(plan.knobs)
 
 

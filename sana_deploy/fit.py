@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -23,21 +23,26 @@ from .catalogue import FOLDER, NAMES
 from .checkpoint import Checkpoint, open_checkpoint
 from .compose import compose_spec
 from .measure import Bench, Measurements, Point
-from .needs import MEASURED_AS, Told
+from .needs import Told, measured_as
 from .profile import VAE_TILE, Phase, covered_pixels, linear
-from .spec import COMPONENTS, Component, Dtype
+from .spec import COMPONENTS, Component, Dtype, Format, Quantization
 
 PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
 SLICED = tuple(Point(side, batch, "vae_slicing") for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
 TILED = tuple(Point(side, batch, "vae_tiling") for side, batch in ((1280, 1), (2304, 1), (1280, 2)))
 GUIDANCE = {"guided": True, "unguided": False}
 MODELS = ("tiny", *NAMES)
+_ALL = (Format(dtype, kept) for dtype in get_args(Dtype) for kept in (None, *get_args(Quantization)))
+FORMATS = tuple(dict.fromkeys(measured_as(form) for form in _ALL))
+"""What shipped components are measured in."""
 
 
 def fit(
-    checkpoint: Checkpoint, dtypes: Mapping[Component, Dtype], guided: bool, told: Told = lambda done, of: None
+    checkpoint: Checkpoint, formats: Mapping[Component, Format], guided: bool, told: Told = lambda done, of: None
 ) -> dict[Component, dict[Phase, dict[str, Any]]]:
-    """Measure and solve all quantities of every component in the given dtypes; see the module docstring.
+    """Measure and solve all quantities of every component in the given formats; see the module docstring.
+
+    The VAE is never quantised: in a format that is, its needs are those of the dtype.
 
     Raises:
         CheckpointError: a config is incomplete.
@@ -45,10 +50,11 @@ def fit(
     """
     points = (*PLAIN, *SLICED, *TILED)
     found: dict[Point, Measurements] = {}
-    bench = Bench(checkpoint, dtypes)
+    formats = {**formats, "vae": Format(formats["vae"].dtype)}
+    bench = Bench(checkpoint, formats)
     for point in points:
         if point is SLICED[0]:
-            bench = Bench(checkpoint, dtypes, vae_only=True)
+            bench = Bench(checkpoint, formats, vae_only=True)
         found[point] = bench.run(point, guided)
         told(len(found), len(points))
     fitted: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in COMPONENTS}
@@ -92,12 +98,16 @@ def shipped(checkpoint: Checkpoint, known: set[str]) -> dict[str, Any]:
         for name, facts in checkpoint.components.items()
         if facts.shapes_digest not in known
     }
-    for dtype in sorted(set(MEASURED_AS.values())):
+    for form in FORMATS:
         for key, guided in GUIDANCE.items():
-            for name, phases in fit(checkpoint, dict.fromkeys(COMPONENTS, dtype), guided).items():
-                for phase, entry in phases.items() if name in entries else ():
-                    entries[name]["needs"].setdefault(phase, {}).setdefault(dtype, {})[key] = entry
+            for name, phases in fit(checkpoint, dict.fromkeys(COMPONENTS, form), guided).items():
+                for phase, entry in phases.items() if name in entries and _differs(name, form) else ():
+                    entries[name]["needs"].setdefault(phase, {}).setdefault(str(form), {})[key] = entry
     return entries
+
+
+def _differs(name: Component, form: Format) -> bool:
+    return name != "vae" or form.quantization is None
 
 
 def main() -> None:

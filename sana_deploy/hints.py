@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 from .checkpoint import Checkpoint
 from .describe import describe_machine
 from .errors import SanaDeployError
 from .machine import Machine
+from .needs import all_shipped
 from .plan import Plan
-from .precision import POLICIES, fragile_components
+from .precision import POLICIES, QUANTIZED, QUANTIZED_DTYPES, fragile_components
 from .spec import (
     KNOBS,
     VAE_FACTOR,
@@ -19,6 +21,7 @@ from .spec import (
     Hardware,
     Knob,
     MultiGpuBalanced,
+    Quantization,
     VirtualMachine,
 )
 from .units import human_bytes
@@ -31,14 +34,19 @@ LADDER = ("1xrtx3060", "2xrtx3060", "1xrtx4090", "2xrtx4090", "1xa100", "2xa100"
 
 
 def working_changes(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, fits: Fits) -> str:
-    """Return up to four changes that fit, one of each kind: knobs, strategy or precision, image size, machine."""
+    """Return up to four changes that fit, one of each kind: knobs, strategy or precision, image size, machine.
+
+    Quantised weights are offered where neither knobs nor another policy help.
+    """
     found = [
         _first(_more_knobs(spec), checkpoint, machine, fits),
         _first(_on_this_machine(spec), checkpoint, machine, fits),
         _largest_image(spec, checkpoint, machine, fits),
         "" if isinstance(spec.hardware, CustomMap) else _first_machine(spec, checkpoint, fits),
     ]
-    if not any(found[:3]):
+    if not any(found[:2]) and all_shipped(checkpoint):
+        found.insert(2, _first(_quantized(spec), checkpoint, machine, fits))
+    if not any(found[:-1]):
         found.insert(0, _first(_fragile_precisions(spec), checkpoint, machine, fits))
     changes = [change for change in found if change]
     return f"this fits: {'; or '.join(changes)}" if changes else ""
@@ -90,6 +98,18 @@ def _on_this_machine(spec: DeploySpec) -> Iterator[Change]:
             yield words, placed
         for name, changed in _policies(placed, fragile=False):
             yield f"{words} precision={name}".strip(), changed
+
+
+def _quantized(spec: DeploySpec) -> Iterator[Change]:
+    """Quantised weights, least changing first: the text encoder's in the dtypes declared, then whole policies."""
+    given = spec.precision
+    for kept in get_args(Quantization):
+        quantization = {**given.quantization, "text_encoder": kept}
+        changed = given.model_copy(update={"quantization": quantization})
+        yield f"precision.quantization.text_encoder={kept}", spec.model_copy(update={"precision": changed})
+    for name in ("int8", "nf4"):
+        update = {"name": name, "components": dict(POLICIES[QUANTIZED_DTYPES[name]]), "quantization": QUANTIZED[name]}
+        yield f"precision={name}", spec.model_copy(update={"precision": given.model_copy(update=update)})
 
 
 def _fragile_precisions(spec: DeploySpec) -> Iterator[Change]:

@@ -17,11 +17,12 @@ from .boundary import Border, attach, border_of, vae_settings
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import PlanError, RunError
 from .plan import Plan
+from .quantize import quantize_linears
 from .resolve import ResolvedPlan
 from .spec import COMPONENTS, Component, Model
 from .standin import StandInTokenizer, stand_in
 from .virtual import VirtualHost
-from .weights import Progress, Wanted, load_components, quiet_libraries
+from .weights import Progress, Wanted, cast_module, load_components, quiet_libraries
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def load_pipeline(
     notes: list[str] = []
     if shapes_only:
         for name in COMPONENTS:
-            module = stand_in(checkpoint.components[name], _dtype(resolved, name))
+            module = stand_in(checkpoint.components[name], resolved.plan.components[name].format)
             parts[name] = _place_virtually(host, module, name, waiting_place(resolved, name))
     else:
         loaded = load_components(
@@ -63,6 +64,7 @@ def load_pipeline(
                     checkpoint.components[name],
                     _dtype(resolved, name),
                     waiting_place(resolved, name) if host is None else "cpu",
+                    resolved.plan.components[name].quantization,
                 )
                 for name in COMPONENTS
             },
@@ -109,7 +111,10 @@ def place(pipeline: SanaControlNetPipeline, resolved: ResolvedPlan) -> SanaContr
     origins: dict[str, torch.device] = {name: next(module.parameters()).device for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.to(dtype=_dtype(resolved, name), device=waiting_place(resolved, name))
+            cast_module(module, _dtype(resolved, name))
+            if quantization := resolved.plan.components[name].quantization:
+                quantize_linears(module, quantization)
+            module.to(device=waiting_place(resolved, name))
     except torch.OutOfMemoryError as problem:
         for moved, device in origins.items():
             getattr(pipeline, moved).to(device)
@@ -208,7 +213,7 @@ def _pinned(plan: Plan) -> Model:
 def _check_same(plan: Plan, checkpoint: Checkpoint) -> None:
     """Refuse weights whose shapes are not the planned ones; configs may carry other bookkeeping keys."""
     for name, facts in checkpoint.components.items():
-        planned, found = plan.components[name].weights_bytes, facts.weights_bytes(plan.components[name].dtype)
+        planned, found = plan.components[name].weights_bytes, facts.weights_bytes(plan.components[name].format)
         if planned != found:
             raise PlanError(
                 f"the {name} of {checkpoint.source} has {found} bytes of weights, the plan was made for {planned}",

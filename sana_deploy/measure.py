@@ -22,7 +22,7 @@ from .ledger import Ledger, Tally
 from .load import load_helpers
 from .profile import PHASES, VAE_TILE, Phase, VaeMode
 from .rehearsal import LedgerClock
-from .spec import COMPONENTS, Component, Dtype, Workload
+from .spec import COMPONENTS, Component, Format, Workload
 from .standin import stand_in
 from .units import GIB
 from .virtual import VirtualHost
@@ -64,7 +64,7 @@ class Bench:
 
     Args:
         checkpoint: classes and configs.
-        dtypes: the dtype of each component.
+        formats: dtype and quantisation of each component.
         vae_only: give all others a single layer, which changes nothing for the VAE and is faster.
 
     Raises:
@@ -72,12 +72,12 @@ class Bench:
         RunError: this PyTorch has no virtual GPUs.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtypes: Mapping[Component, Dtype], vae_only: bool = False) -> None:
+    def __init__(self, checkpoint: Checkpoint, formats: Mapping[Component, Format], vae_only: bool = False) -> None:
         self.host = VirtualHost([ENDLESS * GIB] * len(COMPONENTS), "shapes")
         parts: dict[str, Any] = {}
         for index, name in enumerate(COMPONENTS):
             facts = checkpoint.components[name]
-            module = stand_in(_single_layer(facts) if vae_only else facts, getattr(torch, dtypes[name]))
+            module = stand_in(_single_layer(facts) if vae_only else facts, formats[name])
             parts[name] = self.host.place_module(module, name, torch.device("vgpu", index))
         self.pipeline = SanaControlNetPipeline(**parts, **load_helpers(checkpoint))
         border = Border(home=torch.device("vgpu", COMPONENTS.index("transformer")))

@@ -20,21 +20,26 @@ from .catalogue import Fits
 from .checkpoint import Checkpoint
 from .errors import InputError
 from .files import cache_root, write_text
-from .plan import library_versions
 from .shapes import digest
-from .spec import COMPONENTS, Component, Dtype
+from .spec import COMPONENTS, Component, Dtype, Format
+from .versions import library_versions
 
 log = logging.getLogger(__name__)
-MEASURED_AS: Mapping[Dtype, Dtype] = {"float16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
+_SAME_BYTES: Mapping[Dtype, Dtype] = {"float16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 """float16 and bfloat16 take the same bytes, and the same operations but for clipping; a test holds that."""
 Told = Callable[[int, int], None]
 """Called with the points measured and the points in all."""
 
 
+def measured_as(form: Format) -> Format:
+    """The format whose measurements hold for `form`."""
+    return Format(_SAME_BYTES[form.dtype], form.quantization)
+
+
 def needs_of(
-    checkpoint: Checkpoint, dtypes: Mapping[Component, Dtype], guided: bool, told: Told | None = None
+    checkpoint: Checkpoint, formats: Mapping[Component, Format], guided: bool, told: Told | None = None
 ) -> Mapping[Component, Fits]:
-    """Return each component's needs by phase for its dtype, with or without guidance; see `fit.py` for quantities.
+    """Return each component's needs by phase for its format, with or without guidance; see `fit.py` for quantities.
 
     Raises:
         CheckpointError: a checkpoint that must be measured has an incomplete config.
@@ -43,26 +48,32 @@ def needs_of(
     shipped, key = catalogue.fitted(), "guided" if guided else "unguided"
     found: dict[Component, Fits] = {}
     for name, facts in checkpoint.components.items():
-        dtype = MEASURED_AS[dtypes[name]]
+        form = measured_as(formats[name])
         if facts.shapes_digest in shipped:
-            found[name] = {phase: entry[dtype][key] for phase, entry in shipped[facts.shapes_digest].items()}
+            found[name] = {phase: entry[str(form)][key] for phase, entry in shipped[facts.shapes_digest].items()}
         else:
-            found[name] = _kept_or_measured(checkpoint, dtype, guided, told)[name]
+            found[name] = _kept_or_measured(checkpoint, form, guided, told)[name]
     return found
 
 
+def all_shipped(checkpoint: Checkpoint) -> bool:
+    """Whether the needs of every component, in every format, come with the package: nothing must be measured."""
+    shipped = catalogue.fitted()
+    return all(facts.shapes_digest in shipped for facts in checkpoint.components.values())
+
+
 def _kept_or_measured(
-    checkpoint: Checkpoint, dtype: Dtype, guided: bool, told: Told | None
+    checkpoint: Checkpoint, form: Format, guided: bool, told: Told | None
 ) -> Mapping[Component, Fits]:
-    versions = library_versions()
-    name = digest({"checkpoint": checkpoint.fingerprint, "dtype": dtype, "guided": guided, "versions": versions})
+    versions = library_versions([form])
+    name = digest({"checkpoint": checkpoint.fingerprint, "format": str(form), "guided": guided, "versions": versions})
     path = cache_root() / "profiles" / f"{name}.json"
     if (kept := _read(path)) is not None:
         return kept
-    log.info("measuring what %s needs in %s", checkpoint.source, dtype)
+    log.info("measuring what %s needs in %s", checkpoint.source, form)
     from .fit import fit
 
-    measured = fit(checkpoint, dict.fromkeys(checkpoint.components, dtype), guided, told or (lambda done, of: None))
+    measured = fit(checkpoint, dict.fromkeys(checkpoint.components, form), guided, told or (lambda done, of: None))
     with contextlib.suppress(InputError):  # without a cache folder it is measured every time
         write_text(path, json.dumps(measured, indent=1, sort_keys=True) + "\n")
     _read.cache_clear()

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,30 +16,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from . import __version__
 from .errors import PlanError
 from .files import write_text
-from .spec import COMPONENTS, Component, DeploySpec, Dtype
+from .spec import COMPONENTS, Component, DeploySpec, Dtype, Format, Quantization
+from .versions import library_versions
 
 if TYPE_CHECKING:
     from .machine import Machine
     from .resolve import ResolvedPlan
 
-LIBRARIES = ("diffusers", "torch", "transformers")
-"""Distributions whose versions decide what a component's code does."""
-
-
-@cache
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name).partition("+")[0]
-    except metadata.PackageNotFoundError:  # a plan can be read where it cannot be applied
-        return "not installed"
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of LIBRARIES that are installed, without the build's local part; imports none of them."""
-    return {name: _installed(name) for name in LIBRARIES}
-
-
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
 
 Place = int | Literal["cpu"]
@@ -116,13 +98,19 @@ class Slot(Record):
 
 
 class PlacedComponent(Record):
-    """One component: class, dtype, bytes and place."""
+    """One component: class, dtype, what its linear layers are quantised to, bytes and place."""
 
     class_name: str
     dtype: Dtype
+    quantization: Quantization | None = None
     weights_bytes: int
     activation_bytes: int
     slot: Place
+
+    @property
+    def format(self) -> Format:
+        """What it computes in and keeps its linear layers in."""
+        return Format(self.dtype, self.quantization)
 
 
 class Transfer(Record):
@@ -233,7 +221,7 @@ class Plan(Record):
         """Make a plan from its parts, adding version, basis and digest."""
         draft = cls(
             schema_version=SCHEMA_VERSION, tool_version=__version__, digest="", basis=dict(BASIS),
-            libraries=library_versions(), **fields,
+            libraries=library_versions(part.format for part in fields["components"].values()), **fields,
         )  # fmt: skip
         return draft.model_copy(update={"digest": digest_of(draft.model_dump(mode="json"))})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .machine import Gpu
-from .spec import Component, Dtype
+from .spec import Component, Dtype, Format, Quantization
 
 NATIVE_FROM: Mapping[Dtype, tuple[int, int]] = {"float32": (0, 0), "float16": (5, 3), "bfloat16": (8, 0)}
 """First compute capability with native arithmetic per dtype. bfloat16: CUDA C++ programming guide, arithmetic
@@ -31,6 +31,19 @@ POLICIES: Mapping[str, Mapping[Component, Dtype]] = {
 }
 """The policies of `conf/precision/`, for hints; a test keeps both alike."""
 
+QUANTIZERS: Mapping[Quantization, tuple[str, ...]] = {"int8": ("torchao",), "nf4": ("torchao", "bitsandbytes")}
+"""Distributions that a quantisation needs, each an extra of the same name."""
+
+_DENOISER_AND_TEXT: tuple[Component, ...] = ("text_encoder", "transformer", "controlnet")
+QUANTIZED: Mapping[str, Mapping[Component, Quantization]] = {
+    "int8_text_encoder": {"text_encoder": "int8"},
+    "int8": dict.fromkeys(_DENOISER_AND_TEXT, "int8"),
+    "nf4": dict.fromkeys(_DENOISER_AND_TEXT, "nf4"),
+}
+"""Policies of `conf/precision/` with quantised weights, least changing first; the same test keeps both alike."""
+QUANTIZED_DTYPES: Mapping[str, str] = {"int8_text_encoder": "mixed_bf16", "int8": "bf16", "nf4": "bf16"}
+"""The policy whose dtypes they compute in."""
+
 
 def is_native(dtype: Dtype, gpu: Gpu) -> bool:
     """Whether `gpu` computes in `dtype` without emulation."""
@@ -40,3 +53,8 @@ def is_native(dtype: Dtype, gpu: Gpu) -> bool:
 def fragile_components(dtypes: Mapping[Component, Dtype]) -> list[Component]:
     """Return the components that `dtypes` puts in float16 although they are documented not to survive it."""
     return [name for name in FRAGILE if dtypes[name] == "float16"]
+
+
+def overflowing_components(formats: Mapping[Component, Format]) -> list[Component]:
+    """Return the components whose int8 products are summed in float16 before they are scaled: up to 127 x larger."""
+    return [name for name, form in formats.items() if form == Format("float16", "int8")]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .checkpoint import Checkpoint, ComponentFacts
 from .needs import Told, needs_of
-from .spec import DTYPE_BYTES, VAE_FACTOR, Component, Dtype, Knob, Workload
+from .spec import DTYPE_BYTES, VAE_FACTOR, Component, Dtype, Format, Knob, Workload
 
 Phase = Literal["encode", "prepare", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
@@ -50,14 +50,14 @@ class Work:
 
 @dataclass(frozen=True)
 class ComponentProfile:
-    """One component: its dtype, bytes of weights, and per phase where it works, bytes of activations and work.
+    """One component: its format, bytes of weights, and per phase where it works, bytes of activations and work.
 
     `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own phases.
     """
 
     name: Component
     class_name: str
-    dtype: Dtype
+    format: Format
     weights_bytes: int
     activations: Mapping[Phase, int]
     work: Mapping[Phase, Work] = field(default_factory=dict)
@@ -122,23 +122,23 @@ class PipelineProfile:
 
 
 def profile_pipeline(
-    checkpoint: Checkpoint, workload: Workload, dtypes: Mapping[Component, Dtype], told: Told | None = None
+    checkpoint: Checkpoint, workload: Workload, formats: Mapping[Component, Format], told: Told | None = None
 ) -> PipelineProfile:
-    """Profile every component of `checkpoint` for `workload` in the given dtypes.
+    """Profile every component of `checkpoint` for `workload` in the given formats.
 
     Args:
         told: told of the progress where the checkpoint must be measured first; see `needs.py`.
     """
     facts = checkpoint.components
-    needs = needs_of(checkpoint, dtypes, workload.guided, told)
+    needs = needs_of(checkpoint, formats, workload.guided, told)
 
     def profiled(name: Component, mode: VaeMode) -> ComponentProfile:
         phases = [phase for phase in PHASES if phase in needs[name]]
         return ComponentProfile(
             name,
             facts[name].class_name,
-            dtypes[name],
-            facts[name].weights_bytes(dtypes[name]),
+            formats[name],
+            facts[name].weights_bytes(formats[name]),
             {phase: _activation(needs[name][phase], workload, phase, mode) for phase in phases},
             {phase: _work(needs[name][phase], workload, phase, mode) for phase in phases},
         )
@@ -146,7 +146,7 @@ def profile_pipeline(
     modes: tuple[VaeMode, ...] = ("vae_slicing", "vae_tiling")
     return PipelineProfile(
         {name: profiled(name, "plain") for name in facts},
-        _crossings(facts, workload, dtypes),
+        _crossings(facts, workload, {name: form.dtype for name, form in formats.items()}),
         workload.steps,
         {mode: profiled("vae", mode) for mode in modes},
     )

@@ -98,7 +98,8 @@ def _component_table(plan: Plan, place: Place) -> Table:
     for name, part in plan.components.items():
         if part.slot == place:
             label = f"{name} (home)" if name == "transformer" and len(set(plan.device_map.values())) > 1 else name
-            table.add_row(label, part.dtype, human_bytes(part.weights_bytes), f"~{human_bytes(part.activation_bytes)}")
+            needs = human_bytes(part.weights_bytes), f"~{human_bytes(part.activation_bytes)}"
+            table.add_row(label, str(part.format), *needs)
     return table
 
 

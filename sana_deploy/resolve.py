@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from .describe import describe_machine
 from .errors import InfeasibleError, InvalidSpecError, PlanError
 from .machine import Gpu, Machine, probe_torch
-from .plan import Diagnostic, Plan, Slot, library_versions
+from .plan import Diagnostic, Plan, Slot
 from .precision import is_native
 from .spec import Component, CustomMap, VirtualMachine
 from .units import human_bytes, parse_bytes
+from .versions import library_versions
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def resolve_plan(
 
 def _library_drift(plan: Plan) -> list[str]:
     """Libraries of another version than the plan was compiled with, one line each."""
-    now = library_versions()
+    now = library_versions(part.format for part in plan.components.values())
     return [f"{name}: was {was}, is {now.get(name)}" for name, was in plan.libraries.items() if now.get(name) != was]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .spec import Component
+from .spec import Component, Quantization
 
 
 def buffers(name: Component, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -23,6 +24,34 @@ def buffers(name: Component, config: Mapping[str, Any]) -> tuple[int, int]:
         return 0, 0
     tokens = (int(config["sample_size"]) // int(config["patch_size"])) ** 2
     return 0, 4 * tokens * int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Weights of linear layers, which can be quantised: how many elements, rows, and blocks of 64 elements."""
+
+    elements: int
+    rows: int
+    blocks: int
+
+    def quantized_bytes(self, quantization: Quantization) -> int:
+        """Bytes that they take. int8: a byte each, per row a float32 scale and an int8 zero point (torchao's
+        `Int8Tensor`). nf4: half a byte each, per block a float32 maximum (bitsandbytes, without double quantization).
+        """
+        if quantization == "int8":
+            return self.elements + self.rows * 5
+        return (self.elements + 1) // 2 + self.blocks * 4
+
+
+def linears(shapes: Mapping[str, tuple[int, ...]]) -> Linears:
+    """Count the linear layers among a component's tensors: matrices named weight, but for the token embedding."""
+    found = [
+        shape
+        for key, shape in shapes.items()
+        if len(shape) == 2 and key.endswith(".weight") and not key.endswith("embed_tokens.weight")
+    ]
+    sizes = [rows * columns for rows, columns in found]
+    return Linears(sum(sizes), sum(rows for rows, _ in found), sum(-(-size // 64) for size in sizes))
 
 
 def shapes_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:

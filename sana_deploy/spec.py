@@ -7,7 +7,7 @@ Sizes are pixels, counts are counts, times are not declared here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -25,6 +25,8 @@ Component = Literal["text_encoder", "vae", "transformer", "controlnet"]
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "vae", "transformer", "controlnet")
 Dtype = Literal["float16", "bfloat16", "float32"]
 DTYPE_BYTES: dict[Dtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+Quantization = Literal["int8", "nf4"]
+"""How the weights of linear layers are kept, where not in the component's dtype; see `quantize.py`."""
 Stage = Literal["compile", "resolve", "apply", "generate"]
 STAGES: tuple[Stage, ...] = ("compile", "resolve", "apply", "generate")
 Knob = Literal["vae_slicing", "split_controlnet", "text_encoder_offload", "vae_tiling"]
@@ -34,6 +36,17 @@ from the transformer. `text_encoder_offload`: its weights wait on the CPU and ar
 `vae_tiling`: the VAE takes one tile at a time, which can change pixels."""
 VAE_FACTOR = 32
 """Pixels per latent cell and side: DC-AE f32, the only VAE of the SANA ControlNet pipeline."""
+
+
+class Format(NamedTuple):
+    """What a component computes in, and what the weights of its linear layers are kept in (None: the same)."""
+
+    dtype: Dtype
+    quantization: Quantization | None = None
+
+    def __str__(self) -> str:
+        return f"{self.dtype} + {self.quantization}" if self.quantization else self.dtype
+
 
 GpuIndex = Annotated[int, Field(ge=0, le=1023)]
 Side = Annotated[int, Field(ge=VAE_FACTOR, le=8192, multiple_of=VAE_FACTOR)]
@@ -158,7 +171,7 @@ class CustomMap(Placed):
 
 
 class Precision(Declared):
-    """The dtype of each component, and what to do about risky or emulated ones.
+    """The dtype of each component, which keep quantised weights, and what to do about risky or emulated dtypes.
 
     `audit` compares every component, and the image, with a float32 run of the same request.
 
@@ -167,6 +180,7 @@ class Precision(Declared):
 
     name: str
     components: dict[Component, Dtype]
+    quantization: dict[Component, Quantization | None] = {}
     allow_emulated: bool = False
     strict: bool = False
     audit: bool = False
@@ -183,7 +197,14 @@ class Precision(Declared):
         missing = [name for name in COMPONENTS if name not in self.components]
         if missing and self.name != "auto":
             raise ValueError(f"components has no dtype for {', '.join(missing)}; every component needs one")
+        if self.quantization.get("vae"):
+            raise ValueError("the vae is convolutions, quantization is of linear layers: leave quantization.vae out")
         return self
+
+    @property
+    def formats(self) -> dict[Component, Format]:
+        """Dtype and quantization of each component that has a dtype."""
+        return {name: Format(dtype, self.quantization.get(name)) for name, dtype in self.components.items()}
 
 
 class PresentMachine(Declared):

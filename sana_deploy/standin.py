@@ -13,13 +13,17 @@ from torch import nn
 
 from .checkpoint import CLASSES, ComponentFacts
 from .errors import CheckpointError
+from .quantize import quantize_linears
+from .spec import Format
+from .weights import cast_module
 
 
-def stand_in(facts: ComponentFacts, dtype: torch.dtype) -> nn.Module:
+def stand_in(facts: ComponentFacts, form: Format) -> nn.Module:
     """Build a component from its config on the meta device, without weights.
 
     Raises:
         CheckpointError: the config is incomplete.
+        InvalidSpecError: the library that quantises is not installed.
     """
     config = {key: value for key, value in facts.config.items() if not key.startswith("_")}
     try:
@@ -30,12 +34,9 @@ def stand_in(facts: ComponentFacts, dtype: torch.dtype) -> nn.Module:
                 module = getattr(diffusers, CLASSES[facts.name]).from_config(config)
     except (TypeError, ValueError, KeyError, AttributeError) as problem:
         raise CheckpointError(f"the config of {facts.name} is incomplete: {problem}", where=facts.name) from problem
-    kept = {name: buffer.dtype for name, buffer in module.named_buffers() if "rotary" in name or "pos_embed" in name}
-    module = nn.Module.to(module, dtype=dtype)
-    for name, buffer_dtype in kept.items():
-        owner, _, leaf = name.rpartition(".")
-        buffers = module.get_submodule(owner)._buffers
-        buffers[leaf] = torch.empty_like(buffers[leaf], dtype=buffer_dtype)
+    cast_module(module, getattr(torch, form.dtype))
+    if form.quantization:
+        quantize_linears(module, form.quantization)
     return cast("nn.Module", module.eval())
 
 

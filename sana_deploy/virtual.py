@@ -22,6 +22,7 @@ from torch.utils.flop_counter import sdpa_flop_count
 
 from .errors import RunError
 from .ledger import Ledger, touched_bytes
+from .quantize import map_parts
 
 Fidelity = Literal["shapes", "numbers"]
 DEVICE_TYPE = "vgpu"
@@ -145,7 +146,7 @@ class VirtualHost:
             for child in module.modules():
                 for key, value in child._parameters.items():
                     if value is not None:
-                        moved = self.put(value.detach(), device)
+                        moved = map_parts(value.detach(), lambda part: self.put(part, device))
                         child._parameters[key] = nn.Parameter(moved, requires_grad=value.requires_grad)
                 for key, buffer in child._buffers.items():
                     if buffer is not None:

@@ -28,7 +28,8 @@ from torch import nn
 from .checkpoint import CLASSES, ComponentFacts
 from .errors import RunError
 from .headers import weight_files
-from .spec import Component
+from .quantize import is_quantized, linears_of, quantize, quantize_linears, require
+from .spec import Component, Quantization
 
 log = logging.getLogger(__name__)
 Progress = Callable[[Component, int, int], None]
@@ -37,11 +38,15 @@ Progress = Callable[[Component, int, int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A component to load: what it is, the dtype of its floating-point tensors, and the device they go to."""
+    """A component to load: what it is, the dtype of its floating-point tensors, and the device they go to.
+
+    `quantization` is what the weights of its linear layers are turned into, from `dtype` and on the device.
+    """
 
     facts: ComponentFacts
     dtype: torch.dtype
     device: str
+    quantization: Quantization | None = None
 
 
 class _CancelledError(Exception):
@@ -60,7 +65,10 @@ def load_components(
 
     Raises:
         RunError: the first component that failed, with its file; the others have stopped and hold nothing.
+        InvalidSpecError: the library that quantises is not installed.
     """
+    for quantization in {one.quantization for one in wanted.values() if one.quantization}:
+        require(quantization)
     stop, lock = threading.Event(), threading.Lock()
 
     def told(name: Component, done: int, of: int) -> None:
@@ -130,6 +138,7 @@ def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progre
     facts = wanted.facts
     assert facts.folder is not None
     total, done, lost = sum(facts.stored.values()), 0, 0
+    quantized = dict.fromkeys(linears_of(module), wanted.quantization) if wanted.quantization else {}
     for path in weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle):
         try:
             with safe_open(path, "pt", device=wanted.device) as file:
@@ -140,7 +149,7 @@ def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progre
                     size = value.nbytes
                     cast = value.to(wanted.dtype) if value.is_floating_point() else value
                     lost += _overflowed(value, cast)
-                    _assign(module, key, cast)
+                    _assign(module, key, quantize(cast, quantized[key]) if key in quantized else cast)
                     done += size
                     told(facts.name, done, total)
         except torch.OutOfMemoryError as problem:
@@ -172,9 +181,19 @@ def _assign(module: nn.Module, key: str, value: torch.Tensor) -> None:
         before = owner._parameters[leaf]
         if before is None or before.shape != value.shape:
             raise ValueError(f"{key} has shape {tuple(value.shape)}")
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=before.requires_grad)
+        trains = before.requires_grad and not is_quantized(value)
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=trains)
     else:
         owner._buffers[leaf] = value
+
+
+def cast_module(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the floating-point tensors of `module` in place, but for the buffers that stay float32 when loaded."""
+    kept = {name: buffer for name, buffer in module.named_buffers() if "rotary" in name or "pos_embed" in name}
+    nn.Module.to(module, dtype=dtype)
+    for name, buffer in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._buffers[leaf] = buffer
 
 
 def _by_library(wanted: Wanted, told: Progress) -> nn.Module:
@@ -195,6 +214,8 @@ def _by_library(wanted: Wanted, told: Progress) -> nn.Module:
         raise _no_memory(facts.name, wanted.device, problem) from problem
     except (OSError, RuntimeError, ValueError, KeyError) as problem:
         raise _unreadable(facts.name, facts.folder, problem) from problem
+    if wanted.quantization:
+        quantize_linears(module, wanted.quantization)
     total = sum(facts.stored.values())
     told(facts.name, total, total)
     return module

@@ -16,7 +16,7 @@ from transformers import Gemma2Model
 from sana_deploy import catalogue
 from sana_deploy.checkpoint import Checkpoint, component_facts, open_checkpoint
 from sana_deploy.errors import CheckpointError
-from sana_deploy.spec import CheckpointModel, Dtype, Overrides, TinyModel
+from sana_deploy.spec import CheckpointModel, Dtype, Format, Overrides, TinyModel
 from sana_deploy.tiny import ensure_tiny
 
 CLASSES = {
@@ -42,7 +42,7 @@ def test_weight_bytes_equal_those_of_the_loaded_modules(tiny: Path, dtype: Dtype
     for name, kind in CLASSES.items():
         module = kind.from_pretrained(tiny, subfolder=name, dtype=getattr(torch, dtype))
         loaded = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-        assert facts[name].weights_bytes(dtype) == loaded, name  # type: ignore[index]
+        assert facts[name].weights_bytes(Format(dtype)) == loaded, name  # type: ignore[index]
 
 
 def test_weight_bytes_count_the_position_buffer_of_2k_models(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_weight_bytes_count_the_position_buffer_of_2k_models(tmp_path: Path) -> 
     facts = component_facts("transformer", tmp_path, None, "test")
     module = SanaTransformer2DModel.from_pretrained(tmp_path, dtype=torch.float16)
     loaded = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    assert facts.weights_bytes("float16") == loaded
+    assert facts.weights_bytes(Format("float16")) == loaded
 
 
 @pytest.mark.parametrize("name", ["sana_600m_controlnet", "sana_1600m_controlnet"])

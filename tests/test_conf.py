@@ -9,7 +9,7 @@ import pytest
 
 from sana_deploy.compose import compose_spec, conf_dir
 from sana_deploy.errors import ComposeError
-from sana_deploy.precision import POLICIES
+from sana_deploy.precision import POLICIES, QUANTIZED, QUANTIZED_DTYPES
 
 GROUPS = ("model", "hardware", "precision", "machine", "workload")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
@@ -68,6 +68,10 @@ def test_composing_inside_another_hydra_app_leaves_it_as_it_was(tmp_path: Path) 
 
 def test_the_policies_that_hints_offer_are_those_of_the_config_group() -> None:
     options = {option for group, option in OPTIONS if group == "precision"}
-    assert {*POLICIES, "auto"} == options
+    assert {*POLICIES, *QUANTIZED, "auto"} == options
     for name, components in POLICIES.items():
         assert compose_spec([f"precision={name}"]).precision.components == components
+    for name, quantization in QUANTIZED.items():
+        precision = compose_spec([f"precision={name}"]).precision
+        assert precision.components == POLICIES[QUANTIZED_DTYPES[name]]
+        assert {key: kept for key, kept in precision.quantization.items() if kept} == quantization

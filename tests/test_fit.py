@@ -12,7 +12,7 @@ from sana_deploy.compose import compose_spec
 from sana_deploy.fit import MODELS, PLAIN, SLICED, TILED
 from sana_deploy.measure import Bench, Point
 from sana_deploy.profile import profile_pipeline
-from sana_deploy.spec import COMPONENTS, Dtype
+from sana_deploy.spec import COMPONENTS, Dtype, Format
 from sana_deploy.units import MIB
 
 ELSEWHERE = [
@@ -29,7 +29,7 @@ ELSEWHERE = [
 
 @cache
 def bench(model: str, dtype: Dtype) -> Bench:
-    return Bench(open_checkpoint(compose_spec([f"model={model}"]).model), dict.fromkeys(COMPONENTS, dtype))
+    return Bench(open_checkpoint(compose_spec([f"model={model}"]).model), dict.fromkeys(COMPONENTS, Format(dtype)))
 
 
 @pytest.mark.parametrize(("point", "guided"), ELSEWHERE)
@@ -45,7 +45,7 @@ def test_memory_is_within_2_percent_and_work_within_5_elsewhere(
     spec = compose_spec(
         [f"model={model}", *size, f"workload.batch={point.batch}", f"workload.guidance_scale={4.5 if guided else 1.0}"]
     )
-    profile = profile_pipeline(open_checkpoint(spec.model), spec.workload, dict.fromkeys(COMPONENTS, dtype))
+    profile = profile_pipeline(open_checkpoint(spec.model), spec.workload, dict.fromkeys(COMPONENTS, Format(dtype)))
     if point.mode != "plain":
         profile = profile.under({point.mode})
     for (name, phase), measured in bench(model, dtype).run(point, guided).items():

@@ -12,27 +12,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaControlNetPipeline
+from drawing import draw
 
 from sana_deploy import load_pipeline, place
 from sana_deploy.boundary import BorderHook
 from sana_deploy.compile import compile_spec
 from sana_deploy.errors import CheckpointError, PlanError, RunError
-from sana_deploy.inputs import read_control_image
 from sana_deploy.plan import Plan
 from sana_deploy.spec import COMPONENTS, DeploySpec
 
 Small = Callable[..., DeploySpec]
-
-
-def request(pipeline: SanaControlNetPipeline, spec: DeploySpec, **options: Any) -> np.ndarray:
-    work = spec.workload
-    pipeline.set_progress_bar_config(disable=True)
-    arguments = dict(
-        prompt=work.prompt, control_image=read_control_image(work), height=work.height, width=work.width,
-        num_inference_steps=work.steps, guidance_scale=work.guidance_scale, use_resolution_binning=False,
-        generator=torch.Generator().manual_seed(work.seed), output_type="np",
-    )  # fmt: skip
-    return np.asarray(pipeline(**{**arguments, **options}).images)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "mixed_bf16", "bf16", "fp32"])
@@ -43,7 +32,7 @@ def test_the_image_is_that_of_diffusers_own_pipeline_bit_for_bit(tiny: Path, sma
     theirs = SanaControlNetPipeline.from_pretrained(tiny, dtype=dtypes)
     for name in COMPONENTS:
         assert getattr(ours, name).dtype == getattr(theirs, name).dtype == dtypes[name]
-    assert np.array_equal(request(ours, spec), request(theirs, spec))
+    assert np.array_equal(draw(ours, spec), draw(theirs, spec))
 
 
 def test_it_is_the_ordinary_pipeline_with_one_hook_per_component(small: Small, tmp_path: Path) -> None:
@@ -59,7 +48,7 @@ def test_it_is_the_ordinary_pipeline_with_one_hook_per_component(small: Small, t
 def test_diffusers_guards_hold_and_reset_device_map_undoes(small: Small) -> None:
     spec = small()
     pipeline = load_pipeline(compile_spec(spec))
-    before = request(pipeline, spec)
+    before = draw(pipeline, spec)
     assert pipeline.hf_device_map == dict.fromkeys(COMPONENTS, "cpu")
     with pytest.raises(ValueError, match="device mapping strategy"):
         pipeline.to("cpu")
@@ -69,16 +58,18 @@ def test_diffusers_guards_hold_and_reset_device_map_undoes(small: Small) -> None
     assert not any(hasattr(getattr(pipeline, name), "_hf_hook") for name in COMPONENTS)
     assert "encode" not in pipeline.vae.__dict__
     pipeline.to("cpu")
-    assert np.array_equal(request(pipeline, spec), before)
+    assert np.array_equal(draw(pipeline, spec), before)
 
 
-def test_a_pipeline_in_memory_is_placed_and_gives_the_same_image(tiny: Path, small: Small) -> None:
-    spec = small("precision=fp32")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_pipeline_in_memory_is_placed_and_gives_the_same_image(tiny: Path, small: Small, precision: str) -> None:
+    spec = small(f"precision={precision}")
     plan = compile_spec(spec)
-    pipeline = SanaControlNetPipeline.from_pretrained(tiny)
-    before = request(pipeline, spec)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    pipeline = SanaControlNetPipeline.from_pretrained(tiny, dtype=dtype)
+    before = draw(pipeline, spec)
     assert place(pipeline, plan.resolve()) is pipeline
-    assert np.array_equal(request(pipeline, spec), before)
+    assert np.array_equal(draw(pipeline, spec), before)
     with pytest.raises(RunError, match="already has a device map"):
         place(pipeline, plan.resolve())
 
@@ -90,31 +81,31 @@ def test_a_controlnet_published_apart_comes_under_the_same_map(tiny: Path, small
     assert isinstance(pipeline.controlnet._hf_hook, BorderHook)
     assert pipeline.hf_device_map["controlnet"] == "cpu"
     plain = load_pipeline(compile_spec(small("precision=fp32")))
-    assert np.array_equal(request(pipeline, spec), request(plain, spec))
+    assert np.array_equal(draw(pipeline, spec), draw(plain, spec))
 
 
 def test_the_control_image_steers_the_picture(small: Small) -> None:
     spec = small("precision=fp32")
     pipeline = load_pipeline(compile_spec(spec))
-    steered, free = request(pipeline, spec), request(pipeline, spec, controlnet_conditioning_scale=0.0)
+    steered, free = draw(pipeline, spec), draw(pipeline, spec, controlnet_conditioning_scale=0.0)
     assert np.abs(steered - free).mean() > 0.005
 
 
 def test_callbacks_may_change_latents_and_embeddings_given_by_the_caller_work(small: Small) -> None:
     spec = small("precision=fp32")
     pipeline = load_pipeline(compile_spec(spec))
-    before = request(pipeline, spec)
+    before = draw(pipeline, spec)
 
     def zero(_: Any, step: int, __: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"latents": torch.zeros_like(values["latents"])}
 
-    assert not np.array_equal(request(pipeline, spec, callback_on_step_end=zero), before)
+    assert not np.array_equal(draw(pipeline, spec, callback_on_step_end=zero), before)
     embeds, mask, negative, negative_mask = pipeline.encode_prompt(spec.workload.prompt, complex_human_instruction=[])
-    given = request(
+    given = draw(
         pipeline, spec, prompt=None, negative_prompt=None, prompt_embeds=embeds, prompt_attention_mask=mask,
         negative_prompt_embeds=negative, negative_prompt_attention_mask=negative_mask,
     )  # fmt: skip
-    assert np.array_equal(given, request(pipeline, spec, complex_human_instruction=[]))
+    assert np.array_equal(given, draw(pipeline, spec, complex_human_instruction=[]))
 
 
 def test_a_checkpoint_that_changed_since_compiling_is_refused(tiny: Path, small: Small, tmp_path: Path) -> None:
@@ -135,7 +126,7 @@ def test_a_saved_plan_loads_the_same_pipeline(small: Small, tmp_path: Path) -> N
     spec = small()
     plan = compile_spec(spec)
     again = Plan.load(plan.save(tmp_path / "plan.json"))
-    assert np.array_equal(request(load_pipeline(again), spec), request(load_pipeline(plan), spec))
+    assert np.array_equal(draw(load_pipeline(again), spec), draw(load_pipeline(plan), spec))
 
 
 def test_pickled_weights_load_where_they_are_accepted_and_run_no_code(tiny: Path, small: Small, tmp_path: Path) -> None:
@@ -151,7 +142,7 @@ def test_pickled_weights_load_where_they_are_accepted_and_run_no_code(tiny: Path
     assert "model.allow_pickle=true" in caught.value.hint
     spec = small(*chosen, "model.allow_pickle=true")
     pipeline = load_pipeline(compile_spec(spec))
-    assert np.array_equal(request(pipeline, spec), request(load_pipeline(compile_spec(small("precision=fp32"))), spec))
+    assert np.array_equal(draw(pipeline, spec), draw(load_pipeline(compile_spec(small("precision=fp32"))), spec))
 
     class Malicious:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from sana_deploy.known_gpus import KNOWN_GPUS
 from sana_deploy.machine import Gpu, Machine
 from sana_deploy.planner import placements, search_balanced
 from sana_deploy.profile import ComponentProfile, Crossing, Phase, PipelineProfile, VaeMode, Work
-from sana_deploy.spec import COMPONENTS, KNOBS, Component, DeploySpec, Knob
+from sana_deploy.spec import COMPONENTS, KNOBS, Component, DeploySpec, Format, Knob
 from sana_deploy.units import GIB, MIB
 
 sizes = st.integers(0, 60).map(lambda n: n * 100 * MIB)
@@ -37,7 +37,9 @@ def profiles(draw: st.DrawFn) -> PipelineProfile:
     def component(name: Component, weights: int) -> ComponentProfile:
         own = phases.get(name, ["denoise"])
         activations = {phase: draw(sizes) for phase in own}
-        return ComponentProfile(name, "C", "float16", weights, activations, {phase: draw(works()) for phase in own})
+        return ComponentProfile(
+            name, "C", Format("float16"), weights, activations, {phase: draw(works()) for phase in own}
+        )
 
     components = {name: component(name, draw(sizes)) for name in COMPONENTS}
     modes: tuple[VaeMode, ...] = ("vae_slicing", "vae_tiling")

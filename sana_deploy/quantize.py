@@ -1,0 +1,165 @@
+"""Quantised weights of linear layers: int8 through torchao, nf4 through bitsandbytes; both are optional extras.
+
+A quantised weight is a tensor subclass that stays `nn.Linear`'s own parameter, so that a module keeps its class and
+LoRA layers find what they expect. It reports the dtype that it computes in and holds its parts as ordinary tensors:
+
+* int8: torchao's `Int8Tensor`, symmetric, one scale per row. A product is summed with the whole numbers and scaled
+  afterwards.
+* nf4: the 4-bit normal float of QLoRA (https://arxiv.org/abs/2305.14314) in blocks of 64, packed and unpacked by
+  bitsandbytes; the weight is made anew in the dtype for each product.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import InvalidSpecError
+from .precision import QUANTIZERS
+from .spec import Quantization
+
+BLOCK = 64
+"""Elements of an nf4 block, which share one scale."""
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def require(quantization: Quantization) -> None:
+    """Make sure that the libraries of a quantisation are here.
+
+    Raises:
+        InvalidSpecError: naming the extra to install.
+    """
+    missing = [name for name in QUANTIZERS[quantization] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidSpecError(
+            f"{quantization} weights need {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
+            "not installed",
+            where="precision.quantization",
+            hint=f"pip install 'sana-deploy[{quantization}]'",
+        )
+
+
+def quantize(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+    """Quantise the weight (rows, columns) of a linear layer; the result computes in the dtype of `weight`.
+
+    Raises:
+        InvalidSpecError: the library is not installed.
+    """
+    require(quantization)
+    if quantization == "int8":
+        torchao, granularity = _torchao()
+        quantized: torch.Tensor = torchao.Int8Tensor.from_hp(weight, granularity)
+        return quantized
+    made: torch.Tensor = _nf4().from_weight(weight)
+    return made
+
+
+def quantize_linears(module: nn.Module, quantization: Quantization) -> None:
+    """Quantise every linear layer of `module` in place, one after the other; those that are already stay."""
+    for linear in linears_of(module).values():
+        if not is_quantized(linear.weight):
+            linear.weight = nn.Parameter(quantize(linear.weight.detach(), quantization), requires_grad=False)
+
+
+def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers by the name of their weight."""
+    return {f"{path}.weight": child for path, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is made of parts, as quantised weights are."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The ordinary tensors that `tensor` holds, or itself: what takes memory."""
+    if is_quantized(tensor):
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            yield getattr(tensor, name)
+    else:
+        yield tensor
+
+
+def map_parts(tensor: torch.Tensor, change: Change) -> torch.Tensor:
+    """Apply `change` to every ordinary tensor in `tensor` and put the results together again."""
+    if not is_quantized(tensor):
+        return change(tensor)
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    changed = {name: change(getattr(tensor, name)) for name in names}
+    made: torch.Tensor = type(tensor).__tensor_unflatten__(changed, context, tensor.size(), tensor.stride())  # type: ignore[attr-defined]
+    return made
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes that `tensor` takes; `nbytes` of a quantised one tells what it would take in its dtype."""
+    return sum(part.nbytes for part in parts_of(tensor))
+
+
+@functools.cache
+def _torchao() -> tuple[Any, Any]:
+    """Import torchao without its remarks on kernels that are not for this host."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.ERROR)
+        try:
+            from torchao import quantization
+        finally:
+            logging.disable(before)
+    return quantization, quantization.PerRow()
+
+
+@functools.cache
+def _nf4() -> Any:
+    """Build the tensor subclass of nf4 weights, on torchao's base class."""
+    _torchao()
+    import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes
+    from torchao.utils import TorchAOBaseTensor
+
+    library = torch.ops.bitsandbytes
+
+    class Nf4Tensor(TorchAOBaseTensor):  # type: ignore[misc]
+        """A weight of `rows` x `columns` in nf4: `packed` two elements a byte, `maxima` one float32 per block."""
+
+        tensor_data_names = ["packed", "maxima"]  # noqa: RUF012  the base class's interface
+        tensor_attribute_names = ["rows", "columns", "dtype"]  # noqa: RUF012
+
+        def __new__(
+            cls, packed: torch.Tensor, maxima: torch.Tensor, rows: int, columns: int, dtype: torch.dtype
+        ) -> Nf4Tensor:
+            made: Nf4Tensor = torch.Tensor._make_wrapper_subclass(
+                cls, (rows, columns), dtype=dtype, device=packed.device, requires_grad=False
+            )
+            return made
+
+        def __init__(
+            self, packed: torch.Tensor, maxima: torch.Tensor, rows: int, columns: int, dtype: torch.dtype
+        ) -> None:
+            self.packed, self.maxima, self.rows, self.columns = packed, maxima, rows, columns
+
+        @classmethod
+        def from_weight(cls, weight: torch.Tensor) -> Nf4Tensor:
+            packed, maxima = library.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
+            rows, columns = weight.shape
+            return cls(packed, maxima, rows, columns, weight.dtype)
+
+        def dequantize(self) -> torch.Tensor:
+            shape = [self.rows, self.columns]
+            made: torch.Tensor = library.dequantize_4bit(self.packed, self.maxima, BLOCK, "nf4", shape, self.dtype)
+            return made
+
+    def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
+        weight = given["weight"].dequantize().to(given["input"].dtype)
+        return torch.nn.functional.linear(given["input"], weight, given.get("bias"))
+
+    Nf4Tensor.implements_torch_function(torch.nn.functional.linear)(_linear)
+    return Nf4Tensor

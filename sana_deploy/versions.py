@@ -1,0 +1,35 @@
+"""Versions of the libraries that decide what a component's code does; none of them is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import metadata
+
+from .precision import QUANTIZERS
+from .spec import Format
+
+LIBRARIES = ("diffusers", "torch", "transformers")
+"""Distributions whose versions decide what a component's code does."""
+
+ABSENT = "not installed"
+
+
+@cache
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name).partition("+")[0]
+    except metadata.PackageNotFoundError:  # a plan can be read where it cannot be applied
+        return ABSENT
+
+
+def library_versions(formats: Iterable[Format] = ()) -> dict[str, str]:
+    """Versions of LIBRARIES, and of those that quantise in `formats` if they are here, without the build's local part.
+
+    None of them is imported.
+    """
+    names = {name for form in formats if form.quantization for name in QUANTIZERS[form.quantization]}
+    quantizers = {name: _installed(name) for name in sorted(names)}
+    return {name: _installed(name) for name in LIBRARIES} | {
+        name: version for name, version in quantizers.items() if version != ABSENT
+    }

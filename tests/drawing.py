@@ -1,0 +1,23 @@
+"""One request as diffusers' own pipeline takes it, for tests that compare images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SanaControlNetPipeline
+
+from sana_deploy.inputs import read_control_image
+from sana_deploy.spec import DeploySpec
+
+
+def draw(pipeline: SanaControlNetPipeline, spec: DeploySpec, **options: Any) -> np.ndarray:
+    work = spec.workload
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = dict(
+        prompt=work.prompt, control_image=read_control_image(work), height=work.height, width=work.width,
+        num_inference_steps=work.steps, guidance_scale=work.guidance_scale, use_resolution_binning=False,
+        generator=torch.Generator().manual_seed(work.seed), output_type="np",
+    )  # fmt: skip
+    return np.asarray(pipeline(**{**arguments, **options}).images)

@@ -1,0 +1,181 @@
+"""Quantised weights: counted exactly, placed and rehearsed like any other, and the libraries' own numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SanaControlNetPipeline
+from drawing import draw
+from torch import nn
+
+from sana_deploy import load_pipeline, place, quantize
+from sana_deploy.catalogue import NAMES
+from sana_deploy.checkpoint import open_checkpoint
+from sana_deploy.compile import compile_spec
+from sana_deploy.compose import compose_spec
+from sana_deploy.errors import InfeasibleError, InvalidSpecError
+from sana_deploy.machine import Machine
+from sana_deploy.plan import Plan
+from sana_deploy.precision import QUANTIZED, QUANTIZERS
+from sana_deploy.quantize import linears_of, parts_of, stored_bytes
+from sana_deploy.rehearsal import open_host, rehearse
+from sana_deploy.spec import COMPONENTS, DeploySpec, Format, Quantization
+from sana_deploy.standin import stand_in
+
+Small = Callable[..., DeploySpec]
+Describe = Callable[..., Machine]
+KINDS: tuple[Quantization, ...] = ("int8", "nf4")
+
+
+@pytest.mark.parametrize("model", ["tiny", *NAMES])
+@pytest.mark.parametrize("quantization", [None, *KINDS])
+def test_planned_bytes_are_those_of_the_tensors(tiny: Path, model: str, quantization: Quantization | None) -> None:
+    for name, facts in open_checkpoint(compose_spec([f"model={model}"]).model).components.items():
+        form = Format("bfloat16", None if name == "vae" else quantization)
+        module = stand_in(facts, form)
+        linears = linears_of(module)
+        assert facts.linears.elements == sum(one.weight.numel() for one in linears.values())
+        assert facts.linears.rows == sum(one.weight.shape[0] for one in linears.values())
+        tensors = [*module.parameters(), *module.buffers()]
+        assert facts.weights_bytes(form) == sum(part.nbytes for tensor in tensors for part in parts_of(tensor))
+
+
+def libraries_own(tiny: Path, spec: DeploySpec) -> SanaControlNetPipeline:
+    """The same pipeline as diffusers loads it, quantised by torchao or in bitsandbytes' own layers."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
+    pipeline = SanaControlNetPipeline.from_pretrained(tiny, dtype=dtypes)
+    for name, kept in spec.precision.quantization.items():
+        module = getattr(pipeline, name)
+        if kept == "int8":
+            quantize_(module, Int8WeightOnlyConfig())
+        for key, linear in linears_of(module).items() if kept == "nf4" else ():
+            owner, _, leaf = key.removesuffix(".weight").rpartition(".")
+            made = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
+                              compute_dtype=dtypes[name], compress_statistics=False, quant_type="nf4")  # fmt: skip
+            made.weight = Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4",
+                                     compress_statistics=False)  # fmt: skip
+            made.bias = linear.bias
+            setattr(module.get_submodule(owner), leaf, made.to("cpu"))
+    return pipeline
+
+
+@pytest.mark.parametrize("policy", QUANTIZED)
+def test_the_image_is_the_libraries_own_bit_for_bit(tiny: Path, small: Small, policy: str) -> None:
+    spec = small(f"precision={policy}")
+    pipeline = load_pipeline(compile_spec(spec))
+    for name, kept in QUANTIZED[policy].items():
+        module = getattr(pipeline, name)
+        assert all(quantize.is_quantized(one.weight) for one in linears_of(module).values())
+        assert sum(stored_bytes(one) for one in module.parameters()) < sum(one.nbytes for one in module.parameters())
+        assert kept == spec.precision.quantization[name]
+    assert np.array_equal(draw(pipeline, spec), draw(libraries_own(tiny, spec), spec))
+
+
+@pytest.mark.parametrize("policy", ["int8", "nf4"])
+@pytest.mark.parametrize("hardware", ["multi_gpu_balanced", "custom_map"])
+def test_on_virtual_gpus_it_is_the_same_image(small: Small, policy: str, hardware: str) -> None:
+    each_alone = "hardware.device_map={text_encoder: 0, vae: 1, transformer: 0, controlnet: 1}"
+    place_it = ["hardware=custom_map", each_alone, "hardware.knobs=[text_encoder_offload]"]
+    chosen = place_it if hardware == "custom_map" else ["hardware=multi_gpu_balanced"]
+    spec = small(f"precision={policy}", "machine=2xrtx4090", *chosen)
+    plan = compile_spec(spec)
+    here = load_pipeline(compile_spec(small(f"precision={policy}")))
+    resolved = plan.resolve()
+    host = open_host(resolved, "numbers")
+    pipeline = load_pipeline(resolved, host=host)
+    with host:
+        drawn = draw(pipeline, spec)
+    assert np.array_equal(drawn, draw(here, spec))
+
+
+def test_a_pipeline_in_memory_is_quantised_when_placed(tiny: Path, small: Small) -> None:
+    spec = small("precision=int8")
+    plan = compile_spec(spec)
+    pipeline = SanaControlNetPipeline.from_pretrained(tiny, dtype=torch.bfloat16)
+    place(pipeline, plan.resolve())
+    assert np.array_equal(draw(pipeline, spec), draw(load_pipeline(plan), spec))
+
+
+@pytest.mark.parametrize("policy", QUANTIZED)
+@pytest.mark.parametrize("gpus", ["1xrtx4090", "2xrtx3060"])
+def test_plans_of_the_full_model_agree_with_rehearsals(policy: str, gpus: str) -> None:
+    plan = compile_spec(compose_spec([
+        "model=sana_1600m_controlnet", f"precision={policy}", "machine=virtual", f"machine.gpus={gpus}",
+        "workload.steps=2",
+    ]))  # fmt: skip
+    for gpu in rehearse(plan, "shapes").report.gpus:
+        assert abs(gpu.planned_error) < 0.02
+    assert {name: part.quantization for name, part in plan.components.items() if part.quantization} == QUANTIZED[policy]
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_without_the_library_planning_goes_on_and_loading_names_the_extra(
+    tiny: Path, small: Small, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(name: str, package: str | None = None, real: Any = importlib.util.find_spec) -> Any:
+        return None if name in QUANTIZERS[quantization] else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    plan = compile_spec(small(f"precision={quantization}"))
+    assert plan.components["transformer"].quantization == quantization
+    with pytest.raises(InvalidSpecError, match="not installed") as caught:
+        load_pipeline(plan)
+    assert caught.value.hint == f"pip install 'sana-deploy[{quantization}]'"
+
+
+def test_the_vae_is_refused_and_int8_in_float16_is_warned_of(small: Small) -> None:
+    with pytest.raises(InvalidSpecError, match="the vae is convolutions"):
+        small("+precision.quantization.vae=int8")
+    plan = compile_spec(small("precision=mixed_bf16", "precision.quantization.transformer=int8"))
+    (warning,) = [one for one in plan.diagnostics if one.type == "fragile_dtype"]
+    assert warning.where == "precision.components.transformer"
+    assert "up to 127 times larger" in warning.message
+    assert not [one for one in compile_spec(small("precision=int8")).diagnostics if one.type == "fragile_dtype"]
+
+
+def test_that_int8_products_leave_float16_s_range_is_true() -> None:
+    weight = torch.full((8, 1024), 0.5, dtype=torch.float16)
+    inputs = torch.full((1, 1024), 1.0, dtype=torch.float16)
+    exact = inputs @ weight.T
+    for quantization, survives in (("int8", False), ("nf4", True)):
+        made = nn.functional.linear(inputs, quantize.quantize(weight, quantization))
+        assert bool(torch.isfinite(made).all()) is survives
+    assert torch.isfinite(exact).all()
+
+
+def test_hints_offer_quantised_weights_where_nothing_else_helps(machine: Describe) -> None:
+    overrides = ["model=sana_1600m_controlnet", "hardware=single_gpu"]
+    with pytest.raises(InfeasibleError) as caught:
+        compile_spec(compose_spec(overrides), machine(8))
+    assert "precision.quantization.text_encoder=nf4" in caught.value.hint
+    plan = compile_spec(compose_spec([*overrides, "precision.quantization.text_encoder=nf4"]), machine(8))
+    assert plan.feasible
+
+
+def test_a_plan_records_the_library_that_quantises(small: Small) -> None:
+    plan = compile_spec(small("precision=nf4"))
+    assert {"torchao", "bitsandbytes"} <= set(plan.libraries)
+    assert not {"torchao", "bitsandbytes"} & set(compile_spec(small()).libraries)
+    stale = plan.model_copy(update={"libraries": {**plan.libraries, "torchao": "0.1"}})
+    with pytest.raises(Exception, match=r"torchao: was 0\.1, is "):
+        stale.resolve()
+    assert Plan.model_validate_json(plan.to_json()).components["transformer"].quantization == "nf4"
+
+
+def test_loading_says_nothing_of_kernels_for_other_hosts(capfd: pytest.CaptureFixture[str]) -> None:
+    quantize._torchao.cache_clear()
+    before = logging.root.manager.disable
+    quantize.quantize(torch.ones(4, 4), "int8")
+    assert logging.root.manager.disable == before
+    assert "Failed to load" not in capfd.readouterr().err
+    assert set(COMPONENTS) >= set(QUANTIZED["int8"])
