@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from .compose import compose_error, conf_dir, spec_from_config
 from .deploy import deploy, reject
 from .diff import main as diff
 from .errors import InputError, SanaDeployError
+from .sweep import RESUME, finish, is_finished, resumed
+from .sweep import main as summary
 
 _codes: list[int] = []
 """Exit codes of the jobs run in this process; hydra.main drops return values."""
@@ -27,28 +30,32 @@ _codes: list[int] = []
 def _job(config: DictConfig) -> None:
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir)
-    overrides = [str(override) for override in context.overrides.task]
+    overrides = [str(one) for one in context.overrides.task if not str(one).startswith(RESUME)]
     swept = context.mode == RunMode.MULTIRUN
+    if config.sweep.resume and is_finished(folder, overrides):
+        return
     try:
         spec = spec_from_config(config)
     except SanaDeployError as problem:
-        outcome, document = reject(problem, folder), None
+        outcome, document = reject(problem, folder, overrides), None
     else:
         outcome, plan = deploy(spec, folder, overrides, brief=swept)
         document = plan if plan and spec.until in ("compile", "resolve") and not outcome.error else outcome
     if config.get("output") == "json" and not swept:
         sys.stdout.write((document or outcome).to_json())
-    # A sweep goes on whatever became of a job: an infeasible one is a result.
-    _codes.append(0 if swept and outcome.status in ("done", "infeasible") else outcome.exit_code)
+    _codes.append(0 if swept else outcome.exit_code)  # a sweep's own code comes from its jobs' files
 
 
 def main() -> None:
     """Run the command line and exit with the code of the table in --help."""
-    if sys.argv[1:2] == ["diff"]:
-        sys.exit(diff(sys.argv[2:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a sweep that is killed is summed up
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come back here instead of as a traceback
     try:
+        if sys.argv[1:2] in (["diff"], ["summary"]):
+            sys.exit({"diff": diff, "summary": summary}[sys.argv[1]](sys.argv[2:]))
+        sys.argv[1:] = resumed(sys.argv[1:])
         _job()
+        _codes.append(finish())
     except (HydraException, OmegaConfBaseException) as problem:
         _fail(compose_error(problem))
     except SanaDeployError as problem:
@@ -57,14 +64,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as problem:
-        _fail(
-            InputError(
-                f"the output folder cannot be written: {problem}",
-                where="hydra.run.dir",
-                hint="hydra.run.dir=FOLDER, or hydra.sweep.dir=FOLDER in a sweep",
-            )
-        )
+        hint = "hydra.run.dir=FOLDER, or hydra.sweep.dir=FOLDER in a sweep"
+        _fail(InputError(f"the output folder cannot be written: {problem}", where="hydra.run.dir", hint=hint))
     except KeyboardInterrupt:
+        finish()
         report.console().print("interrupted")
         sys.exit(130)
     sys.exit(max(_codes, default=0))

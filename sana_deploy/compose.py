@@ -61,7 +61,9 @@ def spec_from_config(config: DictConfig) -> DeploySpec:
         raise InvalidSpecError("this value must be given", where=key, hint=f"{key}=VALUE") from None
     except OmegaConfBaseException as problem:
         raise compose_error(problem) from problem
-    return DeploySpec.from_mapping(cast("dict[str, Any]", values))
+    declared = cast("dict[str, Any]", values)
+    declared.pop("sweep", None)  # of the command, not of a deployment
+    return DeploySpec.from_mapping(declared)
 
 
 def compose_error(problem: Exception) -> SanaDeployError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ class Run:
     spec: DeploySpec
     folder: Path
     brief: bool = False
+    overrides: Sequence[str] = ()
     stage: Stage = "compile"
     plan: Plan | None = None
     resolved: ResolvedPlan | None = None
@@ -59,6 +61,7 @@ class Run:
             images=self.images,
             error=error,
             diagnostics=self.remarks,
+            overrides=list(self.overrides),
         )
 
 
@@ -73,7 +76,7 @@ def deploy(
         overrides: the command line's, to tell what the user set beside a `plan_file`.
         brief: one line for the whole run, as in a sweep.
     """
-    run = Run(spec, folder, brief)
+    run = Run(spec, folder, brief, overrides)
     try:
         if spec.plan_file:
             run.plan, run.spec = _saved_plan(spec, overrides)
@@ -88,14 +91,26 @@ def deploy(
         outcome = run.outcome(problem)
         log.info("stage %s ended", run.stage, exc_info=problem)
     write_text(folder / "outcome.json", outcome.to_json())
+    _write_page(run, outcome)
     (report.show_brief if brief else report.show_outcome)(outcome, spec, folder)
     return outcome, run.plan
 
 
-def reject(problem: SanaDeployError, folder: Path) -> Outcome:
+def _write_page(run: Run, outcome: Outcome) -> None:
+    """Write report.html beside the plan."""
+    if run.plan is None:
+        return
+    from .pages import plan_page, thumbnail
+
+    command = shlex.join(["python", "-m", "sana_deploy", *run.overrides])
+    pictures = [thumbnail(run.folder / image) for image in run.images[:4]]
+    write_text(run.folder / "report.html", plan_page(run.plan, outcome, command, pictures))
+
+
+def reject(problem: SanaDeployError, folder: Path, overrides: Sequence[str] = ()) -> Outcome:
     """Write and report the outcome of a declaration that is not valid."""
     status, code, error = failure_of(problem)
-    outcome = Outcome(status=status, exit_code=code, stage="compile", error=error)
+    outcome = Outcome(status=status, exit_code=code, stage="compile", error=error, overrides=list(overrides))
     write_text(folder / "outcome.json", outcome.to_json())
     report.show_error(problem)
     return outcome

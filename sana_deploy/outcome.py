@@ -123,7 +123,7 @@ class Failure(Frozen):
 
 
 class Outcome(Frozen):
-    """The result of one run; `images` are paths relative to the run folder."""
+    """The result of one run; `images` are paths relative to the run folder, `overrides` those of the command line."""
 
     status: Status
     exit_code: int
@@ -136,6 +136,7 @@ class Outcome(Frozen):
     images: list[str] = []
     error: Failure | None = None
     diagnostics: list[Diagnostic] = []
+    overrides: list[str] = []
 
     def to_json(self) -> str:
         """The text of outcome.json."""

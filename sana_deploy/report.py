@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -15,9 +15,10 @@ from rich.text import Text
 
 from .errors import SanaDeployError
 from .machine import host_memory
-from .outcome import Audit, Measured, Outcome, Rehearsal, RehearsedGpu
-from .plan import Diagnostic, Place, Plan, Slot
-from .units import human_bytes
+from .outcome import Audit, Measured, Outcome, Rehearsal
+from .plan import Diagnostic, Place, Plan, Slot, Transfer
+from .sentences import considered_sentence, groups_words, knob_sentence, place_words
+from .units import GIB, human_bytes
 
 if TYPE_CHECKING:
     from .resolve import ResolvedPlan
@@ -31,145 +32,109 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def bar(parts: Iterable[tuple[int, str, str]], capacity: int, unicode: bool = True) -> Text:
-    """Draw `capacity` as BAR_CELLS cells; each part is (bytes, style, ASCII letter), the rest is free."""
-    text, filled = Text(), 0
-    for size, style, letter in parts:
-        end = min(BAR_CELLS, round((filled + size) / max(capacity, 1) * BAR_CELLS))
-        start = min(BAR_CELLS, round(filled / max(capacity, 1) * BAR_CELLS))
-        text.append(("█" if unicode else letter) * (end - start), style=style)
+_GLYPHS = "█▓▒░"
+_LETTERS = "wao."
+"""What bars are drawn with: weights, activations, overhead, free."""
+
+
+def bar(sizes: Sequence[int], capacity: int, unicode: bool = True) -> Text:
+    """Draw `capacity` as BAR_CELLS cells: weights, activations and overhead in bytes, the rest is free.
+
+    Readable without colour: every part has a glyph of its own.
+    """
+    text, filled, glyphs = Text(), 0, _GLYPHS if unicode else _LETTERS
+    for size, glyph, style in zip(sizes, glyphs, ("blue", "magenta", "yellow"), strict=False):
+        start, end = (min(BAR_CELLS, round(n / max(capacity, 1) * BAR_CELLS)) for n in (filled, filled + size))
+        text.append(glyph * (end - start), style=style)
         filled += size
-    text.append(("░" if unicode else ".") * (BAR_CELLS - len(text)), style="dim")
+    text.append(glyphs[-1] * (BAR_CELLS - len(text)), style="dim")
     return text
 
 
 def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
-    """Render a plan: one table per place, transfers, what was considered, remarks."""
-    spec = plan.spec
+    """Render a plan: each place with its components, what moves, what was considered, remarks.
+
+    Short enough, with a rehearsal, for a terminal of 25 lines where two GPUs are used; report.html has the rest.
+    """
+    spec, work = plan.spec, plan.spec.workload
     head = Text.assemble(
         ("plan ", "dim"), plan.digest[7:19], ("  model ", "dim"), plan.checkpoint.source,
-        ("  hardware ", "dim"), spec.hardware.strategy, ("  precision ", "dim"), spec.precision.name,
+        ("  ", "dim"), spec.hardware.strategy, ("  ", "dim"), spec.precision.name,
     )  # fmt: skip
-    work = spec.workload
     load = f"{work.width}x{work.height} px, batch {work.batch}, {work.steps} steps, guidance {work.guidance_scale:g}"
-    blocks: list[RenderableType] = [head, Text(load, style="dim")]
-    blocks += [_slot_table(plan, slot, unicode) for slot in plan.slots]
+    blocks: list[RenderableType] = [head, Text(load + _seconds(plan), style="dim")]
+    for slot in plan.slots:
+        blocks += [_slot_line(slot, unicode), *_component_lines(plan, slot.index)]
     if "cpu" in plan.device_map.values():
-        blocks.append(_host_table(plan))
-    blocks.append(Text("~ estimated; weights are exact", style="dim"))
-    blocks += _knob_lines(plan)
+        blocks += [Text(f"CPU    {human_bytes(host_memory())} of memory", style="bold"), *_component_lines(plan, "cpu")]
+    if plan.slots:
+        words = zip(
+            _GLYPHS if unicode else _LETTERS, ("weights", "activations", "context, headroom", "free"), strict=True
+        )
+        legend = " ".join(f"{glyph} {word}" for glyph, word in words)
+        blocks.append(Text(f"{legend}; ~ estimated", style="dim"))
+    blocks += [Text(f"knob {knob_sentence(plan, knob)}", style="cyan") for knob in plan.knobs]
     blocks += _transfer_lines(plan)
-    blocks += _time_lines(plan)
     blocks += _considered_lines(plan)
     blocks += [line for remark in plan.diagnostics for line in _remark_lines(remark)]
     return Group(*blocks)
 
 
-def _slot_table(plan: Plan, slot: Slot, unicode: bool) -> RenderableType:
+def _seconds(plan: Plan) -> str:
+    seconds = plan.estimates.seconds_per_image
+    return "" if seconds is None else f"; ~{seconds:.2f} s per image"
+
+
+def _slot_line(slot: Slot, unicode: bool) -> Text:
     share = slot.peak_bytes / max(slot.capacity_bytes, 1)
-    parts = [
-        (slot.weights_bytes, "blue", "w"),
-        (slot.activation_bytes, "magenta", "a"),
-        (slot.overhead_bytes, "yellow", "o"),
-    ]
-    title = Text.assemble((f"GPU {slot.index}  {slot.gpu}  ", "bold"), bar(parts, slot.capacity_bytes, unicode))
-    title.append(
-        f"  ~{human_bytes(slot.peak_bytes)} of {human_bytes(slot.capacity_bytes)} ({share:.0%}) in {slot.peak_phase}"
-    )
-    table = _component_table(plan, slot.index)
-    table.add_row("total", "", human_bytes(slot.weights_bytes), f"~{human_bytes(slot.activation_bytes)}", style="bold")
-    note = Text(f"  + ~{human_bytes(slot.overhead_bytes)} context and headroom", style="dim")
-    return Group(Text(""), title, table, note)
+    sizes = (slot.weights_bytes, slot.activation_bytes, slot.overhead_bytes)
+    line = Text.assemble((f"GPU {slot.index}  ", "bold"), bar(sizes, slot.capacity_bytes, unicode))
+    peak = f"  ~{_gib(slot.peak_bytes)} of {human_bytes(slot.capacity_bytes)} ({share:.0%}) in {slot.peak_phase}"
+    return line.append(f"{peak}  {slot.gpu.removeprefix('NVIDIA ').removeprefix('GeForce ')}")
 
 
-def _host_table(plan: Plan) -> RenderableType:
-    table = _component_table(plan, "cpu")
-    weights = sum(part.weights_bytes for part in plan.components.values() if part.slot == "cpu")
-    table.add_row("total", "", human_bytes(weights), "", style="bold")
-    return Group(Text(""), Text(f"CPU  {human_bytes(host_memory())} of memory", style="bold"), table)
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
 
 
-def _component_table(plan: Plan, place: Place) -> Table:
-    table = Table(box=None, pad_edge=True, header_style="dim")
-    table.add_column("component", min_width=14)
-    table.add_column("dtype", min_width=9)
-    table.add_column("weights", justify="right", min_width=10)
-    table.add_column("activations", justify="right", min_width=12)
+def _component_lines(plan: Plan, place: Place) -> list[RenderableType]:
+    lines: list[RenderableType] = []
     for name, part in plan.components.items():
         if part.slot == place:
             label = f"{name} (home)" if name == "transformer" and len(set(plan.device_map.values())) > 1 else name
-            needs = human_bytes(part.weights_bytes), f"~{human_bytes(part.activation_bytes)}"
-            table.add_row(label, str(part.format), *needs)
-    return table
+            needs = f"{human_bytes(part.weights_bytes):>10} weights  ~{human_bytes(part.activation_bytes)} activations"
+            lines.append(Text(f"  {label:<18} {part.format!s:<9} {needs}"))
+    return lines
 
 
 def _transfer_lines(plan: Plan) -> list[RenderableType]:
     if not plan.transfers:
         return [Text("moves between devices: nothing", style="dim")]
-    grouped: dict[tuple[Place, Place], list[Any]] = defaultdict(list)
+    grouped: dict[tuple[Place, Place], list[Transfer]] = defaultdict(list)
     for transfer in plan.transfers:
         grouped[transfer.src, transfer.dst].append(transfer)
-    lines: list[RenderableType] = [Text("moves between devices")]
+    lines: list[RenderableType] = []
     for (src, dst), moved in grouped.items():
         step, image = sum(t.bytes_per_step for t in moved), sum(t.bytes_per_image for t in moved)
-        names = ", ".join(t.tensor for t in moved)
-        lines.append(Text(f"  {_place(src)} -> {_place(dst)}  ~{human_bytes(step)} per step, "
-                          f"~{human_bytes(image)} per image  ({names})"))  # fmt: skip
+        each = f"~{human_bytes(step)} per step, " if step else ""
+        lines.append(Text(f"moves {place_words(src)} -> {place_words(dst)}: {each}~{human_bytes(image)} per image"))
     return lines
-
-
-def _place(place: Place) -> str:
-    return "CPU" if place == "cpu" else f"GPU {place}"
-
-
-def _knob_lines(plan: Plan) -> list[RenderableType]:
-    """One line per knob that is on: what it does, what it saves, what it costs."""
-    lines: list[RenderableType] = []
-    for knob in plan.knobs:
-        price = plan.knob_prices.get(knob)
-        line = f"knob {knob}: {_KNOB_WORDS.get(knob, '')}"
-        if price:
-            line += f"; saves ~{human_bytes(price.bytes_saved)}"
-            line += f", moves ~{human_bytes(price.bytes_per_image)} per image" if price.bytes_per_image > 0 else ""
-            line += f", costs ~{price.seconds_per_image:.2f} s per image" if price.seconds_per_image is not None else ""
-        lines.append(Text(line, style="cyan"))
-    return lines
-
-
-_KNOB_WORDS = {
-    "vae_slicing": "the VAE takes one image at a time",
-    "split_controlnet": "ControlNet apart from the transformer",
-    "text_encoder_offload": "the text encoder waits on the CPU, and is on its GPU only during encode",
-    "vae_tiling": "the VAE takes tiles of 1024 px with stride 896; can change pixels",
-}
-
-
-def _time_lines(plan: Plan) -> list[RenderableType]:
-    seconds = plan.estimates.seconds_per_image
-    if seconds is None:
-        return []
-    phases = ", ".join(f"{phase} {value:.2f}" for phase, value in plan.estimates.seconds.items())
-    return [Text(f"time ~{seconds:.2f} s per image ({phases})")]
 
 
 def _considered_lines(plan: Plan) -> list[RenderableType]:
-    seen = plan.considered
-    if not seen.placements:
+    """How many placements there were, the runner-up, and what was rejected for which reason."""
+    if not plan.considered.placements:
         return []
-    under = f" under {seen.settings} sets of knobs" if seen.settings > 1 else ""
-    lines: list[RenderableType] = [
-        Text(
-            f"considered {seen.placements} placements{under}: {seen.feasible} of {seen.placements * seen.settings} fit"
-        )
-    ]
-    for runner in seen.runners_up:
-        places = ", ".join(f"{name} {_place(place)}" for name, place in runner.device_map.items())
+    lines: list[RenderableType] = [Text(considered_sentence(plan))]
+    for runner in plan.considered.runners_up[:1]:
         knobs = f", {', '.join(runner.knobs)}" if runner.knobs else ""
-        seconds = f", ~{runner.seconds_per_image:.2f} s" if runner.seconds_per_image is not None else ""
-        lines.append(Text(f"  next: {places}: fullest {runner.worst_utilisation:.0%}{seconds}{knobs}", style="dim"))
-    for row in plan.rejections:
-        where = f" on GPU {row.gpu}" if row.gpu >= 0 else ""
-        lines.append(Text(f"  rejected {row.count} for {row.reason}{where}; closest: {row.closest}", style="dim"))
+        words = f"  runner-up: {groups_words(runner.device_map)}: fullest {runner.worst_utilisation:.0%}{knobs}"
+        lines.append(Text(words, style="dim"))
+    if plan.rejections:
+        counts = ", ".join(
+            f"{row.count} for {row.reason}{f' on GPU {row.gpu}' if row.gpu >= 0 else ''}" for row in plan.rejections
+        )
+        lines.append(Text(f"  rejected {counts}", style="dim"))
     return lines
 
 
@@ -228,10 +193,8 @@ def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
     if outcome.audit:
         out.print(render_audit(outcome.audit))
     shown = _relative(folder)
-    saved = [*(f"{shown}/{image}" for image in outcome.images), f"{shown}/outcome.json"]
-    if outcome.plan_digest:
-        saved.insert(len(saved) - 1, f"{shown}/plan.json")
-    out.print(Text("saved: " + "\n       ".join(saved)), soft_wrap=True)
+    saved = [*outcome.images, *(["plan.json", "report.html"] if outcome.plan_digest else []), "outcome.json"]
+    out.print(Text(f"saved in {shown}: {', '.join(saved)}"), soft_wrap=True)
     if outcome.status == "done":
         out.print(Text("next: " + next_command(spec, shown), style="green"), soft_wrap=True)
 
@@ -246,44 +209,19 @@ def _show_measured(out: Console, measured: Measured) -> None:
 
 
 def render_rehearsal(rehearsal: Rehearsal) -> RenderableType:
-    """Render what a rehearsal told: peaks per GPU beside the plan's, phase by phase, traffic by tensor, work."""
+    """Render a rehearsal: the peak of each GPU beside the plan's, and what moved; report.html has the phases."""
     steps = f"{rehearsal.steps_rehearsed} of {rehearsal.steps} steps"
-    blocks: list[RenderableType] = [Text(""), Text(f"rehearsed in {rehearsal.fidelity}, {steps}", style="bold")]
+    blocks: list[RenderableType] = [Text(f"rehearsed in {rehearsal.fidelity}, {steps}", style="bold")]
     for gpu in rehearsal.gpus:
-        blocks += _rehearsed_gpu(gpu)
-    if rehearsal.transfers:
-        blocks.append(_rehearsed_transfers(rehearsal))
-    parts = (f"{name} {work.flops / 1e12:.2f}" for name, work in rehearsal.work.items() if work.flops)
-    blocks.append(Text(f"TFLOP in the steps rehearsed: {', '.join(parts)}", style="dim"))
+        share = gpu.peak_bytes / gpu.capacity_bytes
+        peak = f"peak {_gib(gpu.peak_bytes)} of {human_bytes(gpu.capacity_bytes)} ({share:.0%})"
+        blocks.append(Text(f"  {gpu.device}: {peak} in {gpu.component}, {gpu.phase}; planned {gpu.planned_error:+.1%}"))
+    moved: dict[tuple[str, str], int] = defaultdict(int)
+    for one in rehearsal.transfers:
+        moved[one.src, one.dst] += one.bytes_per_step
+    each = ", ".join(f"{src} -> {dst} {human_bytes(step)}" for (src, dst), step in moved.items() if step)
+    blocks.append(Text(f"  moved per step: {each or 'nothing'}"))
     return Group(*blocks)
-
-
-def _rehearsed_gpu(gpu: RehearsedGpu) -> list[RenderableType]:
-    share = gpu.peak_bytes / gpu.capacity_bytes
-    peak = f"{human_bytes(gpu.peak_bytes)} of {human_bytes(gpu.capacity_bytes)} ({share:.0%})"
-    parts = (
-        f"{human_bytes(gpu.weights_bytes)} weights + {human_bytes(gpu.activation_bytes)} activations"
-        f" + {human_bytes(gpu.context_bytes)} context"
-    )
-    order = ("encode", "prepare", "denoise", "decode")
-    phases = ", ".join(f"{phase} {human_bytes(gpu.phase_peaks[phase])}" for phase in order if phase in gpu.phase_peaks)
-    return [
-        Text(f"{gpu.device}  {gpu.gpu}: peak {peak}, in {gpu.component} during {gpu.phase}"),
-        Text(f"  {parts}; the plan estimated {gpu.planned_error:+.1%}"),
-        Text(f"  without context: {phases}", style="dim"),
-    ]
-
-
-def _rehearsed_transfers(rehearsal: Rehearsal) -> RenderableType:
-    table = Table(box=None, pad_edge=True, header_style="dim")
-    table.add_column("moved")
-    table.add_column("tensor")
-    table.add_column("per step", justify="right")
-    table.add_column("per image", justify="right")
-    for moved in rehearsal.transfers:
-        amounts = (human_bytes(moved.bytes_per_step), human_bytes(moved.bytes_per_image))
-        table.add_row(f"{moved.src} -> {moved.dst}", moved.tensor, *amounts)
-    return table
 
 
 def render_audit(audit: Audit) -> RenderableType:

@@ -1,176 +1,186 @@
-"""The Hydra callback of a multirun: reads each job's files, writes summary.json, .csv and .md, prints the table.
+"""Multirun: the Hydra callback that sums up a sweep, and the command line of a sweep that is resumed.
 
-Jobs may run in other processes, so that nothing is remembered between them: the files are the only source.
+The summary itself is made from the jobs' files (`summary.py`), also where a sweep was interrupted.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from .files import write_text
-from .units import human_bytes
+from .errors import UsageError
+from .summary import NUMBERS, cells_of, read_rows, swept_keys, write_summary
 
 log = logging.getLogger(__name__)
-COLUMNS = (
-    "job", "overrides", "status", "exit_code", "gpus", "worst_utilisation", "weights_bytes", "peak_bytes",
-    "bytes_per_step", "estimated_seconds_per_image", "seconds", "psnr", "knobs", "dtypes", "device_map", "reason",
-)  # fmt: skip
-_NESTED = ("overrides", "knobs", "dtypes", "device_map")
-"""Columns that hold JSON in summary.csv."""
-_NUMBERS = ("job", "fullest", "weights", "peak", "per step", "~seconds", "seconds", "PSNR")
-"""Column titles that are aligned to the right."""
+RESUME = "sweep.resume="
+TERMINAL_ROWS = 20
+"""Rows that the terminal shows; the files have all."""
+WIDE = 110
+"""Columns from which on a terminal shows more titles."""
+_NARROW = ("GPUs", "fullest", "peak", "~s/image", "seconds")
+_MORE = ("PSNR", "per step", "measured peak", "knobs")
+_running: list[tuple[Path, str]] = []
+"""The sweep of this process that has no summary yet: its folder and `output`."""
 
 
 class SweepSummary(Callback):  # type: ignore[misc]
     """Sums up a multirun once its last job has ended."""
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write and print the summary of every job folder below the sweep's."""
-        from .report import console
-
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember the folder, so that an interrupted sweep is summed up too."""
         folder = Path(str(OmegaConf.select(config, "hydra.sweep.dir"))).absolute()
-        rows = read_rows(folder)
-        write_summary(folder, rows)
-        if not rows:
-            return
-        out = console()
-        out.print(render_rows(rows))
-        if OmegaConf.select(config, "output") == "json":
-            sys.stdout.write(json.dumps(rows, ensure_ascii=False) + "\n")
-        for suffix in ("md", "csv", "json"):
-            out.print(f"saved: {folder / f'summary.{suffix}'}", soft_wrap=True)
+        _running[:] = [(folder, str(OmegaConf.select(config, "output")))]
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write and print the summary."""
+        finish()
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Read one row per job folder, in job order; a job that left no outcome is a row that says so."""
-    jobs = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()] if folder.is_dir() else []
-    return [_row(job) for job in sorted(jobs, key=lambda path: int(path.name))]
+def finish() -> int:
+    """Write and print the summary of the sweep that is running in this process, once; return its exit code.
+
+    A job that is infeasible is a result: the code is the highest of the others.
+    """
+    if not _running:
+        return 0
+    (folder, output) = _running.pop()
+    return summarise(folder, output)
 
 
-def _row(job: Path) -> dict[str, Any]:
-    outcome, plan = _read(job / "outcome.json"), _read(job / "plan.json")
-    error = outcome.get("error") or {}
-    plan = plan if plan.get("feasible", True) else {}  # a closest miss has no figures to compare
-    slots = plan.get("slots", [])
-    parts = plan.get("components", {})
-    estimates, audit = plan.get("estimates", {}), outcome.get("audit") or {}
-    return {
-        "job": int(job.name),
-        "overrides": _overrides(job),
-        "status": outcome.get("status", "failed"),
-        "exit_code": outcome.get("exit_code", 1),
-        "gpus": len(slots),
-        "worst_utilisation": estimates.get("worst_utilisation"),
-        "weights_bytes": sum(part["weights_bytes"] for part in parts.values()) if plan else None,
-        "peak_bytes": max((slot["peak_bytes"] for slot in slots), default=None),
-        "bytes_per_step": estimates.get("bytes_per_step"),
-        "estimated_seconds_per_image": estimates.get("seconds_per_image"),
-        "seconds": outcome.get("measured", {}).get("seconds", {}).get("generate"),
-        "psnr": audit.get("psnr"),
-        "knobs": plan.get("knobs", []),
-        "dtypes": {name: part["dtype"] for name, part in parts.items()},
-        "device_map": outcome.get("device_map") or plan.get("device_map", {}),
-        "reason": error.get("message", "" if outcome else "the job left no outcome.json"),
-    }
+def summarise(folder: Path, output: str = "text") -> int:
+    """Write and print the summary of every job folder below a sweep's; return the sweep's exit code.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    from .report import console
+
+    rows, out = read_rows(folder), console()
+    written = write_summary(folder, rows) if rows else []
+    if rows:
+        out.print(render_rows(rows, "utf" not in (out.encoding or "").lower(), out.width))
+    if output == "json":
+        sys.stdout.write(json.dumps(rows, ensure_ascii=False) + "\n")
+    if written:
+        suffixes = ", ".join(path.suffix for path in written if path.suffix != ".html")
+        out.print(f"saved: {folder / 'summary.html'} (and {suffixes})", soft_wrap=True)
+    return max((row["exit_code"] for row in rows if row["status"] not in ("done", "infeasible")), default=0)
 
 
-def _overrides(job: Path) -> dict[str, str]:
-    """The job's overrides as Hydra wrote them, key -> value."""
+def main(arguments: Sequence[str]) -> int:
+    """Run `sana-deploy summary FOLDER`: sum up a sweep from its files once more.
+
+    Raises:
+        UsageError: it holds no jobs.
+    """
+    folder = Path(arguments[0]) if len(arguments) == 1 else Path()
+    if len(arguments) != 1 or not read_rows(folder):
+        problem = f"{folder} holds no jobs of a sweep" if len(arguments) == 1 else "name one folder"
+        raise UsageError(problem, where="summary", hint="python -m sana_deploy summary outputs/multirun/DATE/TIME")
+    return summarise(folder.absolute())
+
+
+def resumed(arguments: Sequence[str]) -> list[str]:
+    """Replace `sweep.resume=FOLDER` by the command line that the sweep in FOLDER was started with, in that folder.
+
+    Flags and `hydra` overrides that are given win over the saved ones, e.g. another launcher.
+
+    Raises:
+        UsageError: the folder holds no sweep, or other overrides are given than it was started with.
+    """
+    named = [argument for argument in arguments if argument.startswith(RESUME)]
+    if not named:
+        return list(arguments)
+    folder = Path(named[-1].removeprefix(RESUME).strip("'\"")).expanduser().absolute()
+    if not (folder / "multirun.yaml").is_file():
+        hint = "name the sweep's own folder, outputs/multirun/DATE/TIME"
+        raise UsageError(f"{folder} holds no sweep: it has no multirun.yaml", where="sweep.resume", hint=hint)
+    saved = OmegaConf.load(folder / "multirun.yaml").hydra.overrides
+    task = [str(one) for one in saved.task if not str(one).startswith(RESUME)]
+    rest = [one for one in arguments if one not in named and one not in ("-m", "--multirun")]
+    flags = [one for one in rest if one.startswith(("-", "hydra"))]
+    other = [one for one in rest if one not in flags and one not in task]
+    if other:
+        raise UsageError(
+            f"sweep.resume goes on with the sweep as it was started; {', '.join(other)} would change it",
+            where="sweep.resume",
+            hint="leave them out, or start a new sweep",
+        )
+    keys = {one.partition("=")[0] for one in flags} | {"hydra.mode", "hydra.sweep.dir"}
+    kept = [str(one) for one in saved.hydra if str(one).partition("=")[0] not in keys]
+    return ["--multirun", *flags, *task, *kept, f"hydra.sweep.dir='{folder}'", f"{RESUME}'{folder}'"]
+
+
+def is_finished(folder: Path, overrides: Sequence[str]) -> bool:
+    """Whether the job in `folder` ended with a result, for the same overrides: then a resumed sweep keeps it."""
     try:
-        lines = [str(line) for line in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, _, value in (line.partition("=") for line in lines)}
+        outcome = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+        return outcome["overrides"] == list(overrides) and outcome["status"] in ("done", "infeasible")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write summary.json (all values), summary.csv and summary.md beside the jobs."""
-    write_text(folder / "summary.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        nested = {key: json.dumps(row[key], ensure_ascii=False) for key in _NESTED}
-        writer.writerow({**row, **nested})
-    write_text(folder / "summary.csv", table.getvalue())
-    write_text(folder / "summary.md", _markdown(cells_of(rows)))
-
-
-def _markdown(cells: list[dict[str, str]]) -> str:
-    if not cells:
-        return "no jobs\n"
-    lines = [list(cells[0]), ["---"] * len(cells[0])]
-    lines += [[value.replace("|", "\\|").replace("\n", " ") for value in row.values()] for row in cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def cells_of(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The rows as people read them: a column per override that differs between jobs; empty columns left out."""
-    keys = list(dict.fromkeys(key for row in rows for key in row["overrides"]))
-    swept = [key for key in keys if len({row["overrides"].get(key) for row in rows}) > 1]
-    cells = [_cells(row, swept) for row in rows]
-    used = [title for title in (cells[0] if cells else ()) if any(row[title] for row in cells)]
-    return [{title: row[title] for title in used} for row in cells]
-
-
-def _cells(row: dict[str, Any], swept: list[str]) -> dict[str, str]:
-    used = row["worst_utilisation"]
-    places = sorted({f"GPU {place}" if isinstance(place, int) else place for place in row["device_map"].values()})
-    return {
-        "job": str(row["job"]),
-        **{key: row["overrides"].get(key, "") for key in swept},
-        "status": row["status"],
-        "devices": ", ".join(places),
-        "fullest": f"{used:.0%}" if used else "",
-        "weights": _size(row["weights_bytes"]),
-        "peak": _size(row["peak_bytes"]),
-        "per step": _size(row["bytes_per_step"]),
-        "~seconds": _number(row["estimated_seconds_per_image"]),
-        "seconds": _number(row["seconds"]),
-        "PSNR": _number(row["psnr"]),
-        "knobs": ", ".join(row["knobs"]),
-        "reason": row["reason"],
-    }
-
-
-def _size(count: int | None) -> str:
-    return "" if count is None else human_bytes(count)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def render_rows(rows: list[dict[str, Any]]) -> Any:
-    """Return a rich table of the rows, and below it why jobs did not end well."""
+def render_rows(rows: list[dict[str, Any]], ascii_only: bool = False, width: int = 80) -> Any:
+    """Return a rich table of the best rows, one line each, and below it why jobs did not end well."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    styles = {"done": "green", "infeasible": "yellow"}
-    table = Table(box=None, header_style="dim")
-    shown = cells_of(rows)
-    reasons = [Text(f"job {cells['job']}: {why}", style="dim") for cells in shown if (why := cells.pop("reason", ""))]
-    for title in shown[0]:
-        table.add_column(title, overflow="fold", justify="right" if title in _NUMBERS else "left")
-    for cells in shown:
-        style = styles.get(cells["status"], "red")
-        table.add_row(*(Text(value, style=style if title == "status" else "") for title, value in cells.items()))
-    return Group(table, *reasons)
+    star = "*" if ascii_only else "★"
+    shown = rows[:TERMINAL_ROWS]
+    cells, names = cells_of(rows)[:TERMINAL_ROWS], _short_names(rows)
+    titles = [title for title in (_NARROW if width < WIDE else _NARROW + _MORE) if title in cells[0]]
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    table.add_column("job", justify="right", min_width=3)
+    table.add_column("", min_width=1)
+    table.add_column("deployment", no_wrap=True)
+    widths = {title: max(len(text) for text in (title, *(cell[title] for cell in cells))) for title in titles}
+    for title, longest in widths.items():
+        table.add_column(title, justify="right" if title in NUMBERS else "left", min_width=longest, no_wrap=True)
+    room = max(12, width - 8 - sum(longest + 2 for longest in widths.values()))
+    for row, cell in zip(shown, cells, strict=True):
+        style = {"done": "", "infeasible": "yellow"}.get(row["status"], "red")
+        name = names[row["job"]] + ("" if row["status"] == "done" else f" ({row['status']})")
+        name = name if len(name) <= room else f"{name[: room - 2]}.."
+        table.add_row(str(row["job"]), star if row["front"] else "", Text(name, style=style),
+                      *(cell[title] for title in titles))  # fmt: skip
+    return Group(table, *(Text(line, style="dim") for line in (*_notes(rows, star), *_reasons(rows))))
+
+
+def _short_names(rows: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """What each job sets that others do not; of words that are joined by underscores, the part that differs."""
+    keys = swept_keys(rows)
+    names: dict[int, list[str]] = {row["job"]: [] for row in rows}
+    for key in keys:
+        values = [row["overrides"].get(key, "").split("_") for row in rows]
+        shortest = min(len(words) for words in values)
+        same = [len({words[at] for words in values}) == 1 for at in range(-shortest, shortest)]
+        tail = next((n for n, alike in enumerate(reversed(same[:shortest])) if not alike), 0)
+        head = next((n for n, alike in enumerate(same[shortest:]) if not alike), 0)
+        for row, words in zip(rows, values, strict=True):
+            names[row["job"]].append("_".join(words[head : len(words) - tail] if head + tail < shortest else words))
+    return {job: " ".join(words) or "all defaults" for job, words in names.items()}
+
+
+def _notes(rows: Sequence[Mapping[str, Any]], star: str) -> list[str]:
+    lines = [f"{len(rows) - TERMINAL_ROWS} more in summary.html"] if len(rows) > TERMINAL_ROWS else []
+    if any(row["front"] for row in rows):
+        lines.append(f"{star} nothing of the same model and workload takes fewer seconds and less memory")
+    return lines
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why jobs did not end well, jobs with the same reason together."""
+    why: dict[str, list[str]] = {}
+    for row in rows:
+        if row["reason"]:
+            why.setdefault(row["reason"], []).append(str(row["job"]))
+    lines = [f"job {', '.join(jobs[:8])}{' ...' if len(jobs) > 8 else ''}: {text}" for text, jobs in why.items()]
+    return lines if len(lines) <= 4 else [*lines[:3], f"{len(lines) - 3} more reasons in summary.html"]

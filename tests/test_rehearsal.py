@@ -242,7 +242,7 @@ def test_the_command_rehearses_and_writes_what_it_told(
     assert outcome.rehearsal.fidelity == "numbers"
     assert (folder / "image-000.png").is_file()
     assert "rehearsed in numbers, 2 of 2 steps" in done.stderr
-    assert "Tesla T4: peak" in done.stderr
+    assert "vgpu:0: peak" in done.stderr
 
 
 @pytest.mark.parametrize("side", [256, 768])

@@ -1,0 +1,48 @@
+"""Sentences that the terminal and the pages share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .plan import Place, Plan
+from .spec import Component
+from .units import human_bytes
+
+KNOB_WORDS: Mapping[str, str] = {
+    "vae_slicing": "the VAE takes one image at a time",
+    "split_controlnet": "ControlNet apart from the transformer",
+    "text_encoder_offload": "the text encoder is on its GPU only during encode",
+    "vae_tiling": "the VAE takes tiles of 1024 px; can change pixels",
+}
+"""What each knob does."""
+
+
+def place_words(place: Place) -> str:
+    """`GPU 1` or `CPU`."""
+    return "CPU" if place == "cpu" else f"GPU {place}"
+
+
+def groups_words(device_map: Mapping[Component, Place]) -> str:
+    """Which components are together: `text_encoder | vae, transformer, controlnet`, by place."""
+    places = sorted(set(device_map.values()), key=lambda place: -1 if place == "cpu" else place)
+    return " | ".join(", ".join(name for name, at in device_map.items() if at == place) for place in places)
+
+
+def knob_sentence(plan: Plan, knob: str) -> str:
+    """What a knob that is on saves on the GPU that it helps most, and what it costs."""
+    price = plan.knob_prices.get(knob)
+    if not price:
+        return knob
+    costs = [f"moves ~{human_bytes(price.bytes_per_image)} per image"] if price.bytes_per_image > 0 else []
+    if price.seconds_per_image is not None:
+        costs.append(f"costs ~{max(price.seconds_per_image, 0):.2f} s")
+    return f"{knob} saves ~{human_bytes(price.bytes_saved)}{''.join(f', {cost}' for cost in costs)}"
+
+
+def considered_sentence(plan: Plan) -> str:
+    """How many placements were looked at, and how many fit."""
+    seen = plan.considered
+    if not seen.placements:
+        return "the map is the user's own: nothing else was considered"
+    under = f" under {seen.settings} sets of knobs" if seen.settings > 1 else ""
+    return f"considered {seen.placements} placements{under}: {seen.feasible} of {seen.placements * seen.settings} fit"
