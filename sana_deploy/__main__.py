@@ -14,13 +14,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from . import report
+from . import diff, report, sweep
 from .compose import compose_error, conf_dir, spec_from_config
 from .deploy import deploy, reject
-from .diff import main as diff
 from .errors import InputError, SanaDeployError
-from .sweep import RESUME, finish, is_finished, resumed
-from .sweep import main as summary
 
 _codes: list[int] = []
 """Exit codes of the jobs run in this process; hydra.main drops return values."""
@@ -30,9 +27,9 @@ _codes: list[int] = []
 def _job(config: DictConfig) -> None:
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir)
-    overrides = [str(one) for one in context.overrides.task if not str(one).startswith(RESUME)]
+    overrides = [str(one) for one in context.overrides.task if not str(one).startswith(sweep.RESUME)]
     swept = context.mode == RunMode.MULTIRUN
-    if config.sweep.resume and is_finished(folder, overrides):
+    if config.sweep.resume and sweep.is_finished(folder, overrides):
         return
     try:
         spec = spec_from_config(config)
@@ -52,10 +49,10 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come back here instead of as a traceback
     try:
         if sys.argv[1:2] in (["diff"], ["summary"]):
-            sys.exit({"diff": diff, "summary": summary}[sys.argv[1]](sys.argv[2:]))
-        sys.argv[1:] = resumed(sys.argv[1:])
+            sys.exit({"diff": diff.main, "summary": sweep.main}[sys.argv[1]](sys.argv[2:]))
+        sys.argv[1:] = sweep.command_line(sys.argv[1:])
         _job()
-        _codes.append(finish())
+        _codes.append(sweep.finish())
     except (HydraException, OmegaConfBaseException) as problem:
         _fail(compose_error(problem))
     except SanaDeployError as problem:
@@ -67,7 +64,7 @@ def main() -> None:
         hint = "hydra.run.dir=FOLDER, or hydra.sweep.dir=FOLDER in a sweep"
         _fail(InputError(f"the output folder cannot be written: {problem}", where="hydra.run.dir", hint=hint))
     except KeyboardInterrupt:
-        finish()
+        sweep.finish()
         report.console().print("interrupted")
         sys.exit(130)
     sys.exit(max(_codes, default=0))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import report
+from .claims import claimed
 from .compile import compile_spec
 from .describe import describe_machine
 from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
@@ -76,10 +77,15 @@ def deploy(
         overrides: the command line's, to tell what the user set beside a `plan_file`.
         brief: one line for the whole run, as in a sweep.
     """
-    run = Run(spec, folder, brief, overrides)
+    with claimed(spec) if brief else contextlib.nullcontext():
+        return _deploy(Run(spec, folder, brief, overrides))
+
+
+def _deploy(run: Run) -> tuple[Outcome, Plan | None]:
+    spec, folder = run.spec, run.folder
     try:
         if spec.plan_file:
-            run.plan, run.spec = _saved_plan(spec, overrides)
+            run.plan, run.spec = _saved_plan(spec, run.overrides)
         for stage in STAGES[: STAGES.index(spec.until) + 1]:
             run.stage = stage
             _STEPS[stage](run)
@@ -92,7 +98,7 @@ def deploy(
         log.info("stage %s ended", run.stage, exc_info=problem)
     write_text(folder / "outcome.json", outcome.to_json())
     _write_page(run, outcome)
-    (report.show_brief if brief else report.show_outcome)(outcome, spec, folder)
+    (report.show_brief if run.brief else report.show_outcome)(outcome, spec, folder)
     return outcome, run.plan
 
 

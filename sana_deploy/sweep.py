@@ -8,26 +8,43 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from .errors import UsageError
+from .errors import ComposeError, UsageError
 from .summary import NUMBERS, cells_of, read_rows, swept_keys, write_summary
 
 log = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+"""Hydra's note that our file of a launcher has the name of its plugin's own, which is what is wanted."""
 RESUME = "sweep.resume="
 TERMINAL_ROWS = 20
 """Rows that the terminal shows; the files have all."""
-WIDE = 110
-"""Columns from which on a terminal shows more titles."""
-_NARROW = ("GPUs", "fullest", "peak", "~s/image", "seconds")
-_MORE = ("PSNR", "per step", "measured peak", "knobs")
-_running: list[tuple[Path, str]] = []
-"""The sweep of this process that has no summary yet: its folder and `output`."""
+_TITLES = ("GPUs", "fullest", "peak", "~s/image", "seconds", "PSNR", "per step", "measured peak", "knobs")
+"""Titles that the terminal shows, as many as there is room for beside _NAME_CELLS of a job's name."""
+_NAME_CELLS = 36
+_LAUNCHER = "hydra/launcher="
+_EXTRAS = ("joblib", "submitit", "ray")
+
+
+@dataclass
+class _State:
+    """The sweep of this process: its folder, what stdout carries, and its exit code once it is summed up."""
+
+    folder: Path | None = None
+    output: str = "text"
+    code: int | None = None
+
+
+_state = _State()
 
 
 class SweepSummary(Callback):  # type: ignore[misc]
@@ -36,7 +53,7 @@ class SweepSummary(Callback):  # type: ignore[misc]
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember the folder, so that an interrupted sweep is summed up too."""
         folder = Path(str(OmegaConf.select(config, "hydra.sweep.dir"))).absolute()
-        _running[:] = [(folder, str(OmegaConf.select(config, "output")))]
+        _state.folder, _state.output, _state.code = folder, str(OmegaConf.select(config, "output")), None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write and print the summary."""
@@ -48,10 +65,9 @@ def finish() -> int:
 
     A job that is infeasible is a result: the code is the highest of the others.
     """
-    if not _running:
-        return 0
-    (folder, output) = _running.pop()
-    return summarise(folder, output)
+    if _state.folder is not None and _state.code is None:
+        _state.code = summarise(_state.folder, _state.output)
+    return _state.code or 0
 
 
 def summarise(folder: Path, output: str = "text") -> int:
@@ -87,14 +103,20 @@ def main(arguments: Sequence[str]) -> int:
     return summarise(folder.absolute())
 
 
-def resumed(arguments: Sequence[str]) -> list[str]:
-    """Replace `sweep.resume=FOLDER` by the command line that the sweep in FOLDER was started with, in that folder.
+def command_line(arguments: Sequence[str]) -> list[str]:
+    """Return what Hydra is given: `sweep.resume=FOLDER` becomes what the sweep in FOLDER was started with, there.
 
     Flags and `hydra` overrides that are given win over the saved ones, e.g. another launcher.
 
     Raises:
         UsageError: the folder holds no sweep, or other overrides are given than it was started with.
+        ComposeError: a launcher is not installed.
     """
+    for launcher in (one.removeprefix(_LAUNCHER) for one in arguments if one.startswith(_LAUNCHER)):
+        extra = launcher.partition("_")[0]
+        if extra in _EXTRAS and not _installed(f"hydra-{extra}-launcher"):
+            hint = f"pip install 'sana-deploy[{extra}]'"
+            raise ComposeError(f"the plugin hydra-{extra}-launcher is not installed", where="hydra/launcher", hint=hint)
     named = [argument for argument in arguments if argument.startswith(RESUME)]
     if not named:
         return list(arguments)
@@ -118,6 +140,13 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     return ["--multirun", *flags, *task, *kept, f"hydra.sweep.dir='{folder}'", f"{RESUME}'{folder}'"]
 
 
+def _installed(distribution: str) -> bool:
+    try:
+        return bool(metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def is_finished(folder: Path, overrides: Sequence[str]) -> bool:
     """Whether the job in `folder` ended with a result, for the same overrides: then a resumed sweep keeps it."""
     try:
@@ -136,21 +165,26 @@ def render_rows(rows: list[dict[str, Any]], ascii_only: bool = False, width: int
     star = "*" if ascii_only else "★"
     shown = rows[:TERMINAL_ROWS]
     cells, names = cells_of(rows)[:TERMINAL_ROWS], _short_names(rows)
-    titles = [title for title in (_NARROW if width < WIDE else _NARROW + _MORE) if title in cells[0]]
+    needed = min(_NAME_CELLS, max(len(name) for name in names.values()))
+    titles, room = [], width - 8
+    for title in (one for one in _TITLES if one in cells[0]):
+        longest = max(len(text) for text in (title, *(cell[title] for cell in cells)))
+        if room - longest - 2 >= needed:
+            titles.append((title, longest))
+            room -= longest + 2
     table = Table(box=None, header_style="dim", pad_edge=False)
     table.add_column("job", justify="right", min_width=3)
     table.add_column("", min_width=1)
     table.add_column("deployment", no_wrap=True)
-    widths = {title: max(len(text) for text in (title, *(cell[title] for cell in cells))) for title in titles}
-    for title, longest in widths.items():
+    for title, longest in titles:
         table.add_column(title, justify="right" if title in NUMBERS else "left", min_width=longest, no_wrap=True)
-    room = max(12, width - 8 - sum(longest + 2 for longest in widths.values()))
     for row, cell in zip(shown, cells, strict=True):
         style = {"done": "", "infeasible": "yellow"}.get(row["status"], "red")
-        name = names[row["job"]] + ("" if row["status"] == "done" else f" ({row['status']})")
+        mark = {"done": star if row["front"] else "", "infeasible": "x"}.get(row["status"], "!")
+        name = names[row["job"]]
         name = name if len(name) <= room else f"{name[: room - 2]}.."
-        table.add_row(str(row["job"]), star if row["front"] else "", Text(name, style=style),
-                      *(cell[title] for title in titles))  # fmt: skip
+        table.add_row(str(row["job"]), Text(mark, style=style), Text(name, style=style),
+                      *(cell[title] for title, _ in titles))  # fmt: skip
     return Group(table, *(Text(line, style="dim") for line in (*_notes(rows, star), *_reasons(rows))))
 
 
@@ -173,6 +207,10 @@ def _notes(rows: Sequence[Mapping[str, Any]], star: str) -> list[str]:
     lines = [f"{len(rows) - TERMINAL_ROWS} more in summary.html"] if len(rows) > TERMINAL_ROWS else []
     if any(row["front"] for row in rows):
         lines.append(f"{star} nothing of the same model and workload takes fewer seconds and less memory")
+    counts = Counter(row["status"] for row in rows if row["status"] != "done")
+    if counts:
+        words = {"infeasible": "x infeasible"}
+        lines.append(", ".join(f"{words.get(status, f'! {status}')}: {n}" for status, n in counts.items()))
     return lines
 
 

@@ -30,7 +30,7 @@ def test_the_main_job_ends_with_an_image_on_disk(cli: Run, tiny: Path, tmp_path:
     assert done.stdout == ""
     folder = run_folder(tmp_path)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"plan.json", "outcome.json", "image-000.png", "sana_deploy.log", ".hydra"}
+    assert names == {"plan.json", "outcome.json", "image-000.png", "report.html", "sana_deploy.log", ".hydra"}
     outcome = json.loads((folder / "outcome.json").read_text())
     assert (outcome["status"], outcome["exit_code"], outcome["stage"]) == ("done", 0, "generate")
     assert outcome["images"] == ["image-000.png"]

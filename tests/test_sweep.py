@@ -1,0 +1,211 @@
+"""Sweeps: a table of every job, the Pareto front, and nothing lost where a sweep is interrupted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sana_deploy.compose import compose_spec
+from sana_deploy.summary import COLUMNS, cells_of, mark_front, read_rows
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+SIX = ("-m", "hardware=single_gpu,multi_gpu_balanced", "precision=fp16,mixed_bf16,mixed_fp32", "machine=2xt4",
+       "model=sana_1600m_controlnet", "until=compile")  # fmt: skip
+
+
+def folder_of(root: Path) -> Path:
+    (folder,) = (root / "outputs" / "multirun").glob("*/*")
+    return folder
+
+
+def test_every_format_has_every_job_best_first(cli: Run, tmp_path: Path) -> None:
+    swept = cli(*SIX)
+    assert swept.returncode == 0, swept.stderr
+    folder = folder_of(tmp_path)
+    rows = json.loads((folder / "summary.json").read_text())
+    assert [row["status"] for row in rows] == ["done"] * 3 + ["infeasible"] * 3
+    seconds = [row["estimated_seconds_per_image"] for row in rows[:3]]
+    assert seconds == sorted(seconds)
+    with (folder / "summary.csv").open() as table:
+        lines = list(csv.DictReader(table))
+    assert [int(line["job"]) for line in lines] == [row["job"] for row in rows]
+    assert tuple(lines[0]) == COLUMNS
+    (two,) = [row for row in rows if len(row["per_gpu"]) == 2 and row["overrides"]["precision"] == "mixed_fp32"]
+    plan = json.loads((folder / str(two["job"]) / "plan.json").read_text())
+    assert [slot["peak_bytes"] for slot in plan["slots"]] == [slot["peak_bytes"] for slot in two["per_gpu"]]
+    assert two["images_per_second"] == pytest.approx(1 / two["estimated_seconds_per_image"], rel=1e-3)
+    assert len((folder / "summary.md").read_text().splitlines()) == 2 + 6
+    with Image.open(folder / "summary.png") as plot:
+        assert plot.width > 800
+    assert "seconds per image" in (folder / "summary.svg").read_text()
+    assert (folder / "summary.html").stat().st_size > 5000
+    for job in range(6):
+        assert (folder / str(job) / "report.html").is_file()
+
+
+def test_the_terminal_shows_a_line_per_job_within_80_plain_columns(cli: Run) -> None:
+    swept = cli(*SIX, COLUMNS="80", NO_COLOR="1", PYTHONIOENCODING="ascii")
+    lines = swept.stderr.splitlines()
+    (head,) = [number for number, line in enumerate(lines) if line.startswith("job  ")]
+    table = lines[head : head + 7]
+    assert max(len(line) for line in table) <= 80
+    assert swept.stderr.isascii()
+    assert "\x1b" not in swept.stderr
+    assert [line.split()[1] for line in table[4:]] == ["x"] * 3
+    assert any("multi_gpu_balanced mixed_fp32" in line for line in table)
+
+
+def row(
+    job: int, seconds: float | None, memory: int | None, model: str = "one", status: str = "done"
+) -> dict[str, Any]:
+    return {
+        "job": job, "status": status, "front": False, "seconds": None, "estimated_seconds_per_image": seconds,
+        "total_peak_bytes": memory, "compared_seconds": None, "workload": {"model": model},
+    }  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from("ab")), max_size=12))
+def test_the_front_is_what_nothing_beats(values: list[tuple[int, int, str]]) -> None:
+    rows = [row(job, float(seconds), memory, model) for job, (seconds, memory, model) in enumerate(values)]
+    mark_front(rows)
+    for one, (seconds, memory, model) in zip(rows, values, strict=True):
+        beaten = any(
+            other == model and s <= seconds and m <= memory and (s, m) != (seconds, memory) for s, m, other in values
+        )
+        assert one["front"] is not beaten
+
+
+def test_rows_without_seconds_or_memory_are_not_on_the_front_and_measured_seconds_win() -> None:
+    rows = [row(0, None, 5), row(1, 2.0, None), row(2, 2.0, 5, status="infeasible"), row(3, 2.0, 5)]
+    mark_front(rows)
+    assert [one["front"] for one in rows] == [False, False, False, True]
+    measured = [{**row(job, estimate, 5), "seconds": took} for job, (estimate, took) in enumerate([(1, 9.0), (2, 3.0)])]
+    mark_front(measured)
+    assert [(one["front"], one["compared_seconds"]) for one in measured] == [(False, 9.0), (True, 3.0)]
+
+
+def test_a_job_that_left_nothing_or_half_a_file_costs_its_row_only(cli: Run, tmp_path: Path) -> None:
+    assert cli(*SIX).returncode == 0
+    folder = folder_of(tmp_path)
+    (folder / "0" / "outcome.json").unlink()
+    (folder / "3" / "outcome.json").write_text('{"status": "do')
+    again = cli("summary", str(folder))
+    assert again.returncode == 1
+    rows = {one["job"]: one for one in read_rows(folder)}
+    assert (rows[0]["status"], rows[0]["reason"]) == ("failed", "the job left no outcome.json")
+    assert rows[3]["status"] == "failed"
+    assert rows[5]["status"] == "done"
+    assert "no jobs" in cli("summary", str(tmp_path)).stderr
+
+
+def started(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "sana_deploy", *arguments], cwd=tmp_path, env={**os.environ},
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def wait_for(tmp_path: Path, jobs: int) -> Path:
+    for _ in range(1200):
+        found = list((tmp_path / "outputs" / "multirun").glob("*/*/*/outcome.json"))
+        if len(found) >= jobs:
+            return found[0].parent.parent
+        time.sleep(0.05)
+    raise AssertionError("the sweep did not start")
+
+
+LONG = ("-m", "model=sana_600m_controlnet", "until=compile", "machine=2xt4,2xrtx4090,2xl4,4x24gb",
+        "precision=fp16,mixed_bf16,mixed_fp32,bf16,fp32", "hardware=single_gpu,multi_gpu_balanced")  # fmt: skip
+
+
+def test_a_killed_sweep_is_resumed_where_it_was(cli: Run, tmp_path: Path) -> None:
+    running = started(tmp_path, *LONG)
+    folder = wait_for(tmp_path, 3)
+    running.kill()
+    running.communicate()
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/outcome.json")}
+    assert 3 <= len(kept) < 40, "killed too late to prove anything"
+    changed = cli(f"sweep.resume={folder}", "precision=fp32")
+    assert changed.returncode == 2
+    assert "precision=fp32 would change it" in changed.stderr
+    done = cli("-m", f"sweep.resume={folder}")
+    assert done.returncode == 0, done.stderr
+    assert folder_of(tmp_path) == folder
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    rows = json.loads((folder / "summary.json").read_text())
+    assert sorted(one["job"] for one in rows) == list(range(40))
+    assert all(one["status"] in ("done", "infeasible") for one in rows)
+    swept = {key for one in rows for key in one["overrides"]}
+    assert swept == {"model", "until", "machine", "precision", "hardware"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_is_summed_up(tmp_path: Path, how: signal.Signals) -> None:
+    running = started(tmp_path, *LONG)
+    folder = wait_for(tmp_path, 2)
+    running.send_signal(how)
+    _, said = running.communicate()
+    assert running.returncode == 130
+    assert "interrupted" in said
+    rows = json.loads((folder / "summary.json").read_text())
+    assert 2 <= len(rows) < 40
+    assert any(one["status"] == "done" for one in rows)
+
+
+def test_what_is_no_sweep_cannot_be_resumed(cli: Run, tmp_path: Path) -> None:
+    ended = cli("-m", f"sweep.resume={tmp_path}")
+    assert ended.returncode == 2
+    assert "holds no sweep" in ended.stderr
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_other_launchers_give_the_same_table(cli: Run, tmp_path: Path, launcher: str) -> None:
+    swept = cli(*SIX, f"hydra/launcher={launcher}")
+    assert swept.returncode == 0, swept.stderr
+    assert "deprecated" not in swept.stderr
+    parallel = read_rows(folder_of(tmp_path))
+    other = tmp_path / "other"
+    other.mkdir()
+    assert cli(*SIX, cwd=other).returncode == 0
+    assert cells_of(parallel) == cells_of(read_rows(folder_of(other)))
+
+
+def test_a_failed_job_of_another_launcher_gives_the_exit_code(cli: Run) -> None:
+    swept = cli("-m", "hydra/launcher=joblib", "workload.height=64,65", "until=compile")
+    assert swept.returncode == 3, swept.stderr
+
+
+def test_a_launcher_that_is_not_installed_names_its_extra(cli: Run) -> None:
+    ended = cli(*SIX, "hydra/launcher=ray")
+    assert ended.returncode == 1
+    assert "the plugin hydra-ray-launcher is not installed" in ended.stderr
+    assert "pip install 'sana-deploy[ray]'" in ended.stderr
+
+
+@pytest.mark.parametrize(("name", "jobs"), [("which_box", 16), ("two_t4", 12), ("accuracy", 8)])
+def test_experiments_compose_and_the_planned_ones_run(cli: Run, tmp_path: Path, name: str, jobs: int) -> None:
+    assert compose_spec([f"experiment={name}"])
+    if name == "accuracy":  # run in full it takes minutes; two of its jobs here
+        assert cli(f"experiment={name}", "precision=fp32,int8").returncode == 0
+        rows = read_rows(folder_of(tmp_path))
+        assert [one["psnr"] is None for one in sorted(rows, key=lambda one: one["job"])] == [True, False]
+        return
+    swept = cli(f"experiment={name}")
+    assert swept.returncode == 0, swept.stderr
+    rows = read_rows(folder_of(tmp_path))
+    assert len(rows) == jobs
+    assert sum(one["status"] == "done" for one in rows) > jobs / 2
+    for one in rows:
+        height, width = (one["workload"].get(key) for key in ("height", "width"))
+        assert height == width
