@@ -99,11 +99,12 @@ def _gib(size: int) -> str:
 
 def _component_lines(plan: Plan, place: Place) -> list[RenderableType]:
     lines: list[RenderableType] = []
+    longest = max(len(str(part.format)) for part in plan.components.values())
     for name, part in plan.components.items():
         if part.slot == place:
             label = f"{name} (home)" if name == "transformer" and len(set(plan.device_map.values())) > 1 else name
             needs = f"{human_bytes(part.weights_bytes):>10} weights  ~{human_bytes(part.activation_bytes)} activations"
-            lines.append(Text(f"  {label:<18} {part.format!s:<9} {needs}"))
+            lines.append(Text(f"  {label:<18} {part.format!s:<{longest}} {needs}"))
     return lines
 
 

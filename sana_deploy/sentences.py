@@ -45,4 +45,5 @@ def considered_sentence(plan: Plan) -> str:
     if not seen.placements:
         return "the map is the user's own: nothing else was considered"
     under = f" under {seen.settings} sets of knobs" if seen.settings > 1 else ""
-    return f"considered {seen.placements} placements{under}: {seen.feasible} of {seen.placements * seen.settings} fit"
+    placements = f"{seen.placements} placement{'s' if seen.placements != 1 else ''}"
+    return f"considered {placements}{under}: {seen.feasible} of {seen.placements * seen.settings} fit"
