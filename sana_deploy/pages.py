@@ -19,8 +19,8 @@ from . import __version__
 from .outcome import Outcome, Rehearsal, RehearsedGpu
 from .plan import Place, Plan, Slot
 from .sentences import KNOB_WORDS, considered_sentence, knob_sentence, place_words
-from .spec import COMPONENTS
-from .units import GIB, human_bytes
+from .spec import COMPONENTS, VirtualMachine
+from .units import GIB, MIB, human_bytes
 
 LINE, GAP, BOX = 760, 2, 150
 """Width of a timeline, the gap between its bars, and the width of a place in the drawing of transfers."""
@@ -59,7 +59,7 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         seconds=_seconds(plan),
         knobs=[f"{knob_sentence(plan, knob)}: {KNOB_WORDS.get(knob, '')}" for knob in plan.knobs],
         timelines=[_timeline(gpu, outcome.rehearsal) for gpu in outcome.rehearsal.gpus] if outcome.rehearsal else [],
-        rehearse="python -m sana_deploy plan_file=plan.json resolve.machine=2xrtx4090",
+        rehearse=_rehearse(plan),
         measured=_measured(outcome),
         pictures=list(pictures),
         transfers=_transfers(plan),
@@ -162,6 +162,15 @@ def _timeline(gpu: RehearsedGpu, rehearsal: Rehearsal) -> dict[str, Any]:
         "marks": marks,
         "width": max(len(moments) * pitch, LINE),
     }
+
+
+def _rehearse(plan: Plan) -> str:
+    """The command that rehearses a plan; none where it does not fit or uses no GPU."""
+    if not plan.feasible or not plan.slots:
+        return ""
+    machine = ",".join(f"{slot.capacity_bytes // MIB}MiB" for slot in plan.slots)
+    elsewhere = "" if isinstance(plan.spec.machine, VirtualMachine) else f" 'resolve.machine=\"{machine}\"'"
+    return f"python -m sana_deploy plan_file=plan.json{elsewhere}"
 
 
 def _measured(outcome: Outcome) -> list[str]:
