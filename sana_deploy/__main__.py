@@ -64,7 +64,6 @@ def main() -> None:
         hint = "hydra.run.dir=FOLDER, or hydra.sweep.dir=FOLDER in a sweep"
         _fail(InputError(f"the output folder cannot be written: {problem}", where="hydra.run.dir", hint=hint))
     except KeyboardInterrupt:
-        sweep.finish()
         report.console().print("interrupted")
         sys.exit(130)
     sys.exit(max(_codes, default=0))

@@ -129,7 +129,7 @@ def _considered_lines(plan: Plan) -> list[RenderableType]:
     lines: list[RenderableType] = [Text(considered_sentence(plan))]
     for runner in plan.considered.runners_up[:1]:
         knobs = f", {', '.join(runner.knobs)}" if runner.knobs else ""
-        words = f"  runner-up: {groups_words(runner.device_map)}: fullest {runner.worst_utilisation:.0%}{knobs}"
+        words = f"  next: {groups_words(runner.device_map)}: fullest {runner.worst_utilisation:.0%}{knobs}"
         lines.append(Text(words, style="dim"))
     if plan.rejections:
         counts = ", ".join(

@@ -24,14 +24,15 @@ log = logging.getLogger(__name__)
 COLUMNS = (
     "job", "overrides", "status", "exit_code", "front", "gpus", "worst_utilisation", "weights_bytes", "peak_bytes",
     "total_peak_bytes", "per_gpu", "bytes_per_step", "estimated_seconds_per_image", "images_per_second", "seconds",
-    "compared_seconds", "measured_peak_bytes", "psnr", "knobs", "dtypes", "device_map", "workload", "report", "reason",
+    "compared_seconds", "measured_peak_bytes", "psnr", "worst_error", "knobs", "dtypes", "device_map",
+    "workload", "report", "reason",
 )  # fmt: skip
 _NESTED = ("overrides", "knobs", "dtypes", "device_map", "per_gpu", "workload")
 """Columns that hold JSON in summary.csv."""
 NUMBERS: Mapping[str, str] = {
     "job": "job", "GPUs": "gpus", "fullest": "worst_utilisation", "weights": "weights_bytes", "peak": "peak_bytes",
     "per step": "bytes_per_step", "~s/image": "estimated_seconds_per_image", "~images/s": "images_per_second",
-    "seconds": "seconds", "measured peak": "measured_peak_bytes", "PSNR": "psnr",
+    "worst error": "worst_error", "seconds": "seconds", "measured peak": "measured_peak_bytes", "PSNR": "psnr",
 }  # fmt: skip
 """Column titles that are aligned to the right and sort by number -> the key of a row."""
 UNFINISHED: Mapping[str, Any] = {
@@ -82,6 +83,7 @@ def _row(job: Path) -> dict[str, Any]:
         "compared_seconds": None,
         "measured_peak_bytes": max(measured.get("peak_bytes", {}).values(), default=None),
         "psnr": audit.get("psnr"),
+        "worst_error": max((border["relative_error"] for border in audit.get("borders", [])), default=None),
         "knobs": plan.get("knobs", []),
         "dtypes": {name: _format(part) for name, part in parts.items()},
         "device_map": outcome.get("device_map") or plan.get("device_map", {}),
@@ -222,6 +224,8 @@ def _cells(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, str]:
         "seconds": _number(row["seconds"]),
         "measured peak": _size(row["measured_peak_bytes"]),
         "PSNR": _number(row["psnr"]),
+        "worst error": "" if row["worst_error"] is None else f"{row['worst_error']:.1e}",
+        "dtypes": ", ".join(f"{name} {form}" for name, form in row["dtypes"].items()),
         "knobs": ", ".join(row["knobs"]),
         "reason": row["reason"],
     }

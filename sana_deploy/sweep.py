@@ -5,6 +5,7 @@ The summary itself is made from the jobs' files (`summary.py`), also where a swe
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import sys
@@ -28,7 +29,18 @@ warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated
 RESUME = "sweep.resume="
 TERMINAL_ROWS = 20
 """Rows that the terminal shows; the files have all."""
-_TITLES = ("GPUs", "fullest", "peak", "~s/image", "seconds", "PSNR", "per step", "measured peak", "knobs")
+_TITLES = (
+    "GPUs",
+    "fullest",
+    "peak",
+    "~s/image",
+    "seconds",
+    "PSNR",
+    "worst error",
+    "per step",
+    "measured peak",
+    "knobs",
+)
 """Titles that the terminal shows, as many as there is room for beside _NAME_CELLS of a job's name."""
 _NAME_CELLS = 36
 _LAUNCHER = "hydra/launcher="
@@ -51,9 +63,10 @@ class SweepSummary(Callback):  # type: ignore[misc]
     """Sums up a multirun once its last job has ended."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the folder, so that an interrupted sweep is summed up too."""
+        """Remember the folder: a sweep that is interrupted or fails is summed up when the process ends."""
         folder = Path(str(OmegaConf.select(config, "hydra.sweep.dir"))).absolute()
         _state.folder, _state.output, _state.code = folder, str(OmegaConf.select(config, "output")), None
+        atexit.register(finish)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write and print the summary."""

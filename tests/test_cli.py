@@ -123,6 +123,8 @@ def test_a_sweep_over_precision_compares_dtypes_peaks_and_accuracy(cli: Run, tin
     assert [row["dtypes"]["vae"] for row in rows] == ["float16", "bfloat16", "float32"]
     assert rows[0]["psnr"] > rows[1]["psnr"] > 20
     assert rows[2]["psnr"] is None, "it is the reference itself"
+    assert rows[2]["worst_error"] == 0 < rows[0]["worst_error"] < rows[1]["worst_error"] < 0.1
+    assert "text_encoder bfloat16, vae bfloat16, transformer float16" in path.with_suffix(".md").read_text()
     assert "PSNR" in swept.stderr
 
 

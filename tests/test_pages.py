@@ -107,8 +107,8 @@ def test_every_text_of_the_user_is_escaped(small: Small) -> None:
     assert page.count("&lt;img src=x") >= 4
     empty: dict[str, Any] = {key: None for key in NUMBERS.values() if key not in ("job", "gpus")}
     row = {"job": 0, "overrides": {"workload.prompt": nasty}, "status": "failed", "front": False, "gpus": 0,
-           "report": "", "reason": nasty, "device_map": {}, "knobs": [nasty], "per_gpu": [], "compared_seconds": None,
-           "total_peak_bytes": None, **empty}  # fmt: skip
+           "report": "", "reason": nasty, "device_map": {}, "dtypes": {}, "knobs": [nasty], "per_gpu": [],
+           "compared_seconds": None, "total_peak_bytes": None, **empty}  # fmt: skip
     assert "<img" not in sweep_page(nasty, [row], cells_of([row]), NUMBERS)
 
 

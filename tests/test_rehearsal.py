@@ -266,3 +266,26 @@ def test_peaks_agree_with_pytorch_s_own_memory_tracker(small: Small, side: int) 
         run_request(pipeline, spec.workload)
     independent = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     assert gpu.peak_bytes - gpu.context_bytes == pytest.approx(independent, rel=0.02)
+
+
+def test_the_whole_story_takes_25_plain_lines_of_80_columns(
+    cli: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    plain = {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "ascii"}
+    done = cli("model=sana_1600m_controlnet", "machine=2x8gb", **plain)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.isascii()
+    progress = ("loading", "rehearsing", "profiling")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(progress)]
+    assert len(lines) <= 25, done.stderr
+    assert max(len(line) for line in lines if not line.startswith(("saved", "next:"))) <= 80
+    for told in (
+        "GPU 0",
+        "GPU 1",
+        "text_encoder",
+        "knob vae_slicing",
+        "moves GPU 0 -> GPU 1",
+        "rejected",
+        "vgpu:1: peak",
+    ):
+        assert told in done.stderr

@@ -163,6 +163,16 @@ def test_an_interrupted_sweep_is_summed_up(tmp_path: Path, how: signal.Signals) 
     assert any(one["status"] == "done" for one in rows)
 
 
+def test_two_sweeps_at_once_do_not_collide(tmp_path: Path) -> None:
+    running = [started(tmp_path, *SIX) for _ in range(2)]
+    assert [one.communicate() and one.returncode for one in running] == [0, 0]
+    folders = list((tmp_path / "outputs" / "multirun").glob("*/*"))
+    assert len(folders) == 2
+    first, second = (cells_of(read_rows(folder)) for folder in folders)
+    assert len(first) == 6
+    assert first == second
+
+
 def test_what_is_no_sweep_cannot_be_resumed(cli: Run, tmp_path: Path) -> None:
     ended = cli("-m", f"sweep.resume={tmp_path}")
     assert ended.returncode == 2
