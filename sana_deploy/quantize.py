@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,8 @@ from .errors import InvalidSpecError
 from .precision import QUANTIZERS
 from .spec import Quantization
 
+_LOCK = threading.Lock()
+"""Components are loaded in threads, and the libraries are imported by the first that needs them."""
 BLOCK = 64
 """Elements of an nf4 block, which share one scale."""
 
@@ -55,10 +58,13 @@ def quantize(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
     """
     require(quantization)
     if quantization == "int8":
-        torchao, granularity = _torchao()
+        with _LOCK:
+            torchao, granularity = _torchao()
         quantized: torch.Tensor = torchao.Int8Tensor.from_hp(weight, granularity)
         return quantized
-    made: torch.Tensor = _nf4().from_weight(weight)
+    with _LOCK:
+        kind = _nf4()
+    made: torch.Tensor = kind.from_weight(weight)
     return made
 
 

@@ -106,6 +106,22 @@ def test_a_pipeline_in_memory_is_quantised_when_placed(tiny: Path, small: Small)
     assert np.array_equal(draw(pipeline, spec), draw(load_pipeline(plan), spec))
 
 
+@pytest.mark.parametrize("policy", ["int8", "nf4"])
+def test_lora_loads_and_unloads_on_quantised_weights(tiny: Path, small: Small, policy: str) -> None:
+    spec = small(f"precision={policy}")
+    pipeline = load_pipeline(compile_spec(spec))
+    layer = pipeline.transformer.transformer_blocks[0].attn1.to_q
+    weights = {
+        f"transformer.transformer_blocks.0.attn1.to_q.lora_{side}.weight": torch.ones(shape)
+        for side, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2)))
+    }
+    before = draw(pipeline, spec)
+    pipeline.load_lora_weights(weights)
+    assert not np.array_equal(draw(pipeline, spec), before)
+    pipeline.unload_lora_weights()
+    assert np.array_equal(draw(pipeline, spec), before)
+
+
 @pytest.mark.parametrize("policy", QUANTIZED)
 @pytest.mark.parametrize("gpus", ["1xrtx4090", "2xrtx3060"])
 def test_plans_of_the_full_model_agree_with_rehearsals(policy: str, gpus: str) -> None:
