@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
+from .spec import COMPONENTS
 from .units import human_bytes
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def _row(job: Path) -> dict[str, Any]:
         "psnr": audit.get("psnr"),
         "worst_error": max((border["relative_error"] for border in audit.get("borders", [])), default=None),
         "knobs": plan.get("knobs", []),
-        "dtypes": {name: _format(part) for name, part in parts.items()},
+        "dtypes": {name: _format(parts[name]) for name in COMPONENTS if name in parts},
         "device_map": outcome.get("device_map") or plan.get("device_map", {}),
         "workload": workload,
         "report": f"{job.name}/report.html" if (job / "report.html").is_file() else "",

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; before torch is imported
+
 from sana_deploy.compose import compose_spec
 from sana_deploy.machine import Gpu, Machine
 from sana_deploy.spec import DeploySpec

@@ -68,6 +68,10 @@ def test_a_changed_byte_is_found(tmp_path: Path) -> None:
         path.write_bytes(content[:start] + chance.randbytes(chance.choice((0, 1, 8))) + content[start + 3 :])
         with contextlib.suppress(PlanError):
             read = Plan.load(path)
+            if read.libraries != whole.libraries:  # outside the digest: found when it is compared with what is here
+                with pytest.raises(PlanError, match="was"):
+                    read.resolve()
+                read = read.model_copy(update={"libraries": whole.libraries})
             assert read.model_copy(update={"tool_version": whole.tool_version}) == whole, "only blanks were hit"
 
 

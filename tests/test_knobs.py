@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL.Image import Image
 
 from sana_deploy import rehearse
 from sana_deploy.boundary import border_of
@@ -23,13 +25,21 @@ APART = ["hardware=custom_map", "hardware.device_map={text_encoder: 0, vae: 0, t
 LARGE = ["model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024"]
 
 
+def most_levels(one: Sequence[Image], other: Sequence[Image]) -> int:
+    """The largest difference of two sequences of images, of 255 levels."""
+    pairs = zip(one, other, strict=True)
+    return max(int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) for a, b in pairs)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
-@pytest.mark.parametrize("knob", ["vae_slicing", "text_encoder_offload"])
-def test_offload_and_slicing_change_no_bit_of_the_image(small: Small, knob: str, precision: str) -> None:
+@pytest.mark.parametrize(("knob", "levels"), [("vae_slicing", 1), ("text_encoder_offload", 0)])
+def test_offload_changes_no_bit_of_the_image_and_slicing_rounds(
+    small: Small, knob: str, levels: int, precision: str
+) -> None:
     request = [f"precision={precision}", "workload.batch=2", *TWO, *APART]
     plain = rehearse(compile_spec(small(*request)), "numbers")
     saved = rehearse(compile_spec(small(*request, f"hardware.knobs=[{knob}]")), "numbers")
-    assert [image.tobytes() for image in saved.images] == [image.tobytes() for image in plain.images]
+    assert most_levels(saved.images, plain.images) <= levels
     peaks = [run.report.gpus[0].phase_peaks["prepare"] for run in (saved, plain)]
     assert peaks[0] < peaks[1]
 
@@ -114,10 +124,14 @@ def test_an_error_while_weights_visit_leaves_the_pipeline_usable(small: Small, t
     assert all(value.device == torch.device("cpu") for value in pipeline.text_encoder.parameters())
 
 
-def test_slicing_changes_no_bit_on_the_cpu(small: Small) -> None:
+def test_sliced_latents_are_equal_to_the_last_places(small: Small) -> None:
     spec = small("precision=fp32", "workload.batch=2")
     pipeline = load_pipeline(compile_spec(spec))
     plain, _ = generate(pipeline, spec.workload)
-    pipeline.vae.enable_slicing()
+    pixels = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = pipeline.vae.encode(pixels).latent
+        pipeline.vae.enable_slicing()
+        torch.testing.assert_close(pipeline.vae.encode(pixels).latent, whole, rtol=1e-4, atol=1e-4)
     sliced, _ = generate(pipeline, spec.workload)
-    assert [image.tobytes() for image in sliced] == [image.tobytes() for image in plain]
+    assert most_levels(sliced, plain) <= 1
