@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from . import __version__
 from .outcome import Outcome, Rehearsal, RehearsedGpu
 from .plan import Place, Plan, Slot
-from .sentences import KNOB_WORDS, considered_sentence, knob_sentence, place_words
+from .sentences import KNOB_WORDS, considered_sentence, image_words, knob_sentence, place_words
 from .spec import COMPONENTS, VirtualMachine
 from .units import GIB, MIB, human_bytes
 
@@ -181,8 +181,9 @@ def _measured(outcome: Outcome) -> list[str]:
     if measured.seconds:
         lines.append("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in measured.seconds.items()))
     if outcome.audit:
-        image = "identical" if outcome.audit.identical else f"PSNR {outcome.audit.psnr} dB"
-        lines.append(f"image against float32: {image}")
+        lines.append(f"image against float32: {image_words(outcome.audit)}")
+        lines += [f"{row.component} in {row.phase}, {row.dtype}: relative error {row.relative_error:.1e}"
+                  for row in outcome.audit.borders]  # fmt: skip
     return lines
 
 

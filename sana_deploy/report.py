@@ -17,7 +17,7 @@ from .errors import SanaDeployError
 from .machine import host_memory
 from .outcome import Audit, Measured, Outcome, Rehearsal
 from .plan import Diagnostic, Place, Plan, Slot, Transfer
-from .sentences import considered_sentence, groups_words, knob_sentence, place_words
+from .sentences import considered_sentence, groups_words, image_words, knob_sentence, place_words
 from .units import GIB, human_bytes
 
 if TYPE_CHECKING:
@@ -233,10 +233,7 @@ def render_audit(audit: Audit) -> RenderableType:
     table.add_column("relative error", justify="right")
     for row in audit.borders:
         table.add_row(row.component, row.phase, row.dtype, f"{row.relative_error:.2e}" if row.relative_error else "0")
-    image = (
-        "identical" if audit.identical else f"PSNR {audit.psnr:.1f} dB" if audit.psnr is not None else "not a number"
-    )
-    return Group(Text(""), Text("audited against float32", style="bold"), table, Text(f"image: {image}"))
+    return Group(Text(""), Text("audited against float32", style="bold"), table, Text(f"image: {image_words(audit)}"))
 
 
 def show_brief(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .outcome import Audit
 from .plan import Place, Plan
 from .spec import Component
 from .units import human_bytes
@@ -37,6 +38,13 @@ def knob_sentence(plan: Plan, knob: str) -> str:
     if price.seconds_per_image is not None:
         costs.append(f"costs ~{max(price.seconds_per_image, 0):.2f} s")
     return f"{knob} saves ~{human_bytes(price.bytes_saved)}{''.join(f', {cost}' for cost in costs)}"
+
+
+def image_words(audit: Audit) -> str:
+    """How close the image is to float32's."""
+    if audit.identical:
+        return "identical"
+    return "not a number" if audit.psnr is None else f"PSNR {audit.psnr:.1f} dB"
 
 
 def considered_sentence(plan: Plan) -> str:

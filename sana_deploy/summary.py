@@ -219,7 +219,7 @@ def _cells(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, str]:
         "peak": _size(row["peak_bytes"]),
         "weights per GPU": _each(row, "weights_bytes"),
         "peak per GPU": _each(row, "peak_bytes"),
-        "per step": _size(row["bytes_per_step"]),
+        "per step": _size(row["bytes_per_step"]) if row["gpus"] else "",
         "~s/image": _number(row["estimated_seconds_per_image"]),
         "~images/s": _number(row["images_per_second"]),
         "seconds": _number(row["seconds"]),
