@@ -119,9 +119,12 @@ def _fragile_precisions(spec: DeploySpec) -> Iterator[Change]:
 
 
 def _policies(spec: DeploySpec, fragile: bool) -> Iterator[Change]:
+    own = QUANTIZED.get(spec.precision.name, {})  # a policy that is left takes its own with it, not the user's
+    kept = {name: word for name, word in spec.precision.quantization.items() if own.get(name) != word}
     for name, components in POLICIES.items():
         if bool(fragile_components(components)) == fragile and components != spec.precision.components:
-            precision = spec.precision.model_copy(update={"name": name, "components": dict(components)})
+            update = {"name": name, "components": dict(components), "quantization": kept}
+            precision = spec.precision.model_copy(update=update)
             yield name, spec.model_copy(update={"precision": precision})
 
 

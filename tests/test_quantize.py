@@ -31,6 +31,7 @@ from sana_deploy.standin import stand_in
 
 Small = Callable[..., DeploySpec]
 Describe = Callable[..., Machine]
+NF4_TEXT = "precision.quantization.text_encoder=nf4"
 KINDS: tuple[Quantization, ...] = ("int8", "nf4")
 
 
@@ -176,6 +177,20 @@ def test_hints_offer_quantised_weights_where_nothing_else_helps(machine: Describ
     assert "precision.quantization.text_encoder=nf4" in caught.value.hint
     plan = compile_spec(compose_spec([*overrides, "precision.quantization.text_encoder=nf4"]), machine(8))
     assert plan.feasible
+
+
+def test_another_policy_is_offered_with_the_weights_that_its_command_gives(machine: Describe) -> None:
+    base = ["model=sana_1600m_controlnet", "hardware=custom_map",
+            "hardware.device_map={text_encoder: 0, vae: 0, transformer: 0, controlnet: 0}"]  # fmt: skip
+    t4 = machine(15, capability=(7, 5))
+    for sixteen_bit, kept in ((["precision=int8_text_encoder"], False), (["precision=mixed_bf16", NF4_TEXT], True)):
+        with pytest.raises(InfeasibleError) as caught:
+            compile_spec(compose_spec([*base, *sixteen_bit]), t4)
+        offered = [word for word in caught.value.hint.split() if word.startswith("precision=")]
+        override = [NF4_TEXT] if kept else []
+        for word in offered:
+            assert compile_spec(compose_spec([*base, word.rstrip(";"), *override]), t4).feasible
+        assert ("precision=mixed_fp32" in offered) is kept, "mixed_fp32 fits one T4 with the user's nf4 text encoder, not without"
 
 
 def test_a_plan_records_the_library_that_quantises(small: Small) -> None:
