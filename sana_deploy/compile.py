@@ -43,7 +43,7 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | 
     if spec.precision.name == "auto":
         spec, reason = choose_precision(spec, checkpoint, replace(machine, gpus=_usable(spec, machine)), _fits)
         diagnostics.append(reason)
-    diagnostics += [*_precision_remarks(spec), *_stored_remarks(spec, checkpoint)]
+    diagnostics += [*_precision_remarks(spec), *_overflow_remarks(spec), *_stored_remarks(spec, checkpoint)]
     profile = profile_pipeline(checkpoint, spec.workload, spec.precision.formats, told)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         return _cpu_plan(spec, checkpoint, profile, offered, diagnostics)
@@ -135,7 +135,7 @@ def _range(indices: set[int]) -> str:
 def _precision_remarks(spec: DeploySpec) -> list[Diagnostic]:
     fragile = fragile_components(spec.precision.components)
     if not fragile:
-        return _overflow_remarks(spec)
+        return []
     reasons = "; ".join(f"{name}: {FRAGILE[name]}" for name in fragile)
     message = f"float16 is documented not to be safe for {' and '.join(fragile)} ({reasons})"
     hint = "precision=mixed_bf16, or precision=fp32 where bfloat16 is not native"
@@ -144,7 +144,7 @@ def _precision_remarks(spec: DeploySpec) -> list[Diagnostic]:
     remark = Diagnostic(
         type="fragile_dtype", severity="warning", message=message, where="precision.components", hint=hint
     )
-    return [remark, *_overflow_remarks(spec)]
+    return [remark]
 
 
 def _overflow_remarks(spec: DeploySpec) -> list[Diagnostic]:

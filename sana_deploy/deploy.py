@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .claims import claimed
 from .compile import compile_spec
 from .describe import describe_machine
 from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
@@ -77,8 +76,13 @@ def deploy(
         overrides: the command line's, to tell what the user set beside a `plan_file`.
         brief: one line for the whole run, as in a sweep.
     """
-    with claimed(spec) if brief else contextlib.nullcontext():
-        return _deploy(Run(spec, folder, brief, overrides))
+    run = Run(spec, folder, brief, overrides)
+    if not brief:
+        return _deploy(run)
+    from .claims import claimed
+
+    with claimed(spec):
+        return _deploy(run)
 
 
 def _deploy(run: Run) -> tuple[Outcome, Plan | None]:

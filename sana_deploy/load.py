@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +22,6 @@ from .spec import COMPONENTS, Component, Model
 from .standin import StandInTokenizer, stand_in
 from .virtual import VirtualHost
 from .weights import Progress, Wanted, cast_module, load_components, quiet_libraries
-
-log = logging.getLogger(__name__)
 
 
 def load_pipeline(

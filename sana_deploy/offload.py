@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .quantize import map_parts, stored_bytes
+from .quantize import like, map_parts, own_tensors, stored_bytes
 from .traffic import Traffic
 
 
@@ -35,28 +35,18 @@ class Visit:
         self.module, self.name, self.device = module, name, device
         self._kept: list[tuple[dict[str, Any], str, Any]] = []
         if device.type == "cuda":
-            for child in module.modules():
-                for key, value in child._parameters.items():
-                    if value is not None:
-                        kept = map_parts(value.detach(), pinned)
-                        child._parameters[key] = nn.Parameter(kept, requires_grad=value.requires_grad)
-                for key, buffer in child._buffers.items():
-                    if buffer is not None:
-                        child._buffers[key] = pinned(buffer)
+            for own, key, value in own_tensors(module):
+                own[key] = like(value, map_parts(value.detach(), pinned))
 
     def arrive(self, traffic: Traffic) -> None:
         """Copy the weights to the GPU; nothing happens where they are there already."""
         if self._kept:
             return
-        for child in self.module.modules():
-            for key, value in (*child._parameters.items(), *child._buffers.items()):
-                if value is None:
-                    continue
-                own: dict[str, Any] = child._parameters if key in child._parameters else child._buffers
-                moved = map_parts(value.detach(), lambda part: part.to(self.device, non_blocking=True))
-                traffic.add(value.device, self.device, f"{self.name} weights", stored_bytes(value))
-                self._kept.append((own, key, value))
-                own[key] = nn.Parameter(moved, requires_grad=value.requires_grad) if own is child._parameters else moved
+        for own, key, value in own_tensors(self.module):
+            moved = map_parts(value.detach(), lambda part: part.to(self.device, non_blocking=True))
+            traffic.add(value.device, self.device, f"{self.name} weights", stored_bytes(value))
+            self._kept.append((own, key, value))
+            own[key] = like(value, moved)
 
     def leave(self) -> None:
         """Put the module's own parameters back, so that the copies are freed."""

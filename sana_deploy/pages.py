@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from . import __version__
 from .outcome import Outcome, Rehearsal, RehearsedGpu
 from .plan import Place, Plan, Slot
-from .sentences import KNOB_WORDS, considered_sentence, image_words, knob_sentence, place_words
+from .sentences import KNOB_WORDS, considered_sentence, image_words, knob_sentence, place_words, rejection_words
 from .spec import COMPONENTS, VirtualMachine
 from .units import GIB, MIB, human_bytes
 
@@ -65,10 +65,7 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         transfers=_transfers(plan),
         considered=considered_sentence(plan),
         runners=_runners(plan),
-        rejections=[
-            f"{row.count} for {row.reason}{f' on GPU {row.gpu}' if row.gpu >= 0 else ''}; closest: {row.closest}"
-            for row in plan.rejections
-        ],
+        rejections=[f"{rejection_words(row)}; closest: {row.closest}" for row in plan.rejections],
         remarks=[
             {"severity": one.severity, "text": f"{one.where}: {one.message}" if one.where else one.message,
              "hint": one.hint}

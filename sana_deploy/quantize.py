@@ -104,6 +104,24 @@ def map_parts(tensor: torch.Tensor, change: Change) -> torch.Tensor:
     return made
 
 
+def own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+    """Every parameter and buffer of `module`: the dictionary that holds it, its key there, and the tensor.
+
+    The holder's entry may be replaced while iterating.
+    """
+    for child in module.modules():
+        for own in (child._parameters, child._buffers):
+            for key, value in list(own.items()):
+                if value is not None:
+                    yield own, key, value
+
+
+def like(original: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """Make `made` a parameter where `original` is one, with its `requires_grad`."""
+    is_parameter = isinstance(original, nn.Parameter)
+    return nn.Parameter(made, requires_grad=original.requires_grad) if is_parameter else made
+
+
 def stored_bytes(tensor: torch.Tensor) -> int:
     """Bytes that `tensor` takes; `nbytes` of a quantised one tells what it would take in its dtype."""
     return sum(part.nbytes for part in parts_of(tensor))

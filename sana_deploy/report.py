@@ -17,7 +17,7 @@ from .errors import SanaDeployError
 from .machine import host_memory
 from .outcome import Audit, Measured, Outcome, Rehearsal
 from .plan import Diagnostic, Place, Plan, Slot, Transfer
-from .sentences import considered_sentence, groups_words, image_words, knob_sentence, place_words
+from .sentences import considered_sentence, groups_words, image_words, knob_sentence, place_words, rejection_words
 from .units import GIB, human_bytes
 
 if TYPE_CHECKING:
@@ -132,9 +132,7 @@ def _considered_lines(plan: Plan) -> list[RenderableType]:
         words = f"  next: {groups_words(runner.device_map)}: fullest {runner.worst_utilisation:.0%}{knobs}"
         lines.append(Text(words, style="dim"))
     if plan.rejections:
-        counts = ", ".join(
-            f"{row.count} for {row.reason}{f' on GPU {row.gpu}' if row.gpu >= 0 else ''}" for row in plan.rejections
-        )
+        counts = ", ".join(rejection_words(row) for row in plan.rejections)
         lines.append(Text(f"  rejected {counts}", style="dim"))
     return lines
 

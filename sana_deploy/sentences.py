@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .outcome import Audit
-from .plan import Place, Plan
+from .plan import Place, Plan, RejectionCount
 from .spec import Component
 from .units import human_bytes
 
@@ -38,6 +38,11 @@ def knob_sentence(plan: Plan, knob: str) -> str:
     if price.seconds_per_image is not None:
         costs.append(f"costs ~{max(price.seconds_per_image, 0):.2f} s")
     return f"{knob} saves ~{human_bytes(price.bytes_saved)}{''.join(f', {cost}' for cost in costs)}"
+
+
+def rejection_words(row: RejectionCount) -> str:
+    """How many candidates were rejected, why and where."""
+    return f"{row.count} for {row.reason}{f' on GPU {row.gpu}' if row.gpu >= 0 else ''}"
 
 
 def image_words(audit: Audit) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from .files import write_text
 from .spec import COMPONENTS
 from .units import human_bytes
 
-log = logging.getLogger(__name__)
 COLUMNS = (
     "job", "overrides", "status", "exit_code", "front", "gpus", "worst_utilisation", "weights_bytes", "peak_bytes",
     "total_peak_bytes", "per_gpu", "bytes_per_step", "estimated_seconds_per_image", "images_per_second", "seconds",
@@ -43,14 +41,19 @@ UNFINISHED: Mapping[str, Any] = {
 }
 
 
+def job_folders(folder: Path) -> list[Path]:
+    """Folders of a sweep's jobs, by number; none where `folder` holds no sweep."""
+    jobs = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()] if folder.is_dir() else []
+    return sorted(jobs, key=lambda path: int(path.name))
+
+
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Read one row per job folder, best first; a job that left no outcome is a row that says so.
 
     Rows on the Pareto front have `front` set; see `mark_front`. Rows that are done come first, by model and workload,
     then by seconds and memory.
     """
-    jobs = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()] if folder.is_dir() else []
-    rows = [_row(job) for job in sorted(jobs, key=lambda path: int(path.name))]
+    rows = [_row(job) for job in job_folders(folder)]
     mark_front(rows)
     return sorted(rows, key=_rank)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import sys
 import warnings
 from collections import Counter
@@ -21,9 +20,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from .errors import ComposeError, UsageError
-from .summary import NUMBERS, cells_of, read_rows, swept_keys, write_summary
+from .summary import NUMBERS, cells_of, job_folders, read_rows, swept_keys, write_summary
 
-log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 """Hydra's note that our file of a launcher has the name of its plugin's own, which is what is wanted."""
 RESUME = "sweep.resume="
@@ -110,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
         UsageError: it holds no jobs.
     """
     folder = Path(arguments[0]) if len(arguments) == 1 else Path()
-    if len(arguments) != 1 or not read_rows(folder):
+    if len(arguments) != 1 or not job_folders(folder):
         problem = f"{folder} holds no jobs of a sweep" if len(arguments) == 1 else "name one folder"
         raise UsageError(problem, where="summary", hint="python -m sana_deploy summary outputs/multirun/DATE/TIME")
     return summarise(folder.absolute())

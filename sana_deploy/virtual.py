@@ -22,7 +22,7 @@ from torch.utils.flop_counter import sdpa_flop_count
 
 from .errors import RunError
 from .ledger import Ledger, touched_bytes
-from .quantize import map_parts
+from .quantize import like, map_parts, own_tensors
 
 Fidelity = Literal["shapes", "numbers"]
 DEVICE_TYPE = "vgpu"
@@ -143,14 +143,8 @@ class VirtualHost:
     def place_module(self, module: nn.Module, name: str, device: torch.device) -> nn.Module:
         """Put parameters and buffers on `device`, counted as weights of `name`; matmul goes by their requires_grad."""
         with torch.no_grad(), self.ledger.owning(name):
-            for child in module.modules():
-                for key, value in child._parameters.items():
-                    if value is not None:
-                        moved = map_parts(value.detach(), lambda part: self.put(part, device))
-                        child._parameters[key] = nn.Parameter(moved, requires_grad=value.requires_grad)
-                for key, buffer in child._buffers.items():
-                    if buffer is not None:
-                        child._buffers[key] = self.put(buffer.detach(), device)
+            for own, key, value in own_tensors(module):
+                own[key] = like(value, map_parts(value.detach(), lambda part: self.put(part, device)))
         return module
 
     def put(self, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
