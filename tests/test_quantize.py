@@ -190,7 +190,7 @@ def test_another_policy_is_offered_with_the_weights_that_its_command_gives(machi
         override = [NF4_TEXT] if kept else []
         for word in offered:
             assert compile_spec(compose_spec([*base, word.rstrip(";"), *override]), t4).feasible
-        assert ("precision=mixed_fp32" in offered) is kept, "mixed_fp32 fits one T4 with the user's nf4 text encoder, not without"
+        assert ("precision=mixed_fp32" in offered) is kept, "it fits one T4 with nf4 text encoder only"
 
 
 def test_a_plan_records_the_library_that_quantises(small: Small) -> None:
