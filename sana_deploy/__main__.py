@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from . import diff, report, sweep
-from .compose import compose_error, conf_dir, spec_from_config
+from . import diff, interrupts, report, sweep
+from .compose import command_error, conf_dir, spec_from_config
 from .deploy import deploy, reject
-from .errors import InputError, SanaDeployError
+from .errors import SanaDeployError
 
 _codes: list[int] = []
 """Exit codes of the jobs run in this process; hydra.main drops return values."""
@@ -25,6 +22,7 @@ _codes: list[int] = []
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")  # type: ignore[untyped-decorator]
 def _job(config: DictConfig) -> None:
+    interrupts.check()
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir)
     overrides = [str(one) for one in context.overrides.task if not str(one).startswith(sweep.RESUME)]
@@ -45,33 +43,36 @@ def _job(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line and exit with the code of the table in --help."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a sweep that is killed is summed up
+    interrupts.watch()  # a sweep that is killed is summed up when the process ends
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come back here instead of as a traceback
     try:
-        if sys.argv[1:2] in (["diff"], ["summary"]):
-            sys.exit({"diff": diff.main, "summary": sweep.main}[sys.argv[1]](sys.argv[2:]))
-        sys.argv[1:] = sweep.command_line(sys.argv[1:])
-        _job()
-        _codes.append(sweep.finish())
-    except (HydraException, OmegaConfBaseException) as problem:
-        _fail(compose_error(problem))
-    except SanaDeployError as problem:
+        _run()
+        interrupts.check()
+    except (Exception, KeyboardInterrupt) as problem:
+        if interrupts.caused(problem):
+            report.console().print("interrupted")
+            sys.exit(130)
         _fail(problem)
-    except BrokenPipeError:  # whoever read our output has gone, e.g. `... --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as problem:
-        hint = "hydra.run.dir=FOLDER, or hydra.sweep.dir=FOLDER in a sweep"
-        _fail(InputError(f"the output folder cannot be written: {problem}", where="hydra.run.dir", hint=hint))
-    except KeyboardInterrupt:
-        report.console().print("interrupted")
-        sys.exit(130)
     sys.exit(max(_codes, default=0))
 
 
-def _fail(problem: SanaDeployError) -> None:
-    report.show_error(problem)
-    sys.exit(problem.exit_code)
+def _run() -> None:
+    if sys.argv[1:2] in (["diff"], ["summary"]):
+        _codes.append({"diff": diff.main, "summary": sweep.main}[sys.argv[1]](sys.argv[2:]))
+        return
+    sys.argv[1:] = sweep.command_line(sys.argv[1:])
+    _job()
+    _codes.append(sweep.finish())
+
+
+def _fail(problem: BaseException) -> None:
+    """Exit with one clear sentence."""
+    if isinstance(problem, BrokenPipeError):  # whoever read our output has gone, e.g. `... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    error = command_error(problem)
+    report.show_error(error)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ComposeError, InvalidSpecError, SanaDeployError, did_you_mean
+from .errors import ComposeError, InputError, InvalidSpecError, SanaDeployError, did_you_mean
 from .spec import COMPONENTS, DeploySpec
 
 _LOCK = threading.Lock()
@@ -82,6 +82,20 @@ def compose_error(problem: Exception) -> SanaDeployError:
         return ComposeError(f"{name!r} is not an option of this group", where=group, hint=did_you_mean(name, known))
     first = str(problem).strip().splitlines() or [type(problem).__name__]
     return ComposeError(first[0], hint="see --help for the groups and keys")
+
+
+def command_error(problem: BaseException) -> SanaDeployError:
+    """Turn what the command ended with into one sentence; what is a defect of ours is raised again."""
+    from hydra.errors import HydraException
+
+    if isinstance(problem, (HydraException, OmegaConfBaseException)):
+        return compose_error(problem)
+    if isinstance(problem, OSError):
+        hint = "hydra.run.dir=FOLDER, or hydra.sweep.dir=FOLDER in a sweep"
+        return InputError(f"the output folder cannot be written: {problem}", where="hydra.run.dir", hint=hint)
+    if not isinstance(problem, SanaDeployError):
+        raise problem
+    return problem
 
 
 def _closest(path: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import report
+from . import interrupts, report
 from .compile import compile_spec
 from .describe import describe_machine
 from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
@@ -94,10 +94,10 @@ def _deploy(run: Run) -> tuple[Outcome, Plan | None]:
             run.stage = stage
             _STEPS[stage](run)
         outcome = run.outcome()
-    except KeyboardInterrupt as interrupt:
-        write_text(folder / "outcome.json", run.outcome(interrupt).to_json())
-        raise
-    except Exception as problem:
+    except (Exception, KeyboardInterrupt) as problem:
+        if interrupts.caused(problem):
+            write_text(folder / "outcome.json", run.outcome(KeyboardInterrupt()).to_json())
+            raise KeyboardInterrupt from problem
         outcome = run.outcome(problem)
         log.info("stage %s ended", run.stage, exc_info=problem)
     write_text(folder / "outcome.json", outcome.to_json())

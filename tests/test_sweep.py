@@ -126,7 +126,9 @@ def wait_for(tmp_path: Path, jobs: int) -> Path:
 
 
 LONG = ("-m", "model=sana_600m_controlnet", "until=compile", "machine=2xt4,2xrtx4090,2xl4,4x24gb",
-        "precision=fp16,mixed_bf16,mixed_fp32,bf16,fp32", "hardware=single_gpu,multi_gpu_balanced")  # fmt: skip
+        "precision=fp16,mixed_bf16,mixed_fp32,bf16,fp32", "hardware=single_gpu,multi_gpu_balanced",
+        "workload.height=512,1024")  # fmt: skip
+JOBS = 80
 
 
 def test_a_killed_sweep_is_resumed_where_it_was(cli: Run, tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_a_killed_sweep_is_resumed_where_it_was(cli: Run, tmp_path: Path) -> Non
     running.kill()
     running.communicate()
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/outcome.json")}
-    assert 3 <= len(kept) < 40, "killed too late to prove anything"
+    assert 3 <= len(kept) < JOBS, "killed too late to prove anything"
     changed = cli(f"sweep.resume={folder}", "precision=fp32")
     assert changed.returncode == 2
     assert "precision=fp32 would change it" in changed.stderr
@@ -144,10 +146,10 @@ def test_a_killed_sweep_is_resumed_where_it_was(cli: Run, tmp_path: Path) -> Non
     assert folder_of(tmp_path) == folder
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     rows = json.loads((folder / "summary.json").read_text())
-    assert sorted(one["job"] for one in rows) == list(range(40))
+    assert sorted(one["job"] for one in rows) == list(range(JOBS))
     assert all(one["status"] in ("done", "infeasible") for one in rows)
     swept = {key for one in rows for key in one["overrides"]}
-    assert swept == {"model", "until", "machine", "precision", "hardware"}
+    assert swept == {"model", "until", "machine", "precision", "hardware", "workload.height"}
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -159,7 +161,7 @@ def test_an_interrupted_sweep_is_summed_up(tmp_path: Path, how: signal.Signals) 
     assert running.returncode == 130
     assert "interrupted" in said
     rows = json.loads((folder / "summary.json").read_text())
-    assert 2 <= len(rows) < 40
+    assert 2 <= len(rows) < JOBS
     assert any(one["status"] == "done" for one in rows)
 
 
