@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sana_deploy import sweep
 from sana_deploy.compose import compose_spec
+from sana_deploy.errors import ComposeError
 from sana_deploy.summary import COLUMNS, cells_of, mark_front, read_rows
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -198,11 +200,11 @@ def test_a_failed_job_of_another_launcher_gives_the_exit_code(cli: Run) -> None:
     assert swept.returncode == 3, swept.stderr
 
 
-def test_a_launcher_that_is_not_installed_names_its_extra(cli: Run) -> None:
-    ended = cli(*SIX, "hydra/launcher=ray")
-    assert ended.returncode == 1
-    assert "the plugin hydra-ray-launcher is not installed" in ended.stderr
-    assert "pip install 'sana-deploy[ray]'" in ended.stderr
+def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_installed", lambda distribution: False)
+    with pytest.raises(ComposeError, match="the plugin hydra-ray-launcher is not installed") as caught:
+        sweep.command_line([*SIX, "hydra/launcher=ray"])
+    assert caught.value.hint == "pip install 'sana-deploy[ray]'"
 
 
 @pytest.mark.parametrize(("name", "jobs"), [("which_box", 16), ("two_t4", 12), ("accuracy", 8)])
