@@ -75,6 +75,7 @@ class Checkpoint:
     """All components of one pipeline and where the rest of it (tokenizer, scheduler) lies.
 
     `folder` is None when only the shapes are known (catalogue) and the weights are elsewhere (`source`).
+    `controlnet_source` is where a ControlNet published apart is, a hub repository at its commit.
     """
 
     kind: str
@@ -82,6 +83,7 @@ class Checkpoint:
     revision: str | None
     components: Mapping[Component, ComponentFacts]
     folder: Path | None
+    controlnet_source: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -144,8 +146,9 @@ def _from_catalogue(model: CatalogueModel) -> Checkpoint:
 def _with_overrides(checkpoint: Checkpoint, model: Model, weights: bool) -> Checkpoint:
     if model.components.controlnet is None:
         return checkpoint
-    facts = _override_facts(model.components.controlnet, weights)
-    return replace(checkpoint, components={**checkpoint.components, "controlnet": facts})
+    facts, source = _override(model.components.controlnet, weights)
+    components = {**checkpoint.components, "controlnet": facts}
+    return replace(checkpoint, components=components, controlnet_source=source)
 
 
 def _from_folder(
@@ -166,13 +169,16 @@ def _from_folder(
     return _with_overrides(Checkpoint(kind, source, revision, components, folder), model, weights)
 
 
-def _override_facts(source: str, weights: bool) -> ComponentFacts:
+def _override(named: str, weights: bool) -> tuple[ComponentFacts, str]:
+    """Return a ControlNet published apart and where it is: the folder, or the hub repository at its commit."""
     where = "model.components.controlnet"
-    root, revision = hub.locate(source, None, None, where, weights=weights)
+    source, wanted = hub.split_revision(named)
+    root, revision = hub.locate(source, wanted, None, where, weights=weights)
     nested = not (root / "config.json").is_file() and (root / "controlnet").is_dir()
     prefix = "controlnet" if nested else ""
     remote = None if weights or revision is None else partial(hub.remote_headers, source, revision, prefix, None)
-    return component_facts("controlnet", root / prefix, None, where, remote)
+    facts = component_facts("controlnet", root / prefix, None, where, remote)
+    return facts, named if revision is None else hub.at_revision(source, revision)
 
 
 Remote = Callable[[str], Mapping[str, TensorFacts]]

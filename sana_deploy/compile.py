@@ -20,7 +20,7 @@ from .plan import Diagnostic, Place, Plan
 from .planner import Search, search_balanced, search_custom, search_single
 from .precision import FRAGILE, fragile_components, overflowing_components
 from .profile import PipelineProfile, profile_pipeline
-from .spec import COMPONENTS, CustomMap, DeploySpec, MultiGpuBalanced, SingleGpu, VirtualMachine
+from .spec import COMPONENTS, CustomMap, DeploySpec, MultiGpuBalanced, Overrides, SingleGpu, VirtualMachine
 from .units import human_bytes, parse_bytes
 
 
@@ -36,6 +36,7 @@ def compile_plan(overrides: Sequence[str] = ()) -> Plan:
 def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | None = None) -> Plan:
     """Compile a validated declaration for `machine` (probed unless given); `told` hears of a checkpoint's measuring."""
     checkpoint = open_checkpoint(spec.model)
+    spec = _pinned(spec, checkpoint)
     machine = machine or machine_of(spec)
     _check_indices(spec, machine)
     offered = _offered(spec, machine)
@@ -60,6 +61,12 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | 
     return assemble(
         spec, checkpoint, profile, offered, search.best, search, [*_forced(spec, search.best, offered), *diagnostics]
     )
+
+
+def _pinned(spec: DeploySpec, checkpoint: Checkpoint) -> DeploySpec:
+    """Name a ControlNet from another hub repository at the commit that was planned for."""
+    apart = Overrides(controlnet=checkpoint.controlnet_source)
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"components": apart})})
 
 
 def machine_of(spec: DeploySpec) -> Machine:

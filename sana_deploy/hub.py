@@ -15,6 +15,18 @@ _CONFIGS = ["*.json", "*.txt", "*.model"]
 _VARIANTS = ("fp16", "bf16", "fp32", "non_ema")
 
 
+def split_revision(named: str) -> tuple[str, str | None]:
+    """Split OWNER/NAME@REVISION; a folder, or a repository without a revision, stays whole."""
+    source, _, revision = named.partition("@")
+    pinned = bool(revision) and _REPOSITORY.fullmatch(source) is not None and not Path(named).expanduser().is_dir()
+    return (source, revision) if pinned else (named, None)
+
+
+def at_revision(repository: str, revision: str) -> str:
+    """OWNER/NAME@REVISION, which `split_revision` takes apart."""
+    return f"{repository}@{revision}"
+
+
 def locate(
     source: str, revision: str | None, variant: str | None, where: str, *, weights: bool, pickles: bool = False
 ) -> tuple[Path, str | None]:
@@ -62,7 +74,9 @@ def _download(
     try:
         snapshot = Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=others))
     except RevisionNotFoundError as problem:
-        raise CheckpointError(f"{source} has no revision {revision!r}", where="model.revision") from problem
+        raise CheckpointError(
+            f"{source} has no revision {revision!r}", where=where.replace("model.source", "model.revision")
+        ) from problem
     except RepositoryNotFoundError as problem:
         raise CheckpointError(
             f"there is no folder and no hub repository {source!r}", where=where, hint="gated ones need `hf auth login`"

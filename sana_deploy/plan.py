@@ -341,5 +341,8 @@ def digest_of(values: dict[str, Any]) -> str:
     if spec.get("model", {}).get("kind") != "tiny" and content.get("checkpoint", {}).get("revision") is None:
         spec.get("model", {}).pop("source", None)
         content.get("checkpoint", {}).pop("source", None)
+    apart = spec.get("model", {}).get("components", {})
+    if "@" not in (apart.get("controlnet") or "@"):  # a folder of this host
+        apart.pop("controlnet")
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

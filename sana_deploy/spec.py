@@ -60,7 +60,7 @@ class Declared(BaseModel):
 
 
 class Overrides(Declared):
-    """Other sources (folder or hub repository) for single components, e.g. a ControlNet published apart."""
+    """Other sources for single components, e.g. a ControlNet published apart: a folder, or OWNER/NAME[@REVISION]."""
 
     controlnet: str | None = None
 

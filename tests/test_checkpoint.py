@@ -13,10 +13,12 @@ from diffusers import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Model
 
-from sana_deploy import catalogue
+from sana_deploy import catalogue, load_pipeline
 from sana_deploy.checkpoint import Checkpoint, component_facts, open_checkpoint
+from sana_deploy.compile import compile_spec
 from sana_deploy.errors import CheckpointError
-from sana_deploy.spec import CheckpointModel, Dtype, Format, Overrides, TinyModel
+from sana_deploy.machine import Machine
+from sana_deploy.spec import CheckpointModel, DeploySpec, Dtype, Format, Overrides, TinyModel
 from sana_deploy.tiny import ensure_tiny
 
 CLASSES = {
@@ -180,20 +182,54 @@ def test_a_controlnet_published_apart_takes_the_place_of_the_checkpoint_s(copy: 
     assert checkpoint.components["controlnet"].folder == apart
 
 
-def test_a_hub_repository_is_read_from_the_cache_when_offline(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+COMMIT, LATER = (f"{digit}123456789abcdef0123456789abcdef01234567" for digit in "01")
+
+
+@pytest.fixture
+def cached(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache's folder of someone/tiny-sana, without a network."""
     from huggingface_hub import constants
 
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "models--someone--tiny-sana"
-    shutil.copytree(tiny, repository / "snapshots" / commit)
+    repository = tmp_path / "hub" / "models--someone--tiny-sana"
+    shutil.copytree(tiny, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(repository.parent))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return repository
+
+
+def test_a_controlnet_of_another_repository_stays_at_the_commit_that_was_planned(
+    cached: Path, tiny: Path, small: Callable[..., DeploySpec], machine: Callable[..., Machine]
+) -> None:
+    apart = [f"model.source={tiny}", "model.components.controlnet=someone/tiny-sana"]
+    plan = compile_spec(small("model=checkpoint", *apart), machine())
+    pinned = f"someone/tiny-sana@{COMMIT}"
+    assert plan.spec.model.components.controlnet == pinned
+    newest = Path(shutil.copytree(cached / "snapshots" / COMMIT, cached / "snapshots" / LATER))
+    (newest / "controlnet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged since")
+    (cached / "refs" / "main").write_text(LATER)
+    assert Path(load_pipeline(plan).controlnet.config["_name_or_path"]).parent.name == COMMIT
+    again = compile_spec(small("model=checkpoint", apart[0], f"model.components.controlnet='{pinned}'"), machine())
+    assert again.to_json() == plan.to_json()
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        compile_spec(small("model=checkpoint", *apart), machine())
+
+
+def test_the_folder_of_a_controlnet_is_no_part_of_the_digest(
+    tiny: Path, tmp_path: Path, small: Callable[..., DeploySpec], machine: Callable[..., Machine]
+) -> None:
+    digests = set()
+    for name in ("here", "there"):
+        folder = shutil.copytree(tiny / "controlnet", tmp_path / name)
+        declared = small(f"model.components.controlnet={folder}")
+        digests.add(compile_spec(declared, machine()).digest)
+    assert len(digests) == 1
+
+
+def test_a_hub_repository_is_read_from_the_cache_when_offline(cached: Path) -> None:
     checkpoint = open_checkpoint(CheckpointModel(kind="checkpoint", source="someone/tiny-sana"))
-    assert checkpoint.revision == commit
+    assert checkpoint.revision == COMMIT
     assert checkpoint.fingerprint == open_checkpoint(TinyModel(kind="tiny")).fingerprint
     with pytest.raises(CheckpointError, match="not in the local cache"):
         open_checkpoint(CheckpointModel(kind="checkpoint", source="someone/else"))
