@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -320,6 +321,8 @@ class Plan(Record):
 
 
 _OUTSIDE_DIGEST = ("digest", "tool_version", "libraries")
+_PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
+"""A hub repository at a commit, which the digest covers; any other ControlNet published apart is a folder of a host."""
 _HOST_PATHS = (
     ("model", "cache_dir"),
     ("workload", "control_image"),
@@ -341,8 +344,8 @@ def digest_of(values: dict[str, Any]) -> str:
     if spec.get("model", {}).get("kind") != "tiny" and content.get("checkpoint", {}).get("revision") is None:
         spec.get("model", {}).pop("source", None)
         content.get("checkpoint", {}).pop("source", None)
-    apart = spec.get("model", {}).get("components", {})
-    if "@" not in (apart.get("controlnet") or "@"):  # a folder of this host
-        apart.pop("controlnet")
+    match spec:
+        case {"model": {"components": {"controlnet": str(apart)} as named}} if not _PINNED.fullmatch(apart):
+            del named["controlnet"]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
