@@ -6,7 +6,7 @@ Bytes are counted on virtual GPUs (1.6B, 1024 px, 20 steps). The hook's cost is 
 this CPU, placed, unplaced and with accelerate's hooks (as `device_map="balanced"` attaches them), interleaved; medians
 of ratios. Loading is a full-size checkpoint with random weights, about 10 GB, made in the work folder and deleted
 afterwards, to the CPU in `mixed_bf16`, each run in a process of its own; the usual recipe is `from_pretrained` in
-float16, then two `.to(bfloat16)`.
+float16, then two `.to(bfloat16)`. *Resident* counts the mapped files' pages too, *own* memory does not.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-MIB = 2**20
+MIB, GIB = 2**20, 2.0**30
 PLACEMENTS = {
     "text_encoder, vae / transformer, controlnet": {"text_encoder": 0, "vae": 0, "transformer": 1, "controlnet": 1},
     "text_encoder, controlnet / transformer, vae": {"text_encoder": 0, "vae": 1, "transformer": 1, "controlnet": 0},
@@ -110,17 +111,11 @@ def hooks(rounds: int) -> list[str]:
     return [*lines, "", f"Image of the placed pipeline equal to the unplaced one, bit for bit: {same}."]
 
 
-def load_once(side: str, source: str) -> None:
-    """Load in this process, touch every page, and print seconds and peaks as JSON."""
+def load_once(side: str, source: str, watched: bool) -> None:
+    """Load in this process, touch every page, and print seconds and peaks as JSON; memory only where it is watched."""
     import resource
-    import threading
 
-    smaps, peak, done = Path("/proc/self/smaps_rollup"), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            fields = dict(line.split(":", 1) for line in smaps.read_text().splitlines()[1:])
-            peak[0] = max(peak[0], int(fields["Private_Dirty"].split()[0]) * 1024)
+    from host_memory import Peak, anonymous_peak
 
     if side == "ours":
         from sana_deploy import compile_plan, load_pipeline
@@ -128,21 +123,20 @@ def load_once(side: str, source: str) -> None:
         plan = compile_plan(["model=checkpoint", f"model.source={source}", "hardware=single_gpu"])
     from diffusers import SanaControlNetPipeline
 
-    threading.Thread(target=watch, daemon=True).start()
     started = time.perf_counter()
-    if side == "ours":
-        pipeline = load_pipeline(plan)
-    else:
-        pipeline = SanaControlNetPipeline.from_pretrained(source, dtype=torch.float16)
-        pipeline.text_encoder.to(torch.bfloat16)
-        pipeline.vae.to(torch.bfloat16)
-    for name in ("text_encoder", "vae", "transformer", "controlnet"):
-        for tensor in getattr(pipeline, name).parameters():
-            tensor.data.view(torch.uint8).flatten()[::4096].sum().item()
+    with anonymous_peak() if watched else nullcontext(Peak()) as peak:
+        if side == "ours":
+            pipeline = load_pipeline(plan)
+        else:
+            pipeline = SanaControlNetPipeline.from_pretrained(source, dtype=torch.float16)
+            pipeline.text_encoder.to(torch.bfloat16)
+            pipeline.vae.to(torch.bfloat16)
+        for name in ("text_encoder", "vae", "transformer", "controlnet"):
+            for tensor in getattr(pipeline, name).parameters():
+                tensor.data.view(torch.uint8).flatten()[::4096].sum().item()
     seconds = time.perf_counter() - started
-    done.set()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "resident": resident, "dirty": peak[0]}))
+    print(json.dumps({"seconds": seconds, "resident": resident, "own": peak.bytes}))
 
 
 def loading(work: Path, rounds: int) -> list[str]:
@@ -150,21 +144,26 @@ def loading(work: Path, rounds: int) -> list[str]:
     from make_checkpoint import make_checkpoint
 
     lines = [
-        "| stored in | seconds, ours / recipe | peak resident, ours / recipe | private memory, ours / recipe |",
+        "| stored in | seconds, ours / recipe | peak resident, ours / recipe | own memory, ours / recipe |",
         "|---|---|---|---|",
     ]
     for words, dtypes in STORED.items():
         source = make_checkpoint("sana_1600m_controlnet", work / "checkpoint", dtypes)
         runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
-        for _ in range(rounds + 1):
+        for turn in range(rounds + 2):  # the first warms up, the last is watched
             for side, found in runs.items():
                 command = [sys.executable, __file__, "--load", side, str(source)]
+                command += ["--watched"] if turn > rounds else []
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found.append(json.loads(done.stdout.splitlines()[-1]))
         shutil.rmtree(source)
         cells = []
-        for key, unit in (("seconds", 1.0), ("resident", 2.0**30), ("dirty", 2.0**30)):
-            mine, other = (statistics.median(run[key] / unit for run in found[1:]) for found in runs.values())
+        for key, unit, kept in (
+            ("seconds", 1.0, slice(1, -1)),
+            ("resident", GIB, slice(1, -1)),
+            ("own", GIB, slice(-1, None)),
+        ):
+            mine, other = (statistics.median(run[key] / unit for run in found[kept]) for found in runs.values())
             cells.append(f"{mine / other:.2f} ({mine:.1f} / {other:.1f}{'' if unit == 1 else ' GiB'})")
         lines.append(f"| {words} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
@@ -179,9 +178,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip-loading", action="store_true")
     parser.add_argument("--load", nargs=2, metavar=("SIDE", "SOURCE"), help=argparse.SUPPRESS)
+    parser.add_argument("--watched", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
-        load_once(*options.load)
+        load_once(*options.load, options.watched)
         return
     parts = [["## Bytes between GPUs", "", *traffic()], ["## Hooks", "", *hooks(options.rounds)]]
     if not options.skip_loading:

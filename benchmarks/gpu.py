@@ -27,6 +27,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import SanaControlNetPipeline
+from host_memory import anonymous_peak
 from make_checkpoint import make_checkpoint
 
 from sana_deploy.boundary import border_of
@@ -148,7 +149,7 @@ def extras(source: Path) -> dict[str, Any]:
     """Slicing, loading, hooks, guard and compiled blocks of one model at 1024 px in mixed_bf16."""
     base = ["model=checkpoint", f"model.source={source}", "precision=mixed_bf16", "hardware=single_gpu"]
     plan = compile_spec(compose_spec([*base, "workload.height=1024", "workload.width=1024", "workload.steps=20"]))
-    found = {"model": source.name, "copy_gbps": copy_rate(), "load_gbps": load_rates(plan, source)}
+    found = {"model": source.name, "copy_gbps": copy_rate(), **load_costs(plan, source)}
     pipeline = load_pipeline(plan)
     found |= {"slicing": slicing_cost(pipeline.vae), "step_seconds": hook_cost(pipeline, plan)}
     found["guarded_ratio"] = guard_cost(pipeline, plan)
@@ -168,17 +169,20 @@ def copy_rate() -> float:
     return host.nbytes / timed(copy) / 1e9
 
 
-def load_rates(plan: Any, source: Path) -> dict[str, float]:
-    """GB/s of weights from the page cache to the GPU, ours and diffusers'."""
+def load_costs(plan: Any, source: Path) -> dict[str, dict[str, float]]:
+    """GB/s of weights from the page cache to the GPU, and the host's own memory at its peak, ours and diffusers'."""
     dtypes = {name: getattr(torch, part.dtype) for name, part in plan.components.items()}
     weights = sum(part.weights_bytes for part in plan.components.values())
     sides: dict[str, Callable[[], Any]] = {
         "ours": lambda: load_pipeline(plan),
         "from_pretrained": lambda: SanaControlNetPipeline.from_pretrained(source, dtype=dtypes, device_map="cuda"),
     }
-    rates = {}
+    rates, own = {}, {}
     for side, load in sides.items():
         seconds = []
+        with anonymous_peak() as peak:
+            load()
+        own[side] = peak.bytes
         for _ in range(3):
             gc.collect()
             torch.cuda.empty_cache()
@@ -188,7 +192,7 @@ def load_rates(plan: Any, source: Path) -> dict[str, float]:
             seconds.append(time.perf_counter() - started)
             del pipeline
         rates[side] = weights / min(seconds) / 1e9
-    return rates
+    return {"load_gbps": rates, "load_own_bytes": own}
 
 
 def slicing_cost(vae: Any) -> dict[str, Any]:
@@ -280,16 +284,17 @@ def markdown(facts: dict[str, Any]) -> str:
             )
     for found in facts["extras"]:
         cut, steps, loads = found["slicing"], found["step_seconds"], found["load_gbps"]
-        compiled = found["compiled_step_seconds"]
+        compiled, own = found["compiled_step_seconds"], found["load_own_bytes"]
         lines += [
             "",
             f"{found['model']}: VAE slicing of the control image, bit-identical: {cut['bit_identical']} (largest "
             f"difference {cut['largest_difference']:.3g} of {cut['largest']:.3g}), seconds x {cut['ratio']:.2f}; "
             f"loading {loads['ours']:.2f} GB/s, from_pretrained {loads['from_pretrained']:.2f} GB/s, pinned copy "
-            f"{found['copy_gbps']:.1f} GB/s; a step with border hooks over one without: {steps['ratio']:.3f} "
-            f"({1000 * steps['hooked']:.1f} ms); a request that is searched for NaN over one that is not: "
-            f"{found['guarded_ratio']:.3f}; with compiled blocks a step takes {1000 * compiled['hooked']:.1f} ms with "
-            f"border hooks, {1000 * compiled['bare']:.1f} without.",
+            f"{found['copy_gbps']:.1f} GB/s, own host memory {own['ours'] / 2**20:.0f} and "
+            f"{own['from_pretrained'] / 2**20:.0f} MiB; a step with border hooks over one without: "
+            f"{steps['ratio']:.3f} ({1000 * steps['hooked']:.1f} ms); a request that is searched for NaN over one "
+            f"that is not: {found['guarded_ratio']:.3f}; with compiled blocks a step takes "
+            f"{1000 * compiled['hooked']:.1f} ms with border hooks, {1000 * compiled['bare']:.1f} without.",
         ]
     return "\n".join(lines) + "\n"
 
