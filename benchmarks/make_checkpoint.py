@@ -1,6 +1,6 @@
 """Write a full-size SANA ControlNet checkpoint with random weights, for benchmarks: nothing is downloaded.
 
-    python benchmarks/make_checkpoint.py sana_600m_controlnet FOLDER
+    python benchmarks/make_checkpoint.py sana_600m_controlnet FOLDER [--dtype bfloat16]
 
 Same architecture and dtypes on disk as a published one (float16 denoiser, bfloat16 text encoder and VAE), the
 byte-level tokenizer of `tiny`. About 7 GB for 0.6B and 10 GB for 1.6B; pictures are noise.
@@ -8,7 +8,7 @@ byte-level tokenizer of `tiny`. About 7 GB for 0.6B and 10 GB for 1.6B; pictures
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,4 +54,11 @@ def make_checkpoint(name: str, folder: Path, dtypes: Mapping[str, Dtype] | None 
 
 
 if __name__ == "__main__":
-    print(make_checkpoint(sys.argv[1], Path(sys.argv[2])))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="store all components in it")
+    options = parser.parse_args()
+    print(
+        make_checkpoint(options.name, options.folder, dict.fromkeys(DTYPES, options.dtype) if options.dtype else None)
+    )
