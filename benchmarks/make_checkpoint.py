@@ -9,7 +9,6 @@ byte-level tokenizer of `tiny`. About 7 GB for 0.6B and 10 GB for 1.6B; pictures
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,17 +27,17 @@ DTYPES: dict[str, Dtype] = {
 }
 
 
-def make_checkpoint(name: str, folder: Path, dtypes: Mapping[str, Dtype] | None = None) -> Path:
+def make_checkpoint(name: str, folder: Path, dtype: Dtype | None = None) -> Path:
     """Write the checkpoint of the catalogued model `name` into `folder`, on the GPU where there is one.
 
-    Components are stored in DTYPES, or in those given.
+    Components are stored in DTYPES, or all in `dtype`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = open_checkpoint(CatalogueModel(kind="catalogue", name=name)).components  # type: ignore[arg-type]
     generator = torch.Generator(device).manual_seed(0)
     modules = {}
-    for part, dtype in {**DTYPES, **(dtypes or {})}.items():
-        module = stand_in(facts[part], Format(dtype)).to_empty(device=device)  # type: ignore[index]
+    for part, usual in DTYPES.items():
+        module = stand_in(facts[part], Format(dtype or usual)).to_empty(device=device)  # type: ignore[index]
         with torch.no_grad():
             for key, tensor in module.named_parameters():
                 if tensor.dim() > 1:
@@ -59,6 +58,4 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="store all components in it")
     options = parser.parse_args()
-    print(
-        make_checkpoint(options.name, options.folder, dict.fromkeys(DTYPES, options.dtype) if options.dtype else None)
-    )
+    print(make_checkpoint(options.name, options.folder, options.dtype))

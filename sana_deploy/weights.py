@@ -173,7 +173,7 @@ def _overflowed(value: torch.Tensor, cast: torch.Tensor) -> int:
         return 0
     if value.numel():
         least, most = torch.aminmax(value)  # one fast pass, where counting takes twelve times as long as the cast
-        if max(-least, most) <= torch.finfo(torch.float16).max:  # not so where one is NaN
+        if torch.maximum(-least, most) <= torch.finfo(torch.float16).max:  # not so where one is NaN
             return 0
     return int(torch.isinf(cast).sum() - torch.isinf(value).sum())
 

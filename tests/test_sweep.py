@@ -204,6 +204,7 @@ def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch: pytest.Mo
     monkeypatch.setattr(sweep, "_installed", lambda distribution: False)
     with pytest.raises(ComposeError, match="the plugin hydra-ray-launcher is not installed") as caught:
         sweep.command_line([*SIX, "hydra/launcher=ray"])
+    assert caught.value.exit_code == 1
     assert caught.value.hint == "pip install 'sana-deploy[ray]'"
 
 
