@@ -3,7 +3,8 @@
     python benchmarks/make_checkpoint.py sana_600m_controlnet FOLDER [--dtype bfloat16]
 
 Same architecture and dtypes on disk as a published one (float16 denoiser, bfloat16 text encoder and VAE), the
-byte-level tokenizer of `tiny`. About 7 GB for 0.6B and 10 GB for 1.6B; pictures are noise.
+byte-level tokenizer of `tiny`. About 7 GB for 0.6B and 10 GB for 1.6B. Pictures are stripes and spots of many colours,
+which the control image and the prompt change, so that equal pictures mean something.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, SanaControlNetPipeline
+from torch import nn
 
 from sana_deploy import tiny
 from sana_deploy.checkpoint import open_checkpoint
@@ -38,18 +40,26 @@ def make_checkpoint(name: str, folder: Path, dtype: Dtype | None = None) -> Path
     modules = {}
     for part, usual in DTYPES.items():
         module = stand_in(facts[part], Format(dtype or usual)).to_empty(device=device)  # type: ignore[index]
-        with torch.no_grad():
-            for key, tensor in module.named_parameters():
-                if tensor.dim() > 1:
-                    fan = tensor[0].numel()
-                    tensor.normal_(0, fan**-0.5, generator=generator)
-                else:
-                    tensor.fill_(1.0 if key.endswith("norm.weight") else 0.0)
+        fill_randomly(module, generator)
         modules[part] = module
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     pipeline = SanaControlNetPipeline(**modules, tokenizer=tiny.byte_tokenizer(), scheduler=scheduler)
     pipeline.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def fill_randomly(module: nn.Module, generator: torch.Generator) -> None:
+    """Give every parameter a value that keeps signals near unit size: variance 1 / fan-in, norms that pass them on.
+
+    A norm whose weight is zero would end its branch: with the decoder's last one the picture is one flat colour.
+    """
+    for child in module.modules():
+        for key, tensor in child.named_parameters(recurse=False):
+            if tensor.dim() > 1:
+                tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
+            else:
+                tensor.fill_(1.0 if key == "weight" and "Norm" in type(child).__name__ else 0.0)
 
 
 if __name__ == "__main__":
