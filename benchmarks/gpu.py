@@ -4,10 +4,11 @@
 
 Needs one GPU of 24 GB or more and no network: full-size checkpoints with random weights are made in the work folder.
 For every model, precision, resolution, batch and set of knobs it compiles a plan, rehearses it in shapes on a virtual
-copy of this GPU, then runs the request for real (2 steps) and reads PyTorch's peak per phase, the peak reserved, what
-the driver reports, and the seconds of a second run. Then for each model: whether VAE slicing changes a bit and what it
-costs, loading in GB/s beside the copy bandwidth, the denoising step with and without the border hooks, a request with
-and without the search for NaN, and the step with compiled transformer blocks, hooked and bare; pairs are interleaved.
+copy of this GPU, then runs the request for real (2 steps), makes sure that the picture is lively, and reads PyTorch's
+peak per phase, the peak reserved, what the driver reports, and the seconds of a second run. Then for each model:
+whether VAE slicing changes a bit and what it costs, loading in GB/s beside the copy bandwidth, the denoising step with
+and without the border hooks, a request with and without the search for NaN, and the step with compiled transformer
+blocks, hooked and bare; pairs are interleaved.
 Quantised precisions are left out where their libraries are not installed. Writes gpu.json and gpu.md.
 """
 
@@ -28,6 +29,7 @@ import torch
 import transformers
 from diffusers import SanaControlNetPipeline
 from host_memory import anonymous_peak
+from lively import liveliness
 from make_checkpoint import make_checkpoint
 
 from sana_deploy.boundary import border_of
@@ -123,11 +125,14 @@ def measure(source: Path, precision: str, side: int, batch: int, knobs: str) -> 
     }  # fmt: skip
     clock = PhaseClock([torch.device("cuda:0")])
     border.observers.append(clock)
-    run_request(pipeline, plan.spec.workload)
+    pixels, _ = run_request(pipeline, plan.spec.workload)
     clock.switch(None)
+    border.observers.remove(clock)
+    uncontrolled, _ = run_request(pipeline, plan.spec.workload.model_copy(update={"conditioning_scale": 0.0}))
+    row["picture"] = liveliness(pixels, uncontrolled)
     row["seconds"] = {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()}
     pipeline.reset_device_map()
-    del pipeline
+    del pipeline, pixels, uncontrolled
     gc.collect()
     torch.cuda.empty_cache()
     return row

@@ -5,8 +5,10 @@
 
 All pipelines are loaded at once from one checkpoint with random weights and run in turns. diffusers' side loads the
 same dtypes and attaches accelerate's hooks to the same placement, as its `device_map` does to whole components; its
-own `device_map="balanced"` runs too. The floor of a placement is one GPU's seconds plus what crosses per step over
-the measured copy rate between the two. Writes gpus.json and gpus.md; needs about 60 GiB on GPU 0 for 1.6B.
+own `device_map="balanced"` runs too. All draw the same request; latents and pictures are compared bit for bit, after it
+is made sure that the picture is lively and that the ControlNet changes it (`lively.py`). The floor of a placement is
+one GPU's seconds plus what crosses per step over the measured copy rate between the two. Writes gpus.json and gpus.md;
+needs about 60 GiB on GPU 0 for 1.6B.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from accelerate import dispatch_model
 from diffusers import SanaControlNetPipeline
+from lively import liveliness
 
 from sana_deploy.boundary import border_of
 from sana_deploy.compile import compile_spec
@@ -52,6 +55,7 @@ class Side:
     images: list[float]
     bytes_per_step: int | None = None
     result: Any = None
+    latents: Any = None
 
 
 class Bench:
@@ -101,13 +105,14 @@ class Bench:
             for index in range(2):
                 torch.cuda.synchronize(index)
 
-    def turn(self, side: Side) -> None:
-        """Run one request."""
+    def turn(self, side: Side, **options: Any) -> None:
+        """Run one request; `options` go to the pipeline."""
         times: list[float] = []
 
         def step_end(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
             self.wait()
             times.append(time.perf_counter())
+            side.latents = values["latents"]
             return values
 
         work = self.spec.workload
@@ -118,12 +123,12 @@ class Bench:
                 work.prompt, control_image=read_control_image(work), height=work.height, width=work.width,
                 num_inference_steps=work.steps, guidance_scale=work.guidance_scale, output_type="pt",
                 use_resolution_binning=False, generator=torch.Generator().manual_seed(0),
-                callback_on_step_end=step_end,
+                callback_on_step_end=step_end, **options,
             )  # fmt: skip
             self.wait()
             side.images.append(time.perf_counter() - started)
             side.steps.append((times[-1] - times[0]) / (len(times) - 1))
-            side.result = result.images.float().cpu()
+            side.result, side.latents = result.images.float().cpu(), side.latents.float().cpu()
         border = border_of(side.pipeline)
         if border is not None:
             side.bytes_per_step = sum(border.traffic.moved.values()) // work.steps
@@ -163,6 +168,9 @@ def measure(bench: Bench) -> dict[str, Any]:
                 side.steps.clear()
                 side.images.clear()
     rate, alone = bench.peer_rate(), sides[0]
+    uncontrolled = Side("without ControlNet", alone.pipeline, [], [])
+    bench.turn(uncontrolled, controlnet_conditioning_scale=0.0)
+    picture = liveliness(alone.result, uncontrolled.result)
     rows = []
     for side in sides:
         floor = side.bytes_per_step / rate if rate and side.bytes_per_step is not None else None
@@ -173,18 +181,22 @@ def measure(bench: Bench) -> dict[str, Any]:
             "step_over_one_gpu": statistics.median(a / b for a, b in zip(side.steps, alone.steps, strict=True)),
             "bytes_per_step": side.bytes_per_step,
             "floor_seconds": floor,
-            "identical": torch.equal(side.result, alone.result),
+            "identical": torch.equal(side.result, alone.result) and torch.equal(side.latents, alone.latents),
             "largest_difference": float((side.result - alone.result).abs().max()),
         })  # fmt: skip
     names = "virtual" if bench.virtual else " + ".join(torch.cuda.get_device_name(index) for index in range(2))
-    return {"gpus": names, "torch": torch.__version__, "peer_bytes_per_second": rate, "rows": rows}
+    return {"gpus": names, "torch": torch.__version__, "peer_bytes_per_second": rate, "picture": picture,
+            "rows": rows}  # fmt: skip
 
 
 def markdown(facts: dict[str, Any]) -> str:
     """One line per side."""
     rate = facts["peer_bytes_per_second"]
-    lines = [f"{facts['gpus']}, torch {facts['torch']}" + (f", peer copy {rate / 1e9:.1f} GB/s" if rate else ""), "",
-             "| placement | ms per step | over one GPU | s per image | MiB moved / steps | image as on one GPU |",
+    picture = facts["picture"]
+    lines = [f"{facts['gpus']}, torch {facts['torch']}" + (f", peer copy {rate / 1e9:.1f} GB/s" if rate else ""),
+             f"The picture: standard deviation {picture['deviation']:.3f} of 1; the ControlNet moves a value by "
+             f"{picture['control']:.3f} in the mean.", "",
+             "| placement | ms per step | over one GPU | s per image | MiB moved / steps | latents, image: as on one GPU |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for row in facts["rows"]:
         moved = "" if row["bytes_per_step"] is None else f"{row['bytes_per_step'] / 2**20:.1f}"
