@@ -196,11 +196,11 @@ def markdown(facts: dict[str, Any]) -> str:
     lines = [f"{facts['gpus']}, torch {facts['torch']}" + (f", peer copy {rate / 1e9:.1f} GB/s" if rate else ""),
              f"The picture: standard deviation {picture['deviation']:.3f} of 1; the ControlNet moves a value by "
              f"{picture['control']:.3f} in the mean.", "",
-             "| placement | ms per step | over one GPU | s per image | MiB moved / steps | latents, image: as on one GPU |",
+             "| placement | ms per step | over one GPU | s per image | MiB moved / steps | latents and image |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for row in facts["rows"]:
         moved = "" if row["bytes_per_step"] is None else f"{row['bytes_per_step'] / 2**20:.1f}"
-        same = "same bits" if row["identical"] else f"differs by {row['largest_difference']:.2g}"
+        same = "same bits as on one GPU" if row["identical"] else f"differs by {row['largest_difference']:.2g}"
         lines.append(f"| {row['side']} | {1000 * row['step_seconds']:.1f} | {row['step_over_one_gpu']:.3f} "
                      f"| {row['image_seconds']:.2f} | {moved} | {same} |")  # fmt: skip
     return "\n".join(lines) + "\n"

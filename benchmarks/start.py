@@ -71,12 +71,13 @@ def drop_from_page_cache(source: Path) -> None:
 def run(command: list[str]) -> tuple[float, str]:
     """Seconds of one process, and the line in which it tells of its parts."""
     started = time.perf_counter()
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    wide = {**os.environ, "COLUMNS": "200"}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=wide)
     seconds = time.perf_counter() - started
     if ended.returncode:
         raise SystemExit(ended.stdout[-2000:] + ended.stderr[-2000:])
-    told = re.search(r"(?:seconds: |^)((?:import|load) .*(?:\n.*\d)?)", ended.stdout + ended.stderr, re.MULTILINE)
-    return seconds, " ".join(told.group(1).split()) if told else ""
+    told = re.search(r"^(?:seconds: )?((?:import|load) \d.*)", ended.stdout + ended.stderr, re.MULTILINE)
+    return seconds, told.group(1) if told else ""
 
 
 def measure(options: argparse.Namespace, source: Path, device: str) -> dict[str, Any]:
