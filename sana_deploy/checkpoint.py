@@ -18,6 +18,7 @@ from .errors import CheckpointError
 from .headers import FLOATING, ITEM_BYTES, TensorFacts, read_header, weight_files
 from .shapes import Linears, buffers, digest, linears, shapes_digest
 from .spec import COMPONENTS, DTYPE_BYTES, CatalogueModel, Component, Format, Model, TinyModel
+from .tensors import taken
 from .tiny import ensure_tiny
 
 CLASSES: dict[Component, str] = {
@@ -196,7 +197,8 @@ def component_facts(
     """Read one component's config and the headers of its files, which `remote` tells where they are not here.
 
     Raises:
-        CheckpointError: the folder, its config or a weight file is missing, damaged or of another class.
+        CheckpointError: the folder, its config or a weight file is missing, damaged or of another class, or the files
+            do not hold exactly the tensors that the config declares.
     """
     config = _read_json(folder / "config.json", where)
     class_name = str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
@@ -206,11 +208,7 @@ def component_facts(
             f"{folder} holds a {class_name}, but the {name} of a SANA ControlNet pipeline is a {CLASSES[name]}",
             where=where,
         )
-    tensors = _headers(folder, variant, where, remote, allow_pickle)
-    stored: dict[str, int] = {}
-    for facts in tensors.values():
-        stored[facts.dtype] = stored.get(facts.dtype, 0) + facts.numel * ITEM_BYTES[facts.dtype]
-    parameters = sum(facts.numel for facts in tensors.values() if facts.dtype in FLOATING)
+    headers = _headers(folder, variant, where, remote, allow_pickle)
     missing = [key for key in NEEDED[name] if config.get(key) is None]
     if missing:
         raise CheckpointError(
@@ -218,17 +216,21 @@ def component_facts(
             where=where,
             hint="save the component anew with save_pretrained, which writes every key",
         )
+    tensors = taken(class_name, config, headers, name, str(folder), where)
+    stored: dict[str, int] = {}
+    for facts in tensors.values():
+        stored[facts.dtype] = stored.get(facts.dtype, 0) + facts.numel * ITEM_BYTES[facts.dtype]
+    parameters = sum(facts.numel for facts in tensors.values() if facts.dtype in FLOATING)
     cast, kept = buffers(name, config)
     integers = sum(size for dtype, size in stored.items() if dtype not in FLOATING)
-    shapes = {key: facts.shape for key, facts in tensors.items()}
     return ComponentFacts(
         name=name,
         class_name=class_name,
         config=config,
         parameters=parameters + cast,
         fixed_bytes=integers + kept,
-        shapes_digest=shapes_digest(shapes),
-        linears=linears(shapes),
+        shapes_digest=shapes_digest({key: facts.shape for key, facts in headers.items()}),
+        linears=linears({key: facts.shape for key, facts in tensors.items()}),
         stored=dict(sorted(stored.items())),
         folder=folder,
         variant=variant,
