@@ -3,7 +3,8 @@
 Modules are built from their configs with parameters on `meta`, one after the other (the libraries patch `torch.nn`
 globally while they build), then all files are read in threads. On the CPU a tensor that is stored in the wanted dtype
 is not copied at all: it stays in the file's memory map. Where a file's names are not the module's own (another
-library's layout, old names, pickled weights), the library's `from_pretrained` reads that component.
+library's layout, old names, pickled weights), the library's `from_pretrained` reads that component. Either way no
+tensor is left as it was initialised: one that the files lack, or hold in another shape, is an error that names it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .checkpoint import CLASSES, ComponentFacts
-from .errors import RunError
-from .headers import weight_files
+from .errors import CheckpointError, RunError
+from .headers import read_header, weight_files
 from .quantize import is_quantized, linears_of, quantize, quantize_linears, require
 from .spec import Component, Quantization
+from .tensors import NAMED, Mismatch, Shape, compare
 
 log = logging.getLogger(__name__)
 Progress = Callable[[Component, int, int], None]
@@ -64,6 +66,7 @@ def load_components(
         notes: gets a sentence for every component whose values do not fit float16.
 
     Raises:
+        CheckpointError: the files lack a tensor of a component, or hold it in another shape.
         RunError: the first component that failed, with its file; the others have stopped and hold nothing.
         InvalidSpecError: the library that quantises is not installed.
     """
@@ -108,17 +111,17 @@ def _skeleton(wanted: Wanted) -> nn.Module | None:
     try:
         with init_empty_weights(include_buffers=False):
             module = _build(facts, wanted.dtype)
-        names: set[str] = set()
-        for path in files:
-            with safe_open(path, "pt") as file:
-                names |= set(file.keys())
-    except (OSError, SafetensorError, TypeError, ValueError, KeyError, AttributeError) as problem:
+        stored = {key: one.shape for path in files for key, one in read_header(path, facts.name).items()}
+    except (OSError, TypeError, ValueError, KeyError, AttributeError) as problem:
         log.info("%s goes to from_pretrained: %s", facts.name, problem)
         return None
-    odd = names ^ set(module.state_dict())
+    found = compare({key: tuple(value.shape) for key, value in module.state_dict().items()}, stored)
+    odd = [*found.missing, *found.unexpected]
     if odd or getattr(module, "_keep_in_fp32_modules", None):
         log.info("%s goes to from_pretrained: %d names differ", facts.name, len(odd))
         return None
+    if found:
+        raise found.error(facts.name, str(facts.folder), facts.name)
     return module
 
 
@@ -158,13 +161,21 @@ def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progre
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as problem:
             stop.set()
             raise _unreadable(facts.name, path, problem) from problem
-    for owner in module.modules():
-        for key, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[key] = buffer.to(wanted.device)
+    if empty := _empty(module):
+        stop.set()
+        raise _incomplete(module, facts, empty, {})
+    _move_buffers(module, wanted.device)
     if lost:
         notes.append(f"{lost} values of the {facts.name} do not fit float16 and became infinite")
     log.info("loaded %s to %s in %s", facts.name, wanted.device, wanted.dtype)
+
+
+def _move_buffers(module: nn.Module, device: str) -> None:
+    """Move what the config gave, and no file holds, to the device."""
+    for owner in module.modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[key] = buffer.to(device)
 
 
 def _overflowed(value: torch.Tensor, cast: torch.Tensor) -> int:
@@ -205,7 +216,7 @@ def _by_library(wanted: Wanted, told: Progress) -> nn.Module:
     facts = wanted.facts
     assert facts.folder is not None
     library: Any = transformers if facts.name == "text_encoder" else diffusers
-    options: dict[str, Any] = {"dtype": wanted.dtype, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": wanted.dtype, "local_files_only": True, "output_loading_info": True}
     files = weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle)
     options["use_safetensors"] = all(path.suffix == ".safetensors" for path in files)
     if wanted.device != "cpu":
@@ -213,16 +224,39 @@ def _by_library(wanted: Wanted, told: Progress) -> nn.Module:
     if facts.variant and any(facts.folder.glob(f"*.{facts.variant}*")):
         options["variant"] = facts.variant
     try:
-        module: nn.Module = getattr(library, CLASSES[facts.name]).from_pretrained(str(facts.folder), **options)
+        module, info = getattr(library, CLASSES[facts.name]).from_pretrained(str(facts.folder), **options)
     except torch.OutOfMemoryError as problem:
         raise _no_memory(facts.name, wanted.device, problem) from problem
     except (OSError, RuntimeError, ValueError, KeyError) as problem:
         raise _unreadable(facts.name, facts.folder, problem) from problem
+    _check_loaded(module, info, facts)
     if wanted.quantization:
         quantize_linears(module, wanted.quantization)
     total = sum(facts.stored.values())
     told(facts.name, total, total)
-    return module
+    loaded: nn.Module = module
+    return loaded
+
+
+def _check_loaded(module: nn.Module, info: Mapping[str, Any], facts: ComponentFacts) -> None:
+    """Refuse what a library initialised at random because the files lack it, or hold it in another shape."""
+    missing = sorted({*info["missing_keys"], *_empty(module)})
+    reshaped = {key: (tuple(stored), tuple(wanted)) for key, stored, wanted in info["mismatched_keys"]}
+    if missing or reshaped:
+        raise _incomplete(module, facts, missing, reshaped)
+    if ignored := sorted(info["unexpected_keys"]):
+        log.info("%s: from_pretrained left %d tensors out: %s", facts.name, len(ignored), ignored[:NAMED])
+
+
+def _empty(module: nn.Module) -> list[str]:
+    """Tensors that no file and no config gave a value."""
+    return [key for key, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
+
+
+def _incomplete(
+    module: nn.Module, facts: ComponentFacts, missing: list[str], reshaped: dict[str, tuple[Shape, Shape]]
+) -> CheckpointError:
+    return Mismatch(missing, [], reshaped, len(module.state_dict())).error(facts.name, str(facts.folder), facts.name)
 
 
 def _no_memory(name: Component, device: str, problem: Exception) -> RunError:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -17,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from sana_deploy import weights
 from sana_deploy.checkpoint import CLASSES, component_facts
 from sana_deploy.compile import compile_spec
-from sana_deploy.errors import RunError
+from sana_deploy.errors import CheckpointError, RunError
 from sana_deploy.load import load_pipeline
 from sana_deploy.spec import COMPONENTS, Component, DeploySpec
 from sana_deploy.weights import Wanted, load_components
@@ -76,6 +79,67 @@ def test_other_names_in_a_file_go_to_the_library(tiny: Path, tmp_path: Path) -> 
     ours = load_components({"text_encoder": wanted(folder, torch.float32)["text_encoder"]})["text_encoder"]
     plain = load_components({"text_encoder": wanted(tiny, torch.float32)["text_encoder"]})["text_encoder"]
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in ours.state_dict().items())
+
+
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def rewritten(tiny: Path, folder: Path, component: Component, change: Change, pickled: bool = False) -> Wanted:
+    """A component whose files were changed after their headers were read."""
+    copy = Path(shutil.copytree(tiny / component, folder / component))
+    (path,) = copy.glob("*.safetensors")
+    tensors = load_file(path)
+    facts = replace(component_facts(component, copy, None, component), allow_pickle=pickled)
+    if pickled:
+        path.unlink()
+        torch.save(change(tensors), path.with_suffix(".bin"))
+    else:
+        save_file({key: value.contiguous() for key, value in change(tensors).items()}, path, {"format": "pt"})
+    return Wanted(facts, torch.float32, "cpu")
+
+
+def lacking(name: str, prefix: str = "") -> Change:
+    return lambda tensors: {f"{prefix}{key}": value for key, value in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("component", "name", "prefix", "pickled"),
+    [
+        ("transformer", "transformer_blocks.0.attn1.to_k.weight", "", False),
+        ("vae", "decoder.norm_out.bias", "", False),
+        ("controlnet", "input_block.weight", "", True),
+        ("text_encoder", "norm.weight", "", False),
+        ("text_encoder", "layers.3.mlp.up_proj.weight", "model.", False),
+    ],
+)
+def test_a_tensor_that_no_file_holds_is_never_left_at_random(
+    tiny: Path, tmp_path: Path, component: Component, name: str, prefix: str, pickled: bool
+) -> None:
+    one = rewritten(tiny, tmp_path, component, lacking(name, prefix), pickled)
+    with pytest.raises(CheckpointError, match=re.escape(f"missing ({name})")) as caught:
+        load_components({component: one})
+    assert caught.value.exit_code == 3
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(tiny: Path, tmp_path: Path) -> None:
+    def narrow(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**tensors, "proj_out.weight": tensors["proj_out.weight"][:, :7]}
+
+    with pytest.raises(CheckpointError, match=r"1 of another shape \(proj_out.weight is 32x7, expected 32x192\)"):
+        load_components({"transformer": rewritten(tiny, tmp_path, "transformer", narrow)})
+
+
+def test_a_buffer_that_nothing_filled_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = weights._build
+
+    def with_a_buffer(*given: Any) -> torch.nn.Module:
+        module = build(*given)
+        module.register_buffer("positions", torch.empty(3, device="meta"), persistent=False)
+        return module
+
+    monkeypatch.setattr(weights, "_build", with_a_buffer)
+    with pytest.raises(CheckpointError, match=r"1 of \d+ missing \(positions\)"):
+        load_components({"vae": wanted(tiny, torch.float32)["vae"]})
 
 
 def test_a_failure_names_the_file_and_stops_the_others(
