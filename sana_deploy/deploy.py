@@ -22,7 +22,7 @@ from .outcome import Audit, Measured, Outcome, Rehearsal, failure_of
 from .plan import Diagnostic, Plan
 from .progress import progress, progress_each
 from .resolve import ResolvedPlan
-from .spec import STAGES, DeploySpec, Stage, VirtualMachine
+from .spec import STAGES, DeploySpec, Stage, VirtualMachine, Workload
 
 log = logging.getLogger(__name__)
 
@@ -258,33 +258,43 @@ def _rehearse(run: Run) -> None:
 _STEPS = {"compile": _compile, "resolve": _resolve, "apply": _apply, "generate": _generate}
 
 
-_REQUEST = ("prompt", "negative_prompt", "seed", "control_image")
-"""Keys of the workload that a saved plan leaves open."""
+_REQUEST = ("prompt", "negative_prompt", "seed", "control_image", "conditioning_scale")
+"""Keys of the workload that a saved plan leaves open; `_keeps_plan` names those that it bounds."""
+
+
+def _keeps_plan(name: str, given: Workload, planned: Workload) -> bool:
+    """Whether a key of the request leaves bytes and places as planned: fewer steps, another value of guidance."""
+    if name == "steps":
+        return given.steps <= planned.steps
+    return name in _REQUEST or (name == "guidance_scale" and given.guided == planned.guided)
 
 
 def _saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, DeploySpec]:
-    """Return the saved plan, and its declaration with the prompt, seed and control image that were given.
+    """Return the saved plan, and its declaration with what was given of the request.
 
     Raises:
         UsageError: an override would plan anew; all of them are named.
     """
     assert spec.plan_file is not None
+    plan = Plan.load(spec.plan_file)
     given: dict[str, Any] = {}
     clashing = []
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         group, _, name = key.partition(".")
-        if group == "workload" and name in _REQUEST:
+        if group == "workload" and _keeps_plan(name, spec.workload, plan.spec.workload):
             given[name] = getattr(spec.workload, name)
         elif group.partition("@")[0] in ("model", "hardware", "precision", "machine", "workload"):
             clashing.append(override)
     if clashing:
+        bounds = plan.spec.workload
+        guided = "above 1" if bounds.guided else "up to 1"
         raise UsageError(
             f"plan_file applies a saved plan exactly; {', '.join(clashing)} would change it",
             where="plan_file",
-            hint="leave them out, or compile a new plan without plan_file",
+            hint=f"leave them out, or compile a new plan without plan_file; this one leaves {', '.join(_REQUEST)}, "
+            f"workload.steps up to {bounds.steps} and workload.guidance_scale {guided} open",
         )
-    plan = Plan.load(spec.plan_file)
     planned = plan.spec
     workload = planned.workload.model_copy(update=given)
     return plan, spec.model_copy(

@@ -77,9 +77,9 @@ def test_each_failure_has_its_exit_code_and_one_clear_message(
 def test_a_saved_plan_takes_a_new_prompt_and_refuses_new_planning(cli: Run, tiny: Path, tmp_path: Path) -> None:
     cli(*FAST, "until=compile", "hydra.run.dir=first")
     planned = f"plan_file={tmp_path / 'first' / 'plan.json'}"
-    refused = cli(planned, "precision=fp16", "workload.steps=4")
+    refused = cli(planned, "precision=fp16", "workload.height=96")
     assert refused.returncode == 2
-    assert "precision=fp16, workload.steps=4 would change it" in refused.stderr
+    assert "precision=fp16, workload.height=96 would change it" in refused.stderr
     taken = cli(planned, "workload.prompt=another", "until=resolve", "hydra.run.dir=second")
     assert taken.returncode == 0, taken.stderr
     assert (tmp_path / "first" / "plan.json").read_bytes() == (tmp_path / "second" / "plan.json").read_bytes()
