@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import CheckpointError
 from .units import human_bytes
@@ -56,6 +57,9 @@ def weight_files(folder: Path, variant: str | None, where: str, allow_pickle: bo
     pickled = sorted(folder.glob("*.bin"))
     if pickled and allow_pickle:
         return pickled
+    looked_for = " or ".join(f"{base}.safetensors" for base in BASE_NAMES)
+    if hint := variant_hint((path.name for path in folder.glob("*.safetensors")), where):
+        raise CheckpointError(f"only variants of the weights are in {folder}, no {looked_for}", where=where, hint=hint)
     if pickled:
         raise CheckpointError(
             f"only pickled weights ({pickled[0].name}) are in {folder}; pickles can run code and are not loaded",
@@ -63,10 +67,24 @@ def weight_files(folder: Path, variant: str | None, where: str, allow_pickle: bo
             hint="convert them with save_pretrained, or accept them with model.allow_pickle=true",
         )
     raise CheckpointError(
-        f"no safetensors file in {folder} (looked for {' or '.join(f'{b}.safetensors' for b in BASE_NAMES)})",
+        f"no safetensors file in {folder} (looked for {looked_for})",
         where=where,
         hint="download the whole checkpoint; a Git LFS clone without `git lfs pull` has no weights",
     )
+
+
+def variant_hint(names: Iterable[str], where: str) -> str:
+    """What takes weights of which only variants are there; empty where there are none.
+
+    A ControlNet published apart takes no `model.variant`, which is the pipeline's.
+    """
+    pattern = re.compile(rf"(?:{'|'.join(BASE_NAMES)})\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
+    variants = sorted({found[1] for name in names if (found := pattern.fullmatch(name))})
+    if not variants:
+        return ""
+    if where.startswith("model.source"):
+        return " or ".join(f"model.variant={variant}" for variant in variants)
+    return f"load it with from_pretrained(..., variant={variants[0]!r}) and save it anew with save_pretrained"
 
 
 def _shards(index: Path, where: str) -> list[Path]:
@@ -121,6 +139,20 @@ def read_header(path: Path, where: str) -> dict[str, TensorFacts]:
             actual_bytes=size,
         )
     return tensors
+
+
+def data_ranges(stream: BinaryIO, size: int) -> tuple[int, list[tuple[int, int]]] | None:
+    """Return where a safetensors file's data begin and each tensor's range of bytes from there on; None for others."""
+    stream.seek(0)
+    length = int.from_bytes(stream.read(8), "little")
+    if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+        return None
+    try:
+        entries = json.loads(stream.read(length))
+        parse_entries(entries)
+        return 8 + length, sorted(tuple(one["data_offsets"]) for key, one in entries.items() if key != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _read_pickle(path: Path, where: str) -> dict[str, TensorFacts]:

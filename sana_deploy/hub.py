@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .errors import CheckpointError
-from .headers import BASE_NAMES, TensorFacts
+from .headers import BASE_NAMES, TensorFacts, variant_hint
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIGS = ["*.json", "*.txt", "*.model"]
@@ -20,6 +20,12 @@ def split_revision(named: str) -> tuple[str, str | None]:
     source, _, revision = named.partition("@")
     pinned = bool(revision) and _REPOSITORY.fullmatch(source) is not None and not Path(named).expanduser().is_dir()
     return (source, revision) if pinned else (named, None)
+
+
+def names_folder(source: str) -> bool:
+    """Whether a source is a folder: one that is there, or a name that no hub repository has."""
+    pinned = split_revision(source)[1] is not None
+    return not pinned and (Path(source).expanduser().is_dir() or _REPOSITORY.fullmatch(source) is None)
 
 
 def at_revision(repository: str, revision: str) -> str:
@@ -122,10 +128,11 @@ def remote_headers(
             hint="download it where there is a network (`hf download`), then name the folder",
         ) from problem
     if not tensors:
+        hint = variant_hint((name.rpartition("/")[2] for name in present), where)
         raise CheckpointError(
-            f"{repository} has no safetensors file in {folder or 'its root'}",
+            f"{repository} has no safetensors file in {folder or 'its root'}" + (" without a variant" if hint else ""),
             where=where,
-            hint="convert it with save_pretrained, or name another repository",
+            hint=hint or "convert it with save_pretrained, or name another repository",
         )
     return tensors
 

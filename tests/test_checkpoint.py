@@ -175,6 +175,39 @@ def test_a_variant_is_taken_where_it_is_there(copy: Path) -> None:
     assert set(components["transformer"].stored) == {"F32"}
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_with_a_variant_only_is_told_which_to_take(copy: Path, tmp_path: Path, sharded: bool) -> None:
+    folder = copy / "vae"
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if sharded:
+        shard = "diffusion_pytorch_model.fp16-00001-of-00001.safetensors"
+        index = {"weight_map": dict.fromkeys(load_file(path), shard)}
+        (folder / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+        path.rename(folder / shard)
+    else:
+        path.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match="only variants of the weights are in") as caught:
+        opened(copy)
+    assert caught.value.hint == "model.variant=fp16"
+    assert opened(copy, variant="fp16").components["vae"].variant == "fp16", "the hint works"
+    with pytest.raises(CheckpointError) as caught:
+        opened(copy, variant="bf16")
+    assert caught.value.hint == "model.variant=fp16"
+
+
+def test_a_controlnet_apart_with_a_variant_only_gets_a_hint_that_works(copy: Path, tmp_path: Path) -> None:
+    apart = Path(shutil.copytree(copy / "controlnet", tmp_path / "apart"))
+    path = apart / "diffusion_pytorch_model.safetensors"
+    path.rename(apart / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        opened(copy, components=Overrides(controlnet=str(apart)))
+    assert (
+        caught.value.hint == "load it with from_pretrained(..., variant='fp16') and save it anew with save_pretrained"
+    )
+    SanaControlNetModel.from_pretrained(apart, variant="fp16").save_pretrained(tmp_path / "anew")
+    opened(copy, components=Overrides(controlnet=str(tmp_path / "anew")))
+
+
 def test_a_controlnet_published_apart_takes_the_place_of_the_checkpoint_s(copy: Path, tmp_path: Path) -> None:
     apart = Path(shutil.move(copy / "controlnet", tmp_path / "apart"))
     no_controlnet(copy)
