@@ -13,9 +13,9 @@ from .cost import (
     phase_seconds,
     slot_use,
 )
+from .identity import record_of
 from .machine import Gpu, Machine
 from .plan import (
-    CheckpointRecord,
     Considered,
     Diagnostic,
     Estimates,
@@ -73,12 +73,7 @@ def assemble(
     ]
     return Plan.build(
         spec=spec,
-        checkpoint=CheckpointRecord(
-            kind=checkpoint.kind,
-            source=checkpoint.source,
-            revision=checkpoint.revision,
-            fingerprint=checkpoint.fingerprint,
-        ),
+        checkpoint=record_of(checkpoint, spec.resolve.verify),
         slots=[_slot(profile, placement, by_index[index]) for index in used],
         home=home_of(placement),
         device_map={name: placement[name] for name in COMPONENTS},

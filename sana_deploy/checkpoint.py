@@ -70,6 +70,16 @@ class ComponentFacts:
             return size
         return size - self.linears.elements * DTYPE_BYTES[form.dtype] + self.linears.quantized_bytes(form.quantization)
 
+    @property
+    def identity(self) -> list[Any]:
+        """Class, config without bookkeeping, and tensor shapes."""
+        return [self.class_name, _stable(self.config), self.shapes_digest]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of `identity`."""
+        return "sha256:" + digest(self.identity)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -89,10 +99,7 @@ class Checkpoint:
     @property
     def fingerprint(self) -> str:
         """sha256 over classes, configs and tensor shapes; equal for equal architectures, wherever they lie."""
-        parts = {
-            name: [facts.class_name, _stable(facts.config), facts.shapes_digest]
-            for name, facts in self.components.items()
-        }
+        parts = {name: facts.identity for name, facts in self.components.items()}
         return "sha256:" + digest(parts)
 
 
@@ -155,11 +162,19 @@ def _with_overrides(checkpoint: Checkpoint, model: Model, weights: bool) -> Chec
 def _from_folder(
     kind: str, source: str, folder: Path, revision: str | None, variant: str | None, model: Model, weights: bool
 ) -> Checkpoint:
+    components = _own_parts(source, folder, revision, variant, model, weights)
+    return _with_overrides(Checkpoint(kind, source, revision, components, folder), model, weights)
+
+
+def _own_parts(
+    source: str, folder: Path, revision: str | None, variant: str | None, model: Model, weights: bool
+) -> dict[Component, ComponentFacts]:
+    """Read the components in `folder`, but for a ControlNet published apart."""
     index = _read_json(folder / "model_index.json", "model.source")
     overridden = {"controlnet"} if model.components.controlnet else set()
     _check_index(index, folder, overridden)
     pickles = not isinstance(model, TinyModel) and model.allow_pickle
-    components = {}
+    components: dict[Component, ComponentFacts] = {}
     for name in COMPONENTS:
         if name not in overridden:
             where = f"model.source ({name})"
@@ -167,7 +182,39 @@ def _from_folder(
                 None if weights or revision is None else partial(hub.remote_headers, source, revision, name, variant)
             )
             components[name] = component_facts(name, folder / name, variant, where, remote, pickles)
-    return _with_overrides(Checkpoint(kind, source, revision, components, folder), model, weights)
+    return components
+
+
+def folder_parts(model: Model, main: bool, apart: bool) -> tuple[Path | None, dict[Component, ComponentFacts]]:
+    """Read the components that lie in folders, and no hub repository that happens to have such a name.
+
+    Args:
+        model: the declared model.
+        main: `model.source` is a folder.
+        apart: a ControlNet published apart is in a folder.
+
+    Returns:
+        The folder of `model.source`, None unless `main`, and the components.
+
+    Raises:
+        CheckpointError: a folder is missing or damaged.
+    """
+    folder, found = None, {}
+    if main and not isinstance(model, TinyModel):
+        folder = _existing(str(model.source), "model.source")
+        found = _own_parts(str(model.source), folder, None, model.variant, model, weights=False)
+    if apart:
+        named = str(model.components.controlnet)
+        _existing(named, "model.components.controlnet")
+        found["controlnet"] = _override(named, weights=False)[0]
+    return folder, found
+
+
+def _existing(source: str, where: str) -> Path:
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"the folder {source} is not there", where=where)
+    return folder
 
 
 def _override(named: str, weights: bool) -> tuple[ComponentFacts, str]:

@@ -147,7 +147,8 @@ def _resolve(run: Run) -> None:
     assert run.plan is not None
     wanted = run.spec.resolve
     machine = describe_machine(VirtualMachine(kind="virtual", gpus=wanted.machine)) if wanted.machine else None
-    run.resolved = run.plan.resolve(machine, allow=wanted.allow, bind=wanted.bind)
+    verify = wanted.verify and run.spec.plan_file is not None  # else it has just been read to be compiled
+    run.resolved = run.plan.resolve(machine, allow=wanted.allow, bind=wanted.bind, verify=verify)
     if not run.brief:
         report.show_resolved(run.resolved)
 

@@ -34,6 +34,12 @@ def compare(was: Plan, now: Plan) -> list[Difference]:
     ]
     if was.checkpoint.fingerprint != now.checkpoint.fingerprint:
         found.append(Difference("declared", "checkpoint", was.checkpoint.fingerprint, now.checkpoint.fingerprint))
+    files = [dict(_files(plan)) for plan in (was, now)]
+    found += [
+        Difference("declared", key, files[0].get(key), files[1].get(key))
+        for key in sorted({*files[0], *files[1]})
+        if files[0].get(key) != files[1].get(key)
+    ]
     decided = [dict(_decisions(plan)) for plan in (was, now)]
     costs = [dict(_costs(plan)) for plan in (was, now)]
     for kind, (before, after) in (("decided", decided), ("cost", costs)):
@@ -49,6 +55,12 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{path}.{key}" if path else str(key))
     elif path not in ("until", "output", "plan_file"):
         yield path, value
+
+
+def _files(plan: Plan) -> Iterator[tuple[str, str]]:
+    for part, one in plan.checkpoint.content.items():
+        for name, file in one.files.items():
+            yield f"checkpoint.content.{part}/{name}", file.sampled
 
 
 def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:

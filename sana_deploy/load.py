@@ -15,6 +15,7 @@ from torch import nn
 from .boundary import Border, attach, border_of, vae_settings
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import PlanError, RunError
+from .identity import check_checkpoint
 from .plan import Plan
 from .quantize import quantize_linears
 from .resolve import ResolvedPlan
@@ -45,6 +46,7 @@ def load_pipeline(
     resolved = plan.resolve() if isinstance(plan, Plan) else plan
     if resolved.machine.kind == "virtual" and host is None:
         raise RunError("the plan is for virtual GPUs", hint="use rehearse(plan), or machine=present")
+    check_checkpoint(resolved.plan, resolved.allowed)
     shapes_only = host is not None and host.fidelity == "shapes"
     checkpoint = open_checkpoint(_pinned(resolved.plan), weights=not shapes_only)
     _check_same(resolved.plan, checkpoint)

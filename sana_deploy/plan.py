@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from .machine import Machine
     from .resolve import ResolvedPlan
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
 
 Place = int | Literal["cpu"]
 
 BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
+    "checkpoint.content.*.files.*.bytes": "exact",
     "slots.*.capacity_bytes": "measured",
     "slots.*.available_bytes": "measured",
     "slots.*.weights_bytes": "exact",
@@ -73,13 +74,33 @@ class Diagnostic(Record):
     hint: str = ""
 
 
+class FileContent(Record):
+    """What one file holds: its size, a digest of samples of it, and of the whole file where that was asked for."""
+
+    bytes: int
+    sampled: str
+    whole: str | None = None
+
+
+class PartContent(Record):
+    """One folder of a checkpoint: file name -> content; for a component, class, config and shapes as `fingerprint`."""
+
+    fingerprint: str | None = None
+    files: dict[str, FileContent]
+
+
 class CheckpointRecord(Record):
-    """Which weights the plan was made for."""
+    """Which weights the plan was made for.
+
+    What identifies their content is the commit (`revision`) of a hub repository, and `content` by folder for those
+    that lie in a folder.
+    """
 
     kind: str
     source: str
     revision: str | None
     fingerprint: str
+    content: dict[str, PartContent] = {}
 
 
 class Slot(Record):
@@ -227,8 +248,12 @@ class Plan(Record):
         return draft.model_copy(update={"digest": digest_of(draft.model_dump(mode="json"))})
 
     def to_json(self) -> str:
-        """The text of plan.json: sorted keys, two-space indent, one newline at the end."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        """The text of plan.json: sorted keys, two-space indent, one newline at the end.
+
+        A plan of an earlier version keeps to the keys that it came with, which its digest covers.
+        """
+        values = self.model_dump(mode="json", exclude_unset=self.schema_version != SCHEMA_VERSION)
+        return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def save(self, path: str | Path) -> Path:
         """Write plan.json under a temporary name, then rename it.
@@ -303,21 +328,24 @@ class Plan(Record):
         machine: Machine | None = None,
         allow: Sequence[str] | None = None,
         bind: Mapping[str, str] | None = None,
+        verify: bool | None = None,
     ) -> ResolvedPlan:
         """Bind slots to the GPUs present.
 
         Args:
             machine: probed through torch unless given.
-            allow: staleness to accept (`library_versions`); the declaration's unless given.
+            allow: staleness to accept (`library_versions`, `checkpoint_content`); the declaration's unless given.
             bind: slot index -> GPU UUID; the declaration's unless given.
+            verify: read every byte of the weights, where samples are compared else; the declaration's unless given.
 
         Raises:
-            PlanError: a GPU is missing, smaller, busier or older than the plan needs, or a library changed.
+            PlanError: a GPU is missing, smaller, busier or older than the plan needs, or a library or the checkpoint
+                changed.
             InfeasibleError: a GPU of `bind` is not there.
         """
         from .resolve import resolve_plan
 
-        return resolve_plan(self, machine, allow, bind)
+        return resolve_plan(self, machine, allow, bind, verify)
 
 
 _OUTSIDE_DIGEST = ("digest", "tool_version", "libraries")
@@ -333,8 +361,22 @@ _HOST_PATHS = (
 )
 
 
+def _drop_wholes(parts: dict[str, Any]) -> None:
+    """Leave out digests of whole files: whether they were asked for is no decision, and samples name the content."""
+    for part in parts.values():
+        match part:
+            case {"files": dict(files)}:
+                for file in files.values():
+                    if isinstance(file, dict):
+                        file.pop("whole", None)
+
+
 def digest_of(values: dict[str, Any]) -> str:
-    """sha256 over the canonical JSON of inputs and decisions; the tool's version and this host's paths left out."""
+    """sha256 over the canonical JSON of inputs and decisions; the tool's version and this host's paths left out.
+
+    What the files of a checkpoint hold is such an input, as the commit of a hub repository is: equal digests stand for
+    equal pictures. Content goes by names inside the checkpoint, so that a copy elsewhere has the same digest.
+    """
     content = json.loads(json.dumps({k: v for k, v in values.items() if k not in _OUTSIDE_DIGEST}))
     spec = content.get("spec", {})
     for path in _HOST_PATHS:
@@ -344,6 +386,9 @@ def digest_of(values: dict[str, Any]) -> str:
     if spec.get("model", {}).get("kind") != "tiny" and content.get("checkpoint", {}).get("revision") is None:
         spec.get("model", {}).pop("source", None)
         content.get("checkpoint", {}).pop("source", None)
+    match content:
+        case {"checkpoint": {"content": dict(parts)}}:
+            _drop_wholes(parts)
     match spec:
         case {"model": {"components": {"controlnet": str(apart)} as named}} if not _PINNED.fullmatch(apart):
             del named["controlnet"]

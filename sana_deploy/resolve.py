@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .describe import describe_machine
 from .errors import InfeasibleError, InvalidSpecError, PlanError
+from .identity import CONTENT, drift_of
 from .machine import Gpu, Machine, probe_torch
 from .plan import Diagnostic, Plan, Slot
 from .precision import is_native
@@ -19,7 +20,8 @@ from .versions import library_versions
 class ResolvedPlan:
     """A plan bound to devices: `device_map` gives each component's torch device string, `slot_devices` each slot's.
 
-    `home` is the device where the denoising loop lives; `drift` lists differences that do no harm.
+    `home` is the device where the denoising loop lives; `drift` lists differences that do no harm; `allowed` names the
+    staleness that was accepted.
     """
 
     plan: Plan
@@ -28,6 +30,7 @@ class ResolvedPlan:
     slot_devices: Mapping[int, str]
     home: str
     drift: tuple[Diagnostic, ...] = ()
+    allowed: tuple[str, ...] = ()
 
 
 def resolve_plan(
@@ -35,14 +38,15 @@ def resolve_plan(
     machine: Machine | None = None,
     allow: Sequence[str] | None = None,
     bind: Mapping[str, str] | None = None,
+    verify: bool | None = None,
 ) -> ResolvedPlan:
     """Bind every slot of `plan` to a device of `machine`: the described one for a virtual plan, else probed by torch.
 
-    `allow` and `bind` are the declaration's unless given; see `Plan.resolve`.
+    `allow`, `bind` and `verify` are the declaration's unless given; see `Plan.resolve`.
 
     Raises:
-        PlanError: a GPU is missing, busier, smaller or older than its slot needs, or a library changed; each
-            difference is on a line of its own.
+        PlanError: a GPU is missing, busier, smaller or older than its slot needs, or a library or the checkpoint
+            changed; each difference is on a line of its own.
         InfeasibleError: a GPU of `bind` is not there.
     """
     if not plan.feasible:
@@ -51,27 +55,32 @@ def resolve_plan(
             where="resolve",
             hint="compile it again with one of its hints, or with hardware=custom_map hardware.force=true",
         )
-    machine = machine or _declared(plan)
     allowed = plan.spec.resolve.allow if allow is None else allow
     versions = _library_drift(plan)
-    stale = [] if "library_versions" in allowed else versions
+    checkpoint = drift_of(plan, plan.spec.resolve.verify if verify is None else verify)
+    refused = {"library_versions": versions, CONTENT: list(checkpoint.content)}
+    refused = {name: lines for name, lines in refused.items() if lines and name not in allowed}
+    stale = [*checkpoint.changed, *(line for lines in refused.values() for line in lines)]
+    machine = machine or _declared(plan)
     if plan.slots and not machine.gpus and _may_fall_back(plan) and not stale:
-        return _on_cpu(plan, machine)
+        return _on_cpu(plan, machine, allowed)
     wanted = _bound(plan, machine, (plan.spec.resolve.bind if bind is None else bind) or {})
     matched = _match(sorted(plan.slots, key=lambda slot: -slot.peak_bytes), plan, machine, wanted, {})
     if matched is None or stale:
         problems = [*stale, *(_problems(plan, machine, wanted) if matched is None else [])]
-        libraries = "; or accept the libraries with resolve.allow=[library_versions]" if stale else ""
+        accept = f"; or accept that with resolve.allow=[{','.join(refused)}]" if refused else ""
         raise PlanError(
             "the plan is stale:\n  " + "\n  ".join(problems) + f"\n  ({machine.inventory()})",
             where="resolve",
-            hint=f"compile it again on this machine{libraries}",
+            hint=f"compile it again on this machine{accept}",
         )
     kind = "vgpu" if machine.kind == "virtual" else "cuda"
     slots = {index: f"{kind}:{gpu.index}" for index, gpu in sorted(matched.items())}
     devices = {name: place if place == "cpu" else slots[place] for name, place in plan.device_map.items()}
-    drift = [Diagnostic(type="drift", severity="info", message=text, where="resolve") for text in versions]
-    return ResolvedPlan(plan, machine, devices, slots, devices["transformer"], (*drift, *_drift(plan, matched)))
+    accepted = [*versions, *checkpoint.content]
+    drift = [Diagnostic(type="drift", severity="info", message=text, where="resolve") for text in accepted]
+    remarks = (*drift, *_drift(plan, matched))
+    return ResolvedPlan(plan, machine, devices, slots, devices["transformer"], remarks, tuple(allowed))
 
 
 def _library_drift(plan: Plan) -> list[str]:
@@ -154,7 +163,7 @@ def _may_fall_back(plan: Plan) -> bool:
     return not isinstance(hardware, CustomMap) and hardware.on_shortfall == "cpu"
 
 
-def _on_cpu(plan: Plan, machine: Machine) -> ResolvedPlan:
+def _on_cpu(plan: Plan, machine: Machine, allowed: Sequence[str]) -> ResolvedPlan:
     remark = Diagnostic(
         type="no_gpu",
         severity="warning",
@@ -162,7 +171,7 @@ def _on_cpu(plan: Plan, machine: Machine) -> ResolvedPlan:
         where="resolve",
         hint="hardware.on_shortfall=error makes this an error",
     )
-    return ResolvedPlan(plan, machine, dict.fromkeys(plan.device_map, "cpu"), {}, "cpu", (remark,))
+    return ResolvedPlan(plan, machine, dict.fromkeys(plan.device_map, "cpu"), {}, "cpu", (remark,), tuple(allowed))
 
 
 def _lacks(slot: Slot, plan: Plan, gpu: Gpu) -> str:

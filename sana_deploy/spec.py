@@ -253,14 +253,17 @@ class Resolve(Declared):
     """How a plan is bound to the GPUs present; nothing of it is planned.
 
     Attributes:
-        allow: staleness to accept, by name: `library_versions`.
+        allow: staleness to accept, by name: `library_versions`, or `checkpoint_content` (other values in weights,
+            tokenizer or scheduler of the same architecture).
         bind: slot index -> UUID of the GPU that it must get; None leaves the choice.
         machine: virtual GPUs to rehearse a saved plan on, in the words of `machine.gpus`; None takes the plan's.
+        verify: read every byte of weights that lie in folders, to keep or to compare; else samples of every tensor.
     """
 
-    allow: list[Literal["library_versions"]] = []
+    allow: list[Literal["library_versions", "checkpoint_content"]] = []
     bind: dict[str, str] | None = None
     machine: str | None = None
+    verify: bool = False
 
     @field_validator("bind", mode="before")
     @classmethod
