@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, ComponentFacts, folder_parts
+from .checkpoint import Checkpoint, folder_parts
+from .component import ComponentFacts
 from .content import SMALL, contents
 from .errors import CheckpointError, PlanError
 from .headers import weight_files

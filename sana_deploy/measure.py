@@ -16,7 +16,8 @@ import torch
 from diffusers import SanaControlNetPipeline
 
 from .boundary import Border, attach
-from .checkpoint import Checkpoint, ComponentFacts
+from .checkpoint import Checkpoint
+from .component import ComponentFacts
 from .generate import run_request
 from .ledger import Ledger, Tally
 from .load import load_helpers

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from .checkpoint import Checkpoint, ComponentFacts
+from .checkpoint import Checkpoint
+from .component import ComponentFacts
 from .needs import Told, needs_of
 from .spec import DTYPE_BYTES, VAE_FACTOR, Component, Dtype, Format, Knob, Workload
 

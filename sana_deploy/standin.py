@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from .checkpoint import CLASSES, ComponentFacts
+from .component import CLASSES, ComponentFacts
 from .errors import CheckpointError
 from .quantize import quantize_linears
 from .spec import Format

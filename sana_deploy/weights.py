@@ -26,7 +26,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .checkpoint import CLASSES, ComponentFacts
+from .component import CLASSES, ComponentFacts
 from .errors import CheckpointError, RunError
 from .headers import read_header, weight_files
 from .quantize import is_quantized, linears_of, quantize, quantize_linears, require

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2Model
 
 from sana_deploy import catalogue, load_pipeline
-from sana_deploy.checkpoint import Checkpoint, component_facts, open_checkpoint
+from sana_deploy.checkpoint import Checkpoint, open_checkpoint
 from sana_deploy.compile import compile_spec
+from sana_deploy.component import component_facts
 from sana_deploy.errors import CheckpointError
 from sana_deploy.machine import Machine
 from sana_deploy.spec import CheckpointModel, DeploySpec, Dtype, Format, Overrides, TinyModel

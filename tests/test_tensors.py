@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from sana_deploy import catalogue
 from sana_deploy.architectures import dc_ae, expected_shapes, gemma2, sana
-from sana_deploy.checkpoint import CLASSES, open_checkpoint
+from sana_deploy.checkpoint import open_checkpoint
+from sana_deploy.component import CLASSES
 from sana_deploy.errors import CheckpointError
 from sana_deploy.spec import COMPONENTS, CheckpointModel, Component, Overrides
 

@@ -18,8 +18,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sana_deploy import weights
-from sana_deploy.checkpoint import CLASSES, component_facts
 from sana_deploy.compile import compile_spec
+from sana_deploy.component import CLASSES, component_facts
 from sana_deploy.errors import CheckpointError, RunError
 from sana_deploy.load import load_pipeline
 from sana_deploy.spec import COMPONENTS, Component, DeploySpec
