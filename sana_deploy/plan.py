@@ -5,9 +5,7 @@ A plan is data. Loading one reads JSON, checks version, shape and digest, and ru
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from . import __version__
 from .errors import PlanError
 from .files import write_text
+from .plan_digest import digest_of as digest_of
 from .spec import COMPONENTS, Component, DeploySpec, Dtype, Format, Quantization
 from .versions import library_versions
 
@@ -346,51 +345,3 @@ class Plan(Record):
         from .resolve import resolve_plan
 
         return resolve_plan(self, machine, allow, bind, verify)
-
-
-_OUTSIDE_DIGEST = ("digest", "tool_version", "libraries")
-_PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
-"""A hub repository at a commit, which the digest covers; any other ControlNet published apart is a folder of a host."""
-_HOST_PATHS = (
-    ("model", "cache_dir"),
-    ("workload", "control_image"),
-    ("plan_file",),
-    ("until",),
-    ("output",),
-    ("resolve",),
-)
-
-
-def _drop_wholes(parts: dict[str, Any]) -> None:
-    """Leave out digests of whole files: whether they were asked for is no decision, and samples name the content."""
-    for part in parts.values():
-        match part:
-            case {"files": dict(files)}:
-                for file in files.values():
-                    if isinstance(file, dict):
-                        file.pop("whole", None)
-
-
-def digest_of(values: dict[str, Any]) -> str:
-    """sha256 over the canonical JSON of inputs and decisions; the tool's version and this host's paths left out.
-
-    What the files of a checkpoint hold is such an input, as the commit of a hub repository is: equal digests stand for
-    equal pictures. Content goes by names inside the checkpoint, so that a copy elsewhere has the same digest.
-    """
-    content = json.loads(json.dumps({k: v for k, v in values.items() if k not in _OUTSIDE_DIGEST}))
-    spec = content.get("spec", {})
-    for path in _HOST_PATHS:
-        group = spec if len(path) == 1 else spec.get(path[0])
-        if isinstance(group, dict):
-            group.pop(path[-1], None)
-    if spec.get("model", {}).get("kind") != "tiny" and content.get("checkpoint", {}).get("revision") is None:
-        spec.get("model", {}).pop("source", None)
-        content.get("checkpoint", {}).pop("source", None)
-    match content:
-        case {"checkpoint": {"content": dict(parts)}}:
-            _drop_wholes(parts)
-    match spec:
-        case {"model": {"components": {"controlnet": str(apart)} as named}} if not _PINNED.fullmatch(apart):
-            del named["controlnet"]
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
