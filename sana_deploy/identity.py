@@ -73,6 +73,8 @@ def drift_of(plan: Plan, verify: bool) -> Drift:
         found = _content(facts, folder, verify)
     except CheckpointError as problem:
         return Drift((str(problem),))
+    except (OSError, ValueError) as problem:  # a name that no file can have
+        return Drift((f"checkpoint: it cannot be read: {getattr(problem, 'strerror', None) or problem}",))
     lines = [
         line
         for name, part in was.items()

@@ -6,12 +6,14 @@ import contextlib
 import copy
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sana_deploy.compile import compile_plan
 from sana_deploy.errors import PlanError
 from sana_deploy.plan import Plan, digest_of
 
@@ -58,6 +60,25 @@ def test_ten_thousand_mutations_end_with_our_error_or_none(seed: int) -> None:
             Plan.from_values(values, "a hostile file").resolve()
             read += 1
     assert read > 50, "some changes leave a plan that can be applied"
+
+
+def test_mutations_of_a_plan_for_a_folder_end_with_our_error_or_none(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sana_deploy.hub._download", None)  # whatever it names, nothing is fetched
+    folder, chance, read = shutil.copytree(tiny, tmp_path / "checkpoint"), random.Random(5), 0
+    given = ["model=checkpoint", f"model.source={folder}", "machine=2xt4", "precision=fp32", "workload.height=64"]
+    plan = json.loads(compile_plan(given).to_json())
+    for number in range(300):
+        values = mutated(plan, chance)
+        if number % 2 and isinstance(values, dict):
+            values = {**plan, "checkpoint": mutated(plan["checkpoint"], chance)}
+        with contextlib.suppress(AttributeError):
+            values["digest"] = digest_of(values)
+        with contextlib.suppress(PlanError):
+            Plan.from_values(json.loads(json.dumps(values)), "a hostile file").resolve()
+            read += 1
+    assert read > 5, "some changes leave a plan that can be applied"
 
 
 def test_a_changed_byte_is_found(tmp_path: Path) -> None:
