@@ -127,7 +127,7 @@ def reject(problem: SanaDeployError, folder: Path, overrides: Sequence[str] = ()
 
 
 def _compile(run: Run) -> None:
-    check_control_image(run.spec.workload)
+    run.remarks += check_control_image(run.spec.workload)
     if run.plan is None:
         with progress("profiling", run.brief) as advance:
             try:
@@ -259,7 +259,7 @@ def _rehearse(run: Run) -> None:
 _STEPS = {"compile": _compile, "resolve": _resolve, "apply": _apply, "generate": _generate}
 
 
-_REQUEST = ("prompt", "negative_prompt", "seed", "control_image", "conditioning_scale")
+_REQUEST = ("prompt", "negative_prompt", "seed", "control_image", "control_fit", "conditioning_scale")
 """Keys of the workload that a saved plan leaves open; `_keeps_plan` names those that it bounds."""
 
 

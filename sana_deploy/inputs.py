@@ -2,55 +2,172 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import shlex
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .errors import InputError
+from .plan import Diagnostic
 from .spec import Workload
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = logging.getLogger(__name__)
 
-def check_control_image(workload: Workload) -> None:
-    """Read the control image's file once, whole.
+_WHERE = "workload.control_image"
+_WHOLE_FIRST = ("MPO", "PSD")
+"""Formats whose first picture is the whole one: the others are a camera's previews, or layers."""
+_SIXTEEN_BIT = ("PNG", "PPM")
+"""Formats whose grey of more than 8 bits Pillow scales to 65535, also where it calls the mode `I`."""
+
+
+def check_control_image(workload: Workload) -> list[Diagnostic]:
+    """Read the control image's file once, whole, and return what was done to it.
 
     Raises:
-        InputError: it is missing, no picture, or damaged.
+        InputError: see `read_control_image`.
     """
-    if workload.control_image is not None:
-        read_control_image(workload)
+    return [] if workload.control_image is None else _read(workload)[1]
 
 
 def read_control_image(workload: Workload) -> Image:
     """Return the control image as RGB, (height, width) as the workload asks.
 
-    Raises:
-        InputError: the file is missing, no picture, or damaged.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    EXIF orientation is applied, what is transparent is white, values of 16 bits and floats in 0..1 are scaled to 8
+    bits, and `control_fit` says what becomes of a picture of other proportions.
 
-    size = (workload.width, workload.height)
+    Raises:
+        InputError: the file is missing, no picture, damaged, too large or an animation, or its values tell no range.
+    """
     if workload.control_image is None:
-        return _drawing(*size)
-    path = Path(workload.control_image).expanduser()
+        return _drawing(workload.width, workload.height)
+    picture, remarks = _read(workload)
+    for remark in remarks:
+        log.info("%s: %s", remark.where, remark.message)
+    return picture
+
+
+def _read(workload: Workload) -> tuple[Image, list[Diagnostic]]:
+    from PIL import Image, UnidentifiedImageError
+
+    path = Path(str(workload.control_image)).expanduser()
     try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a poster is read, a bomb is an error
+            return _opened(path, workload)
     except FileNotFoundError:
         raise _unreadable(path, "there is no such file") from None
     except UnidentifiedImageError:
         raise _unreadable(path, "it is no picture that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        raise _unreadable(path, str(problem)) from problem
-    return upright.resize(size, Image.Resampling.LANCZOS)
+    except Image.DecompressionBombError as problem:
+        count, limit = re.search(r"\d+", str(problem)), 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        why = f"it unpacks to {int(count[0]) if count else 0:,} pixels, more than the {limit:,} that are read"
+        hint = f"save it smaller; {workload.width}x{workload.height} px are used"
+        raise _unreadable(path, why, hint) from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as problem:
+        why = (isinstance(problem, OSError) and problem.strerror) or str(problem) or type(problem).__name__
+        raise _unreadable(path, why) from problem
 
 
-def _unreadable(path: Path, why: str) -> InputError:
-    return InputError(
-        f"{path} cannot be used: {why}",
-        where="workload.control_image",
-        hint="workload.control_image=null takes a drawing made by code",
+def _opened(path: Path, workload: Workload) -> tuple[Image, list[Diagnostic]]:
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as picture:
+        frames = getattr(picture, "n_frames", 1)
+        if frames > 1 and picture.format not in _WHOLE_FIRST:
+            code = f"from PIL import Image; f = Image.open({str(path)!r}); f.seek(0); f.save('frame.png')"
+            hint = f"save the one you want as a picture of its own: python -c {shlex.quote(code)}"
+            raise _unreadable(path, f"it has {frames} frames, a control image is one picture", hint)
+        greatest = _greatest_of(picture)
+        upright = ImageOps.exif_transpose(picture)
+    coloured, remarks = _in_colours(upright, greatest, path)
+    fitted, remark = _fitted(coloured, workload, path)
+    return fitted, [*remarks, *([remark] if remark else [])]
+
+
+def _unreadable(path: Path, why: str, hint: str = "") -> InputError:
+    drawing = "workload.control_image=null takes a drawing made by code"
+    return InputError(f"{path} cannot be used: {why}", where=_WHERE, hint=hint or drawing)
+
+
+def _greatest_of(picture: Image) -> int | None:
+    """The value that stands for white, of a file whose grey has more than 8 bits; None where its mode does not tell."""
+    if picture.mode.startswith("I;16"):
+        bits = getattr(picture, "tag_v2", {}).get(258, 16)  # BitsPerSample of a TIFF: Pillow does not scale 12 bits
+        return 4095 if bits in (12, (12,)) else 65535
+    return 65535 if picture.mode == "I" and picture.format in _SIXTEEN_BIT else None
+
+
+def _in_colours(picture: Image, greatest: int | None, path: Path) -> tuple[Image, list[Diagnostic]]:
+    """Return the picture in 8 bits per colour; transparency shows white, as on a page.
+
+    Raises:
+        InputError: the values have no known range.
+    """
+    from PIL import Image
+
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _scaled(picture, greatest, path)
+    if "transparency" in picture.info or picture.mode in ("LA", "PA", "RGBA", "RGBa"):
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB"), []
+
+
+def _scaled(picture: Image, greatest: int | None, path: Path) -> tuple[Image, list[Diagnostic]]:
+    """Scale grey values of (height, width) from 0..greatest to 0..255; floats from 0..1."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(picture).astype(np.float64)
+    least, most = float(values.min()), float(values.max())
+    if picture.mode == "F" and least >= 0 and most <= 1:  # False where a value is NaN
+        greatest = 1
+    if greatest is None:
+        kind = "floating point numbers" if picture.mode == "F" else "32-bit integers"
+        rule = "are taken where they lie within 0 and 1" if picture.mode == "F" else "tell no value for white"
+        hint = "save it as grey of 16 bits, 0 for black and 65535 for white, or of 8 bits"
+        raise _unreadable(path, f"its values go from {least:g} to {most:g}; {kind} {rule}", hint)
+    if (clear := picture.info.get("transparency")) is not None:
+        values[values == clear] = greatest
+    grey = Image.fromarray(np.rint(values * (255 / greatest)).astype(np.uint8))
+    message = f"values of {path.name} go from {least:g} to {most:g}; 0 is taken for black, {greatest} for white"
+    return grey.convert("RGB"), [Diagnostic(type="control_scaled", severity="info", message=message, where=_WHERE)]
+
+
+def _fitted(picture: Image, workload: Workload, path: Path) -> tuple[Image, Diagnostic | None]:
+    """Bring the picture to the workload's size as `control_fit` says; a remark where its proportions are others."""
+    from PIL import Image, ImageOps
+
+    (width, height), size = picture.size, (workload.width, workload.height)
+    contained = ImageOps.contain(Image.new("1", picture.size), size).size
+    if contained == size:
+        return picture.resize(size, Image.Resampling.LANCZOS), None
+    shape, wanted = f"{path.name} of {width}x{height} px", f"{size[0]}x{size[1]} px"
+    severity: Literal["info", "warning"] = "info"
+    hint = ""
+    match workload.control_fit:
+        case "crop":
+            fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+            scale = max(size[0] / width, size[1] / height)
+            middle = f"{round(size[0] / scale)}x{round(size[1] / scale)} px"
+            message = f"the middle {middle} of {shape} are taken and resized to {wanted}"
+        case "pad":
+            fitted = ImageOps.pad(picture, size, Image.Resampling.LANCZOS, color="black")
+            message = f"{shape} is resized to {contained[0]}x{contained[1]} px and padded with black to {wanted}"
+        case "stretch":
+            fitted = picture.resize(size, Image.Resampling.LANCZOS)
+            wider = size[0] * height / (size[1] * width)
+            severity, hint = "warning", "workload.control_fit=crop or workload.control_fit=pad keeps its proportions"
+            message = (
+                f"{shape} is stretched to {wanted}: things in it become {wider:.2f} times as wide for their height"
+            )
+    return fitted, Diagnostic(
+        type="control_fit", severity=severity, message=message, where="workload.control_fit", hint=hint
     )
 
 

@@ -13,6 +13,7 @@ _PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 _HOST_PATHS = (
     ("model", "cache_dir"),
     ("workload", "control_image"),
+    ("workload", "control_fit"),
     ("plan_file",),
     ("until",),
     ("output",),

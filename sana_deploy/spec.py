@@ -230,11 +230,16 @@ class VirtualMachine(Declared):
 
 
 class Workload(Declared):
-    """One request. Height and width are pixels and multiples of the VAE's factor, 32."""
+    """One request. Height and width are pixels and multiples of the VAE's factor, 32.
+
+    `control_fit` says what becomes of a control image of other proportions: stretch it, crop its middle, or pad it with
+    black, which is empty in an edge map.
+    """
 
     prompt: str
     negative_prompt: str = ""
     control_image: str | None = None
+    control_fit: Literal["stretch", "crop", "pad"] = "stretch"
     conditioning_scale: Annotated[float, Field(ge=0, le=10)] = 1.0
     height: Side
     width: Side
