@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any, cast
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ComposeError, InputError, InvalidSpecError, SanaDeployError, did_you_mean
+from .errors import ComposeError, InputError, InvalidSpecError, SanaDeployError, UsageError, did_you_mean
 from .spec import COMPONENTS, DeploySpec
+from .texts import key_of, literal, prompt_of, quoted_hint
 
 _LOCK = threading.Lock()
 """Hydra's composition state is one global."""
@@ -30,6 +32,8 @@ def compose_spec(overrides: Sequence[str] = ()) -> DeploySpec:
     Raises:
         ComposeError: a group, option or key is not known, or an override is malformed.
         InvalidSpecError: a value breaks its bounds.
+        InputError: the file of `workload.prompt_file` cannot be read.
+        UsageError: both a prompt and a file with one are given.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -40,19 +44,20 @@ def compose_spec(overrides: Sequence[str] = ()) -> DeploySpec:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(conf_dir()), job_name="sana_deploy", version_base="1.3"):
-                config = compose("config", overrides=list(overrides))
+                config = compose("config", overrides=[literal(one) for one in overrides])
         except (HydraException, OmegaConfBaseException) as problem:
             raise compose_error(problem) from problem
         finally:
             GlobalHydra.instance().hydra = outer
-    return spec_from_config(config)
+    return spec_from_config(config, overrides)
 
 
-def spec_from_config(config: DictConfig) -> DeploySpec:
-    """Validate a composed configuration.
+def spec_from_config(config: DictConfig, overrides: Sequence[str] = ()) -> DeploySpec:
+    """Validate a composed configuration: `workload.prompt_file` is read, and `workload.seed=random` is drawn.
 
     Raises:
         InvalidSpecError: a value is missing or breaks its bounds.
+        InputError, UsageError: see `compose_spec`.
     """
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -63,7 +68,24 @@ def spec_from_config(config: DictConfig) -> DeploySpec:
         raise compose_error(problem) from problem
     declared = cast("dict[str, Any]", values)
     declared.pop("sweep", None)  # of the command, not of a deployment
+    if isinstance(workload := declared.get("workload"), dict):
+        _settle_request(workload, overrides)
     return DeploySpec.from_mapping(declared)
+
+
+def _settle_request(workload: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Read the prompt's file and draw the seed, so that a declaration says what is drawn."""
+    path = workload.pop("prompt_file", None)
+    if path is not None and any(key_of(one) == "workload.prompt" for one in overrides):
+        raise UsageError(
+            f"a prompt is given, and the file {path} with another one",
+            where="workload.prompt",
+            hint="leave one of them out; workload.prompt_file=null takes no file",
+        )
+    if path is not None:
+        workload["prompt"] = prompt_of(str(path))
+    if workload.get("seed") == "random":
+        workload["seed"] = secrets.randbelow(2**32)
 
 
 def compose_error(problem: Exception) -> SanaDeployError:
@@ -81,6 +103,8 @@ def compose_error(problem: Exception) -> SanaDeployError:
         known = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
         return ComposeError(f"{name!r} is not an option of this group", where=group, hint=did_you_mean(name, known))
     first = str(problem).strip().splitlines() or [type(problem).__name__]
+    if hint := quoted_hint(override := str(getattr(problem, "override", ""))):
+        return ComposeError(f"Hydra cannot read this text: {first[0]}", where=key_of(override), hint=hint)
     return ComposeError(first[0], hint="see --help for the groups and keys")
 
 

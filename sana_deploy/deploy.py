@@ -259,7 +259,7 @@ def _rehearse(run: Run) -> None:
 _STEPS = {"compile": _compile, "resolve": _resolve, "apply": _apply, "generate": _generate}
 
 
-_REQUEST = ("prompt", "negative_prompt", "seed", "control_image", "control_fit", "conditioning_scale")
+_REQUEST = ("prompt", "prompt_file", "negative_prompt", "seed", "control_image", "control_fit", "conditioning_scale")
 """Keys of the workload that a saved plan leaves open; `_keeps_plan` names those that it bounds."""
 
 
@@ -284,6 +284,7 @@ def _saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, Deplo
         key = override.lstrip("+~").partition("=")[0]
         group, _, name = key.partition(".")
         if group == "workload" and _keeps_plan(name, spec.workload, plan.spec.workload):
+            name = "prompt" if name == "prompt_file" else name  # a file is read when the declaration is composed
             given[name] = getattr(spec.workload, name)
         elif group.partition("@")[0] in ("model", "hardware", "precision", "machine", "workload"):
             clashing.append(override)

@@ -19,7 +19,6 @@ from sana_deploy.errors import InvalidSpecError
         ("workload.steps=2.5", "workload.steps", "valid integer"),
         ("workload.seed=-1", "workload.seed", "greater than or equal to 0"),
         ("workload.guidance_scale=nan", "workload.guidance_scale", "finite number"),
-        ("workload.prompt=3", "workload.prompt", "valid string"),
         ("workload.prompt=null", "workload.prompt", "valid string"),
         ("precision.components.vae=bf16", "precision.components.vae", "not one of float16, bfloat16, float32"),
         ("until=genrate", "until", "not one of compile, resolve, apply, generate"),
