@@ -17,7 +17,7 @@ from .describe import describe_machine
 from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
 from .files import write_text
 from .hints import roomier
-from .inputs import check_control_image
+from .inputs import check_control_image, drawn_seed
 from .outcome import Audit, Measured, Outcome, Rehearsal, failure_of
 from .plan import Diagnostic, Plan
 from .progress import progress, progress_each
@@ -59,6 +59,7 @@ class Run:
             rehearsal=self.rehearsal,
             audit=self.audit,
             images=self.images,
+            seed=self.spec.workload.seed,
             error=error,
             diagnostics=self.remarks,
             overrides=list(self.overrides),
@@ -127,7 +128,7 @@ def reject(problem: SanaDeployError, folder: Path, overrides: Sequence[str] = ()
 
 
 def _compile(run: Run) -> None:
-    run.remarks += check_control_image(run.spec.workload)
+    run.remarks += [*drawn_seed(run.spec.workload, run.overrides), *check_control_image(run.spec.workload)]
     if run.plan is None:
         with progress("profiling", run.brief) as advance:
             try:
@@ -177,9 +178,12 @@ def _apply(run: Run) -> None:
 
 def _generate(run: Run) -> None:
     from .boundary import border_of
+    from .prompts import cut_prompts
 
     border = border_of(run.pipeline)
     assert border is not None
+    if run.host is None or run.host.fidelity == "numbers":  # in shapes, the tokenizer may be a stand-in
+        run.remarks += cut_prompts(run.pipeline, run.spec.workload)
     try:
         (_rehearse if run.host is not None else _run)(run)
     except RunError as problem:

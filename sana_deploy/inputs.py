@@ -1,4 +1,4 @@
-"""The control image of a request: a file that is checked before anything is loaded, or a drawing made by code."""
+"""The control image of a request, a file that is checked before anything is loaded or a drawing; and its seed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import re
 import shlex
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,14 @@ _WHOLE_FIRST = ("MPO", "PSD")
 """Formats whose first picture is the whole one: the others are a camera's previews, or layers."""
 _SIXTEEN_BIT = ("PNG", "PPM")
 """Formats whose grey of more than 8 bits Pillow scales to 65535, also where it calls the mode `I`."""
+
+
+def drawn_seed(workload: Workload, overrides: Sequence[str]) -> list[Diagnostic]:
+    """Name the seed that `workload.seed=random` drew, with the override that draws the same picture again."""
+    if "workload.seed=random" not in [one.lstrip("+") for one in overrides]:
+        return []
+    message, hint = f"random drew {workload.seed}", f"workload.seed={workload.seed} draws the same picture again"
+    return [Diagnostic(type="seed_drawn", severity="info", message=message, where="workload.seed", hint=hint)]
 
 
 def check_control_image(workload: Workload) -> list[Diagnostic]:

@@ -123,7 +123,10 @@ class Failure(Frozen):
 
 
 class Outcome(Frozen):
-    """The result of one run; `images` are paths relative to the run folder, `overrides` those of the command line."""
+    """The result of one run; `images` are paths relative to the run folder, `overrides` those of the command line.
+
+    `seed` is the request's, also where it was drawn (`workload.seed=random`).
+    """
 
     status: Status
     exit_code: int
@@ -134,6 +137,7 @@ class Outcome(Frozen):
     rehearsal: Rehearsal | None = None
     audit: Audit | None = None
     images: list[str] = []
+    seed: int | None = None
     error: Failure | None = None
     diagnostics: list[Diagnostic] = []
     overrides: list[str] = []

@@ -339,6 +339,8 @@ def _first_error(problem: ValidationError) -> InvalidSpecError:
 
 
 def _hint_for(kind: str, where: str, value: Any) -> str:
+    if where == "workload.seed":
+        return "a whole number from 0, or random"
     if kind == "multiple_of" and isinstance(value, int):
         return f"{where}={max(VAE_FACTOR, round(value / VAE_FACTOR) * VAE_FACTOR)} is the nearest that works"
     return ""
