@@ -6,24 +6,21 @@ import re
 import secrets
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ComposeError, InputError, InvalidSpecError, SanaDeployError, UsageError, did_you_mean
+from .keys import conf_dir as conf_dir
+from .keys import known_keys, nearest_key
 from .spec import COMPONENTS, DeploySpec
 from .texts import key_of, literal, prompt_of, quoted_hint
 
+_OF_COMPONENTS = ("hardware.device_map", "hardware.pin", "precision.components", "precision.quantization")
+"""Mappings with an entry per component."""
 _LOCK = threading.Lock()
 """Hydra's composition state is one global."""
-
-
-def conf_dir() -> Path:
-    """Return the folder of the config groups: packaged beside this file, else the checkout's."""
-    packaged = Path(__file__).resolve().parent / "conf"
-    return packaged if packaged.is_dir() else packaged.parent.parent / "conf"
 
 
 def compose_spec(overrides: Sequence[str] = ()) -> DeploySpec:
@@ -93,10 +90,12 @@ def compose_error(problem: Exception) -> SanaDeployError:
     text = f"{problem} {problem.__cause__ or ''}"
     key = re.search(r"Could not (?:override|append to config[^']*) '([\w.@/]+)'", text)
     if key:
-        path = key.group(1)
-        if path.startswith("hardware.device_map."):
-            return InvalidSpecError(f"{path.rpartition('.')[2]!r} is not a component", where=path, hint=_closest(path))
-        return ComposeError("there is no such key", where=path, hint=_closest(path))
+        inner = re.search(rf"full_key: ({re.escape(key.group(1))}\.[\w.]+)", text)  # of a mapping given as a whole
+        path = inner.group(1) if inner else key.group(1)
+        parent, _, word = path.rpartition(".")
+        if parent in _OF_COMPONENTS and word not in COMPONENTS and known_keys().get(parent):
+            return InvalidSpecError(f"{word!r} is not a component", where=path, hint=did_you_mean(word, COMPONENTS))
+        return ComposeError("there is no such key", where=path, hint=nearest_key(path))
     option = re.search(r"Could not find '(\w+)/([\w.-]+)'", text)
     if option:
         group, name = option.groups()
@@ -120,16 +119,3 @@ def command_error(problem: BaseException) -> SanaDeployError:
     if not isinstance(problem, SanaDeployError):
         raise problem
     return problem
-
-
-def _closest(path: str) -> str:
-    parent, _, word = path.rpartition(".")
-    if parent == "hardware.device_map":
-        return did_you_mean(word, COMPONENTS)
-    root = conf_dir() / (parent or ".")
-    files = list(root.glob("*.yaml")) if parent else [conf_dir() / "config.yaml"]
-    keys = {file.stem: {str(key) for key in cast("DictConfig", OmegaConf.load(file))} for file in files}
-    known = set().union(*keys.values()) - {"defaults", "hydra"}
-    if parent and (owners := sorted(name for name in keys if word in keys[name])):
-        return f"{word} belongs to {' and '.join(f'{parent}={owner}' for owner in owners)}"
-    return did_you_mean(word, known) if known else ""

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from .errors import InvalidSpecError, did_you_mean
+from .explain import first_error
 
 Component = Literal["text_encoder", "vae", "transformer", "controlnet"]
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "vae", "transformer", "controlnet")
@@ -304,55 +304,4 @@ class DeploySpec(Declared):
         try:
             return cls.model_validate(values)
         except ValidationError as problem:
-            raise _first_error(problem) from None
-
-
-_TAGS = {
-    "tiny", "catalogue", "checkpoint", "single_gpu", "multi_gpu_balanced", "custom_map", "[key]", "int",
-    "constrained-int", "literal['cpu']", "present", "virtual", "str", "list[str]",
-}  # fmt: skip
-
-
-def _first_error(problem: ValidationError) -> InvalidSpecError:
-    error = problem.errors(include_url=False)[0]
-    path = [str(part) for part in error["loc"] if str(part) not in _TAGS]
-    where, value = ".".join(path), error.get("input")
-    context = error.get("ctx", {})
-    if error["loc"] and error["loc"][-1] == "[key]":
-        known = COMPONENTS
-        return InvalidSpecError(
-            f"{path[-1]!r} is not a component", where=where, hint=did_you_mean(path[-1], known), value=path[-1]
-        )
-    if error["type"] == "extra_forbidden":
-        return InvalidSpecError("this key is not known here", where=where, hint=_known_keys(path), value=value)
-    if error["type"] == "literal_error":
-        allowed = [word.strip(" '") for word in str(context["expected"]).replace(" or ", ", ").split(",")]
-        return InvalidSpecError(
-            f"{value!r} is not one of {', '.join(allowed)}",
-            where=where,
-            hint=did_you_mean(str(value), allowed),
-            value=value,
-        )
-    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    shown = "" if isinstance(value, Mapping) else f" (got {value!r})"
-    return InvalidSpecError(message + shown, where=where, hint=_hint_for(error["type"], where, value), value=value)
-
-
-def _hint_for(kind: str, where: str, value: Any) -> str:
-    if where == "workload.seed":
-        return "a whole number from 0, or random"
-    if kind == "multiple_of" and isinstance(value, int):
-        return f"{where}={max(VAE_FACTOR, round(value / VAE_FACTOR) * VAE_FACTOR)} is the nearest that works"
-    return ""
-
-
-def _known_keys(path: list[str]) -> str:
-    groups: dict[str, tuple[type[BaseModel], ...]] = {
-        "model": (TinyModel, CatalogueModel, CheckpointModel),
-        "hardware": (SingleGpu, MultiGpuBalanced, CustomMap),
-        "precision": (Precision,),
-        "machine": (PresentMachine, VirtualMachine),
-        "workload": (Workload,),
-    }
-    models = groups.get(path[0], (DeploySpec,)) if len(path) > 1 else (DeploySpec,)
-    return did_you_mean(path[-1], {name for model in models for name in model.model_fields})
+            raise first_error(problem) from None
