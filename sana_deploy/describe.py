@@ -30,9 +30,10 @@ def describe_machine(spec: VirtualMachine) -> Machine:
             hint="machine.gpus=2xt4; machine=present plans for this host, GPUs or none",
         )
     used = _per_gpu(spec.used, len(rows), "machine.used")
+    given = None if spec.memory is None else _memory(spec.memory, "machine.memory")
     gpus = []
     for index, (row, taken) in enumerate(zip(rows, used, strict=True)):
-        total = row.memory_mib * MIB if spec.memory is None else parse_bytes(spec.memory, "machine.memory")
+        total = row.memory_mib * MIB if given is None else given
         if not 0 <= taken < total:
             raise InvalidSpecError(
                 f"{human_bytes(taken)} are declared used on GPU {index}, which has {human_bytes(total)}",
@@ -55,18 +56,38 @@ def _rows(word: str) -> list[KnownGpu]:
     if count > MOST_GPUS:
         raise InvalidSpecError(f"a virtual machine has 1 to {MOST_GPUS} GPUs (got {count})", where="machine.gpus")
     if SIZE.fullmatch(name):
-        size = parse_bytes(name, "machine.gpus")
-        if size < MIB:
-            raise InvalidSpecError(f"a GPU needs memory (got {name!r})", where="machine.gpus")
+        size = _memory(name, "machine.gpus")
         return [KnownGpu(f"GPU {name}", size // MIB, *list(vars(_PLAIN).values())[2:])] * count
-    key = re.sub(r"[\s_]|nvidia|geforce|tesla", "", name.lower())
-    if key not in KNOWN_GPUS:
-        raise InvalidSpecError(
-            f"{name!r} is not a known GPU",
-            where="machine.gpus",
-            hint=f"{did_you_mean(key, KNOWN_GPUS)} Its memory alone will do too, e.g. 2x8GiB",
-        )
-    return [KNOWN_GPUS[key]] * count
+    return [_row(name)] * count
+
+
+def _row(name: str) -> KnownGpu:
+    """The row of a GPU by its name, the driver's name, or its name and the memory it is sold with: `A100 80GB`."""
+    key = _plain(name)
+    names = {_plain(one): row for known, row in KNOWN_GPUS.items() for one in (known, row.name)}
+    if key in names:
+        return names[key]
+    sold = re.fullmatch(r"(.+?)[\s_-]+(\d+)\s*gi?b", name, re.IGNORECASE)
+    for known, row in KNOWN_GPUS.items():
+        least, most = 0.9 * row.memory_mib / 1024, 1.1 * row.memory_mib / 1024
+        if sold and _plain(re.sub(r"-\d+gb$", "", known)) == _plain(sold[1]) and least < int(sold[2]) < most:
+            return row
+    raise InvalidSpecError(
+        f"{name!r} is not a known GPU",
+        where="machine.gpus",
+        hint=f"{did_you_mean(key, KNOWN_GPUS)} Its memory alone will do too, e.g. 2x8GiB",
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]|nvidia|geforce|tesla", "", name.lower())
+
+
+def _memory(text: str, where: str) -> int:
+    size = parse_bytes(text, where)
+    if size < MIB:
+        raise InvalidSpecError(f"a GPU has memory (got {text!r})", where=where, hint="write it like 8GiB or 500MiB")
+    return size
 
 
 def _per_gpu(value: str | list[str] | None, count: int, where: str) -> Sequence[int]:

@@ -29,6 +29,11 @@ def described(*overrides: str) -> Machine:
         ("[rtx4090,rtx3060]", ["NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 3060"]),
         ("[2xt4,8GiB]", ["Tesla T4", "Tesla T4", "GPU 8GiB"]),
         ("8xh100", ["NVIDIA H100 80GB HBM3"] * 8),
+        ("A100 80GB", ["NVIDIA A100-SXM4-80GB"]),
+        ("[2xA100 40GB,A100-40GB]", ["NVIDIA A100-SXM4-40GB"] * 3),
+        ("NVIDIA A100-SXM4-80GB", ["NVIDIA A100-SXM4-80GB"]),
+        ("[T4 16GB,V100 16GB,V100 32GB]", ["Tesla T4", "Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"]),
+        ("RTX 4060 Ti 16GB", ["NVIDIA GeForce RTX 4060 Ti"]),
     ],
 )
 def test_gpus_are_named_counted_and_listed(gpus: str, names: list[str]) -> None:
@@ -52,6 +57,8 @@ def test_memory_can_be_given_and_part_of_it_declared_used() -> None:
         (["machine.gpus=0xt4"], "1 to 16 GPUs (got 0)", ""),
         (["machine.gpus=99xt4"], "1 to 16 GPUs (got 99)", ""),
         (["machine.gpus=t4", "machine.memory=-8GiB"], "cannot be negative", ""),
+        (["machine.gpus=t4", "machine.memory=0GiB"], "a GPU has memory (got '0GiB')", "8GiB"),
+        (["machine.gpus=A100 24GB"], "'A100 24GB' is not a known GPU", "did you mean 'a100-40gb'?"),
         (["machine.gpus=t4", "machine.memory='8'"], "no size in bytes", "8GiB"),
         (["machine.gpus=t4", "machine.used=20GiB"], "declared used on GPU 0, which has 14.58 GiB", ""),
         (["machine.gpus=2xt4", "machine.used=[1GiB]"], "1 sizes for 2 GPUs", ""),
