@@ -251,5 +251,9 @@ def _infeasible(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, sear
 
 
 def _count(rejection: Rejection) -> str:
-    where = f" on GPU {rejection.gpu}" if rejection.gpu >= 0 else ""
-    return f"{rejection.count} {rejection.reason}{where}"
+    count, gpu = rejection.count, rejection.gpu
+    return {
+        "memory": f"{count} {'lack' if count > 1 else 'lacks'} memory on GPU {gpu}",
+        "dtype": f"{count} {'have' if count > 1 else 'has'} a dtype that GPU {gpu} only emulates",
+        "split": f"{count} would split ControlNet from the transformer",
+    }[rejection.reason]

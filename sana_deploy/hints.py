@@ -24,7 +24,7 @@ from .spec import (
     Quantization,
     VirtualMachine,
 )
-from .units import human_bytes
+from .units import MIB, human_bytes, parse_bytes
 
 Fits = Callable[[DeploySpec, Checkpoint, Machine], bool]
 """Whether some placement of a declaration fits a machine."""
@@ -34,18 +34,21 @@ LADDER = ("1xrtx3060", "2xrtx3060", "1xrtx4090", "2xrtx4090", "1xa100", "2xa100"
 
 
 def working_changes(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, fits: Fits) -> str:
-    """Return up to four changes that fit, one of each kind: knobs, strategy or precision, image size, machine.
+    """Return up to four changes that fit, of a kind each: room kept, knobs, strategy or precision, image size, machine.
 
-    Quantised weights are offered where neither knobs nor another policy help.
+    Quantised weights are offered where neither knobs nor another policy help, and another machine where this one does
+    not hold everything, also if nothing of it is kept free.
     """
+    less = _less_kept_free(spec, checkpoint, machine, fits)
     found = [
+        less,
         _first(_more_knobs(spec), checkpoint, machine, fits),
         _first(_on_this_machine(spec), checkpoint, machine, fits),
         _largest_image(spec, checkpoint, machine, fits),
-        "" if isinstance(spec.hardware, CustomMap) else _first_machine(spec, checkpoint, fits),
+        "" if less or isinstance(spec.hardware, CustomMap) else _first_machine(spec, checkpoint, fits),
     ]
-    if not any(found[:2]) and all_shipped(checkpoint):
-        found.insert(2, _first(_quantized(spec), checkpoint, machine, fits))
+    if not any(found[:3]) and all_shipped(checkpoint):
+        found.insert(3, _first(_quantized(spec), checkpoint, machine, fits))
     if not any(found[:-1]):
         found.insert(0, _first(_fragile_precisions(spec), checkpoint, machine, fits))
     changes = [change for change in found if change]
@@ -57,6 +60,22 @@ Change = tuple[str, DeploySpec]
 
 def _first(changes: Iterator[Change], checkpoint: Checkpoint, machine: Machine, fits: Fits) -> str:
     return next((words for words, changed in changes if fits(changed, checkpoint, machine)), "")
+
+
+def _less_kept_free(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, fits: Fits) -> str:
+    """The most that can be kept free on every GPU, in steps of 256 MiB, where less than what was asked for fits."""
+    hardware = spec.hardware
+    kept = 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")
+
+    def words(step: int) -> str:
+        return f"{step * 256}MiB" if step % 4 else f"{step // 4}GiB"
+
+    def freed(step: int) -> DeploySpec:
+        return spec.model_copy(update={"hardware": hardware.model_copy(update={"keep_free": words(step)})})
+
+    steps = range(-(-kept // (256 * MIB)))
+    fitting = bisect.bisect_left(steps, True, key=lambda step: not fits(freed(step), checkpoint, machine))
+    return f"hardware.keep_free={words(fitting - 1)}" if fitting else ""
 
 
 def with_all_knobs(spec: DeploySpec) -> DeploySpec:

@@ -138,7 +138,7 @@ def _problems(plan: Plan, machine: Machine, wanted: Mapping[int, Gpu]) -> list[s
         free = [wanted[slot.index]] if slot.index in wanted else [g for g in machine.gpus if g.index not in taken]
         was = f"slot {slot.name}: was {slot.gpu}, {human_bytes(slot.available_bytes)} free"
         if not free:
-            found.append(f"{was}, is missing: it wants a GPU, none is left")
+            found.append(f"{was}; no GPU is left here for it")
             continue
         gpu = min(free, key=lambda gpu: _unlike(slot, gpu))
         taken.add(gpu.index)

@@ -48,7 +48,7 @@ def test_a_slot_moves_to_another_gpu_when_its_own_is_busy(plan: Plan, machine: D
 @pytest.mark.parametrize(
     ("sizes", "options", "says"),
     [
-        ((8,), {}, "wants a GPU, none is left"),
+        ((8,), {}, "no GPU is left here for it"),
         ((8, 8), {"used": 4}, r"was Test 8 GiB, 8.00 GiB free, is GPU 0 \(Test 8 GiB\), 4.00 GiB free: it needs"),
         ((8, 8), {"capability": (7, 5)}, "only emulates"),
     ],
@@ -86,7 +86,7 @@ def test_each_difference_is_on_a_line_of_its_own(plan: Plan, machine: Describe) 
         old.resolve(machine(8))
     lines = caught.value.message.splitlines()
     assert lines[1].startswith("  torch: was 1.13.0, is 2.")
-    assert lines[2].startswith("  slot gpu1: was Test 8 GiB, 8.00 GiB free, is missing")
+    assert lines[2].startswith("  slot gpu1: was Test 8 GiB, 8.00 GiB free; no GPU is left here for it")
     assert "resolve.allow=[library_versions]" in caught.value.hint
 
 
@@ -141,7 +141,7 @@ def test_a_saved_plan_is_tried_on_other_machines_from_the_command_line(
     assert same.returncode == 0
     assert "resolve: slot" not in same.stderr
     assert fewer.returncode == 5
-    assert "is missing: it wants a GPU, none is left" in " ".join(fewer.stderr.split())
+    assert "no GPU is left here for it" in " ".join(fewer.stderr.split())
     assert larger.returncode == 0
     assert "is GPU 0: NVIDIA A100-SXM4-80GB" in " ".join(larger.stderr.split())
     values = json.loads((tmp_path / "made" / "plan.json").read_text())
