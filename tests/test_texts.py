@@ -76,8 +76,9 @@ def test_any_printable_text_comes_through_the_command_line(text: str) -> None:
     if quoted == override:  # read in Hydra's grammar: null, wholly in quotes, one ${...}
         assert text.strip().lower() == "null" or text.strip()[:1] + text.strip()[-1:] in ("''", '""', "$}")
         return
-    assert compose_spec([override]).workload.prompt == text
-    assert compose_spec([quoted]).workload.prompt == text, "what is quoted already is left"
+    workload = compose_spec([override, quoted.replace("prompt", "negative_prompt", 1)]).workload
+    assert workload.prompt == text
+    assert workload.negative_prompt == text, "what is quoted already is left"
     assert as_typed(quoted) in (override, quoted)
 
 
