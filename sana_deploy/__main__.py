@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from . import diff, interrupts, report, sweep
-from .compose import command_error, conf_dir, spec_from_config
+from . import diff, interrupts, report, sweep, texts
+from .compose import command_error, conf_dir, spec_from_config, typed_overrides
 from .deploy import deploy, reject
 from .errors import SanaDeployError
-from .texts import as_typed, command_texts
 
 _codes: list[int] = []
 """Exit codes of the jobs run in this process; hydra.main drops return values."""
@@ -28,9 +26,7 @@ def _job(config: DictConfig) -> None:
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir)
     swept = context.mode == RunMode.MULTIRUN
-    typed = cast("list[str]", OmegaConf.to_container(context.overrides.task))  # not resolved: a prompt may hold ${
-    given = [one for one in typed if not one.startswith(sweep.RESUME)]
-    overrides = given if swept else [as_typed(one) for one in given]
+    overrides = [one for one in typed_overrides(context.overrides.task, swept) if not one.startswith(sweep.RESUME)]
     if config.sweep.resume and sweep.is_finished(folder, overrides):
         return
     try:
@@ -64,7 +60,7 @@ def _run() -> None:
     if sys.argv[1:2] in (["diff"], ["summary"]):
         _codes.append({"diff": diff.main, "summary": sweep.main}[sys.argv[1]](sys.argv[2:]))
         return
-    sys.argv[1:] = command_texts(sweep.command_line(sys.argv[1:]))
+    sys.argv[1:] = texts.command_texts(sweep.command_line(sys.argv[1:]))
     _job()
     _codes.append(sweep.finish())
 

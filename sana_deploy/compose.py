@@ -8,14 +8,14 @@ import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
-from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ComposeError, InputError, InvalidSpecError, SanaDeployError, UsageError, did_you_mean
 from .keys import conf_dir as conf_dir
 from .keys import known_keys, nearest_key
 from .spec import COMPONENTS, DeploySpec
-from .texts import key_of, literal, prompt_of, quoted_hint
+from .texts import as_typed, key_of, literal, prompt_of, quoted_hint
 
 _OF_COMPONENTS = ("hardware.device_map", "hardware.pin", "precision.components", "precision.quantization")
 """Mappings with an entry per component."""
@@ -68,6 +68,12 @@ def spec_from_config(config: DictConfig, overrides: Sequence[str] = ()) -> Deplo
     if isinstance(workload := declared.get("workload"), dict):
         _settle_request(workload, overrides)
     return DeploySpec.from_mapping(declared)
+
+
+def typed_overrides(given: ListConfig, swept: bool) -> list[str]:
+    """Return the overrides of a job as a person typed them; those of a sweep as Hydra reads them."""
+    kept = cast("list[str]", OmegaConf.to_container(given))  # not resolved: a prompt may hold ${
+    return kept if swept else [as_typed(one) for one in kept]
 
 
 def _settle_request(workload: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -397,7 +397,9 @@ def test_latency_puts_all_on_the_fastest_and_fit_uses_the_fewest_gpus(small: Sma
 
 def test_a_map_that_cannot_fit_is_refused_like_any_other_unless_forced(small: Small, machine: Describe) -> None:
     request = (LARGE, *AT_1024, "hardware=custom_map", ON_ONE)
-    with pytest.raises(InfeasibleError, match=r"0 of 1 placements fit \(1 lacks memory on GPU 0\). Closest: .* too much"):
+    with pytest.raises(
+        InfeasibleError, match=r"0 of 1 placements fit \(1 lacks memory on GPU 0\). Closest: .* too much"
+    ):
         compile_spec(small(*request), machine(12))
     forced = compile_spec(small(*request, "hardware.force=true"), machine(12))
     assert [remark.type for remark in forced.diagnostics if remark.severity == "warning"] == ["forced"]
