@@ -30,7 +30,9 @@ MACHINES = (
 MODELS = ("sana_600m_controlnet", "sana_1600m_controlnet")
 SIDES = (512, 1024, 2048, 4096)
 STEPS = 2
-KNOB_LETTERS = {"vae_slicing": "s", "split_controlnet": "c", "text_encoder_offload": "o", "vae_tiling": "t"}
+KNOB_LETTERS = {
+    "encode_once": "e", "vae_slicing": "s", "split_controlnet": "c", "text_encoder_offload": "o", "vae_tiling": "t",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -268,8 +270,8 @@ def main() -> None:
     print(text)
     if options.out:
         head = "# Placement: ours beside diffusers' balanced\n\n" + str(__doc__).replace("    python", "    $ python")
-        legend = f"\nLetters: {layout.__doc__} After it the knobs that are on: s VAE slicing, c ControlNet split off, "
-        legend += f"o text encoder offloaded. Steps rehearsed: {STEPS}.\n\n"
+        legend = f"\nLetters: {layout.__doc__} After it the knobs that are on: e control image encoded once, "
+        legend += f"s VAE slicing, c ControlNet split off, o text encoder offloaded. Steps rehearsed: {STEPS}.\n\n"
         options.out.write_text(head + legend + text + "\n", encoding="utf-8")
 
 

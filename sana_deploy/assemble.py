@@ -5,6 +5,7 @@ from __future__ import annotations
 from .candidates import Candidate
 from .checkpoint import Checkpoint
 from .cost import (
+    Place,
     Placement,
     bytes_per_request,
     bytes_per_step,
@@ -113,9 +114,11 @@ def _price(knob: Knob, plain: PipelineProfile, chosen: Candidate, gpus: dict[int
     if knob == "vae_slicing":
         without = [one for one in without if one != "vae_tiling"]
     before, after = plain.under(without), plain.under(chosen.knobs)
+    places: list[Place] = [*chosen.uses]
+    places += ["cpu"] if "cpu" in placement.values() else []
     saved = [
         slot_use(before, placement, i, 0).peak_bytes - slot_use(after, chosen.placement, i, 0).peak_bytes
-        for i in chosen.uses
+        for i in places
     ]
     moved = bytes_per_request(after, chosen.placement) - bytes_per_request(before, placement)
     uploaded = plain.components["text_encoder"].weights_bytes if knob == "text_encoder_offload" else 0

@@ -7,11 +7,12 @@ answers `home` and the pipeline's own tensors (latents, timesteps, embeddings) a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
+from .copies import Copies
 from .offload import Visit
 from .profile import VAE_TILE
 from .spec import VAE_FACTOR
@@ -51,6 +53,7 @@ class Border:
         visits: components whose weights wait on the CPU.
         remarks: what was done that the user should know.
         origins: where components were before they were placed.
+        copies: which rows of the control images are copies, where each image is encoded once.
         expected: device -> bytes that the plan expects at its fullest, and that it found free.
         restore: undoes what placing changed on the pipeline besides hooks; run when the first hook is taken off.
     """
@@ -67,6 +70,7 @@ class Border:
     visits: dict[str, Visit] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     origins: dict[str, torch.device] = field(default_factory=dict)
+    copies: Copies | None = None
     expected: dict[str, tuple[int, int]] = field(default_factory=dict)
     restore: list[Callable[[], object]] = field(default_factory=list)
 
@@ -160,11 +164,15 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         def outer(*args: Any, **kwargs: Any) -> Any:
             self.border.enter(self.name, method)
             names = [_INPUTS[self.name, method]]
+            copies = self._copies(method, args)
+            if copies:
+                args = (copies.distinct(args[0]), *args[1:])
             args, kwargs = self._pull(args, names), self._pull(kwargs)
             self.border.watch(self.name, method, args, kwargs)
             again = None
             try:
-                output = inner(*args, **kwargs)
+                with _one_at_a_time(module) if copies else contextlib.nullcontext():
+                    output = inner(*args, **kwargs)
             except torch.OutOfMemoryError as problem:
                 again = self._tiles_for(module, method, args)
                 if again is None:
@@ -173,9 +181,16 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             if again is not None:  # outside `except`, whose traceback keeps the activations alive
                 output = self._in_tiles(module, again, lambda: inner(*args, **kwargs))
             self.border.leave(self.name, method, output)
-            return output if method in self.keep else self._push(output, _OUTPUTS[self.name, method])
+            if method not in self.keep:
+                output = self._push(output, _OUTPUTS[self.name, method])
+            return copies.repeated(output) if copies else output
 
         return outer
+
+    def _copies(self, method: str, args: Any) -> Copies | None:
+        """How the images to encode were repeated, where they were."""
+        copies = self.border.copies if method == "encode" and args else None
+        return copies if copies and copies.hold(args[0]) else None
 
     def _tiles_for(self, module: nn.Module, method: str, args: Any) -> tuple[int, int, int, int] | None:
         """Tiles to decode in after running out of memory; None where that is not wanted or would change nothing."""
@@ -247,6 +262,16 @@ class _Kept:
 def vae_settings(vae: Any) -> dict[str, Any]:
     """The VAE's slicing and tiling attributes, to be put back into its `__dict__`."""
     return {key: value for key, value in vae.__dict__.items() if key.startswith("tile_") or key in _VAE_SWITCHES}
+
+
+@contextlib.contextmanager
+def _one_at_a_time(vae: Any) -> Iterator[None]:
+    settings = vae_settings(vae)
+    vae.enable_slicing()
+    try:
+        yield
+    finally:
+        vae.__dict__.update(settings)
 
 
 _VAE_SWITCHES = ("use_slicing", "use_tiling")

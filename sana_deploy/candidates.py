@@ -110,10 +110,12 @@ class Rows:
 
 @dataclass
 class Sheet:
-    """All placements under one set of knobs: peak and shortfall at the tightest GPU; `code` FITS or in REASONS."""
+    """All placements under one set of knobs: bytes moved, peak and shortfall at the tightest GPU; `code` FITS or in
+    REASONS."""
 
     knobs: tuple[Knob, ...]
     profile: PipelineProfile
+    moved: Integers
     worst: NDArray[np.float64]
     short: Integers
     tightest: Integers
@@ -121,7 +123,7 @@ class Sheet:
 
 
 class Board:
-    """The placements of one search, and what does not depend on knobs: sets per GPU, bytes moved, illegal dtypes."""
+    """The placements of one search, and what does not depend on knobs: sets per GPU, illegal dtypes."""
 
     def __init__(self, profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, options: Integers) -> None:
         self.profile, self.gpus, self.rules, self.options = profile, gpus, rules, options
@@ -131,10 +133,6 @@ class Board:
         self.masks = [(options == i) @ bits for i in range(len(gpus))]
         column = {name: options[:, i] for i, name in enumerate(COMPONENTS)}
         self.split = column["controlnet"] != column["transformer"]
-        self.moved = np.zeros(len(options), np.int64)
-        for crossing in profile.crossings:
-            apart = column[crossing.src] != column[crossing.dst]
-            self.moved += apart * crossing.bytes_each * crossing.times(profile.steps)
         self.column = column
         emulated = [
             [not is_native(profile.components[name].format.dtype, gpu) for gpu in gpus] + [False] for name in COMPONENTS
@@ -162,7 +160,15 @@ class Board:
         code[self.emulated >= 0] = REASONS.index("dtype")
         if "split_controlnet" not in self.rules.allow:
             code[self.split] = REASONS.index("split")
-        return Sheet(knobs, profile, worst, short, tightest, code)
+        return Sheet(knobs, profile, self._moved(profile), worst, short, tightest, code)
+
+    def _moved(self, profile: PipelineProfile) -> Integers:
+        """Bytes of a request that cross between devices: `cost.bytes_per_request`, in arrays."""
+        total = np.zeros(len(self.options), np.int64)
+        for crossing in profile.crossings:
+            apart = self.column[crossing.src] != self.column[crossing.dst]
+            total += apart * crossing.bytes_each * crossing.times(profile.steps)
+        return total
 
     def rows(self, sheets: Sequence[Sheet], fits: Sequence[Integers]) -> Rows:
         """Gather the candidates that fit."""
@@ -178,7 +184,7 @@ class Board:
             places=self.options[taken],
             setting=setting,
             worst=np.concatenate([sheet.worst[rows] for sheet, rows in zip(sheets, fits, strict=True)]),
-            moved=self.moved[taken],
+            moved=np.concatenate([sheet.moved[rows] for sheet, rows in zip(sheets, fits, strict=True)]),
             seconds=np.concatenate(seconds),
             knobs={**on, "split_controlnet": self.split[taken]},
             home_rank=ranks[self.column["transformer"][taken]],

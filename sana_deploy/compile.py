@@ -17,7 +17,7 @@ from .hints import with_all_knobs, working_changes
 from .machine import Gpu, Machine
 from .needs import Told
 from .plan import Diagnostic, Place, Plan
-from .planner import Search, search_balanced, search_custom, search_single
+from .planner import Search, search_balanced, search_custom, search_single, useful
 from .precision import FRAGILE, fragile_components, overflowing_components
 from .profile import PipelineProfile, profile_pipeline
 from .spec import COMPONENTS, CustomMap, DeploySpec, MultiGpuBalanced, Overrides, SingleGpu, VirtualMachine
@@ -190,7 +190,8 @@ def _cpu_plan(
     machine: Machine,
     diagnostics: list[Diagnostic],
 ) -> Plan:
-    if not isinstance(spec.hardware, CustomMap) and spec.hardware.on_shortfall == "error":
+    assert not isinstance(spec.hardware, CustomMap)
+    if spec.hardware.on_shortfall == "error":
         raise InfeasibleError(
             f"{machine.inventory()}, and hardware.on_shortfall=error refuses the CPU",
             where="hardware.on_shortfall",
@@ -203,7 +204,8 @@ def _cpu_plan(
         where="machine",
         hint="hardware.on_shortfall=error makes this an error",
     )
-    chosen = Candidate(dict.fromkeys(COMPONENTS, "cpu"), (), {}, 0.0, 0, None)
+    free = useful(profile, [knob for knob in spec.hardware.allow if knob == "encode_once"])
+    chosen = Candidate(dict.fromkeys(COMPONENTS, "cpu"), free, {}, 0.0, 0, None)
     return assemble(spec, checkpoint, profile, machine, chosen, Search(), [remark, *diagnostics])
 
 

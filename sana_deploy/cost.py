@@ -30,6 +30,8 @@ BANDWIDTH_EFFICIENCY = 0.3
 """Share of a GPU's memory bandwidth that its other operations reach in eager PyTorch. Fitted likewise."""
 LAUNCH_SECONDS = 40e-6
 """Host time to launch one kernel from eager PyTorch, its Python included; the floor for small images. Likewise."""
+REFILL_SECONDS = 8e-6
+"""What each kernel of one more call loses while the GPU drains and fills again: slicing, tiles. Fitted likewise."""
 LINK_EFFICIENCY = 0.8
 """Share of a link's bandwidth that a large copy reaches."""
 LINK_SECONDS = 20e-6
@@ -133,13 +135,15 @@ def work_seconds(work: Work, dtype: Dtype, rates: KnownGpu) -> float:
 
     max(launches, products + the rest), where launches = operations x LAUNCH_SECONDS, products = max(FLOPs / (rate x
     PRODUCT_EFFICIENCY), their bytes / bandwidth), the rest = other bytes / bandwidth, bandwidth = the card's x
-    BANDWIDTH_EFFICIENCY. A dtype that is not native runs at the float32 rate.
+    BANDWIDTH_EFFICIENCY. Work cut into calls takes REFILL_SECONDS more for each kernel of every call but the first. A
+    dtype that is not native runs at the float32 rate.
     """
     tflops = {"float16": rates.tflops_float16, "bfloat16": rates.tflops_bfloat16, "float32": rates.tflops_float32}
     rate = (tflops[dtype] or rates.tflops_float32) * 1e12 * PRODUCT_EFFICIENCY
     bandwidth = rates.memory_gbps * 1e9 * BANDWIDTH_EFFICIENCY
     products = max(work.flops / rate, work.product_bytes / bandwidth)
-    return max(work.operations * LAUNCH_SECONDS, products + work.other_bytes / bandwidth)
+    refills = work.operations * (1 - 1 / work.calls) * REFILL_SECONDS
+    return max(work.operations * LAUNCH_SECONDS, products + work.other_bytes / bandwidth + refills)
 
 
 def upload_seconds(weights_bytes: int, rates: KnownGpu) -> float:

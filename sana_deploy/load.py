@@ -14,6 +14,7 @@ from torch import nn
 
 from .boundary import Border, attach, border_of, vae_settings
 from .checkpoint import Checkpoint, open_checkpoint
+from .copies import Copies, watch_copies
 from .errors import PlanError, RunError
 from .identity import check_checkpoint
 from .plan import Plan
@@ -165,6 +166,8 @@ def _bind(
         attach(getattr(pipeline, name), name, torch.device(resolved.device_map[name]), border, visits)
     settings = vae_settings(pipeline.vae)
     border.restore.append(lambda: pipeline.vae.__dict__.update(settings))
+    if "encode_once" in resolved.plan.knobs:
+        _encode_once(pipeline, border)
     if "vae_slicing" in resolved.plan.knobs:
         pipeline.vae.enable_slicing()
     if tile := resolved.plan.vae_tile:
@@ -172,6 +175,14 @@ def _bind(
     if resolved.device_map["controlnet"] != resolved.home:
         _cast_prompt_once(pipeline, border)
     pipeline.hf_device_map = dict(resolved.device_map)
+
+
+def _encode_once(pipeline: SanaControlNetPipeline, border: Border) -> None:
+    def told(copies: Copies) -> None:
+        border.copies = copies
+
+    if undo := watch_copies(pipeline, told):
+        border.restore.append(undo)
 
 
 def _cast_prompt_once(pipeline: SanaControlNetPipeline, border: Border) -> None:

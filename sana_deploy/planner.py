@@ -65,24 +65,25 @@ def search_balanced(
     off. `latency` takes the fewest seconds per request, `fit` the fewest knobs, then the fewest GPUs. Ties go to lower
     indices, so that the result is deterministic.
     """
-    return _search(profile, gpus, rules, placements(gpus, pins or {}), _settings(rules.allow), _balanced_key)
+    return _search(profile, gpus, rules, placements(gpus, pins or {}), _settings(profile, rules.allow), _balanced_key)
 
 
 def search_single(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, gpu: int | None) -> Search:
     """Search the placements that put everything on one GPU: fewest knobs, then the fastest GPU, then the emptiest."""
     options = [[i] * len(COMPONENTS) for i, one in enumerate(gpus) if gpu in (None, one.index)]
-    return _search(profile, gpus, rules, np.array(options, np.int64), _settings(rules.allow), _single_key)
+    return _search(profile, gpus, rules, np.array(options, np.int64), _settings(profile, rules.allow), _single_key)
 
 
 def search_custom(
     profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, placement: Placement, knobs: Iterable[Knob] = ()
 ) -> Search:
     """Check the one placement the user wrote, with the knobs that are to be on."""
+    knobs = useful(profile, knobs)
     if set(placement.values()) == {"cpu"}:
-        return Search([Candidate(placement, ordered(knobs), {}, 0.0, 0, None)], placements=1, feasible=1)
+        return Search([Candidate(placement, knobs, {}, 0.0, 0, None)], placements=1, feasible=1)
     position: dict[Place, int] = {"cpu": CPU, **{gpu.index: i for i, gpu in enumerate(gpus)}}
     options = np.array([[position[placement[name]] for name in COMPONENTS]], np.int64)
-    return _search(profile, gpus, rules, options, [ordered(knobs)], _balanced_key)
+    return _search(profile, gpus, rules, options, [knobs], _balanced_key)
 
 
 def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Integers:
@@ -108,14 +109,23 @@ def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Integers:
     return rows[np.logical_and.reduce(in_order)] if in_order else rows
 
 
-def _settings(allow: Iterable[Knob]) -> list[tuple[Knob, ...]]:
-    """Every set of knobs to try, none first; tiling takes one image at a time too. Splitting belongs to placements."""
+def useful(profile: PipelineProfile, knobs: Iterable[Knob]) -> tuple[Knob, ...]:
+    """Those of `knobs` that have something to do in the request: `encode_once` wants a control image that repeats."""
+    return tuple(knob for knob in ordered(knobs) if knob != "encode_once" or profile.control_rows > 1)
+
+
+def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[tuple[Knob, ...]]:
+    """Every set of knobs to try, none first; tiling takes one image at a time too. Splitting belongs to placements.
+
+    `encode_once` costs nothing, so that it is on in every set where it is allowed and has something to do.
+    """
     allowed = set(allow)
+    always = [knob for knob in useful(profile, allowed) if knob == "encode_once"]
     modes: list[set[Knob]] = [set(), {"vae_slicing"}, {"vae_slicing", "vae_tiling"}]
     places: list[set[Knob]] = [set(), {"text_encoder_offload"}]
     if "vae_tiling" in allowed:
         allowed.add("vae_slicing")
-    return [ordered(mode | place) for place in places for mode in modes if mode | place <= allowed]
+    return [ordered([*always, *mode, *place]) for place in places for mode in modes if mode | place <= allowed]
 
 
 Key = list[NDArray[Any]]

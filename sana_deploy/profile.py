@@ -20,6 +20,8 @@ PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
 
 VaeMode = Literal["plain", "vae_slicing", "vae_tiling"]
 """How the VAE works: all images at once, one at a time, or one at a time in tiles."""
+VAE_KNOBS: tuple[Knob, ...] = ("encode_once", "vae_slicing", "vae_tiling")
+"""Knobs that change what the VAE needs."""
 VAE_TILE = (1024, 1024, 896, 896)
 """Height and width of a tile and its strides in pixels, as `AutoencoderDC.enable_tiling` takes them. Tiles of 512
 left artifacts in flat areas (https://github.com/huggingface/diffusers/issues/10510)."""
@@ -37,16 +39,18 @@ class Work:
     """What a component computes in one phase (in denoise: in one step).
 
     Attributes:
-        operations: kernels launched.
+        operations: kernels launched, by all calls.
         flops: floating point operations, 2 per multiply-add.
         product_bytes: read and written by the operations that have FLOPs.
         other_bytes: read and written by all others.
+        calls: passes one after the other that this is cut into.
     """
 
     operations: int = 0
     flops: int = 0
     product_bytes: int = 0
     other_bytes: int = 0
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,24 +106,30 @@ _PHASE_OF_CROSSING: Mapping[str, Phase] = {
 class PipelineProfile:
     """All components for one workload, and the tensors that flow between them.
 
-    `vae_modes` are what the VAE needs when it works otherwise than plainly.
+    Attributes:
+        control_rows: copies of the control image that the pipeline makes, the first one included.
+        vae_under: what the VAE needs under sets of its knobs; tiling is never without slicing.
     """
 
     components: Mapping[Component, ComponentProfile]
     crossings: tuple[Crossing, ...]
     steps: int
-    vae_modes: Mapping[VaeMode, ComponentProfile] = field(default_factory=dict)
+    control_rows: int = 1
+    vae_under: Mapping[frozenset[Knob], ComponentProfile] = field(default_factory=dict)
 
     def under(self, knobs: Iterable[Knob]) -> PipelineProfile:
         """Return the profile with `knobs` turned on; splitting ControlNet off changes nothing here."""
-        knobs = set(knobs)
-        parts = dict(self.components)
-        mode: VaeMode = "vae_tiling" if "vae_tiling" in knobs else "vae_slicing" if "vae_slicing" in knobs else "plain"
-        if mode in self.vae_modes:
-            parts["vae"] = self.vae_modes[mode]
+        knobs = set(knobs) | ({"vae_slicing"} if "vae_tiling" in knobs else set())
+        parts, crossings = dict(self.components), self.crossings
+        parts["vae"] = self.vae_under.get(frozenset(knobs.intersection(VAE_KNOBS)), parts["vae"])
         if "text_encoder_offload" in knobs:
             parts["text_encoder"] = replace(parts["text_encoder"], resident=False)
-        return replace(self, components=parts)
+        if "encode_once" in knobs:
+            crossings = tuple(
+                replace(one, bytes_each=one.bytes_each // self.control_rows) if one.tensor in _REPEATED else one
+                for one in crossings
+            )
+        return replace(self, components=parts, crossings=crossings)
 
 
 def profile_pipeline(
@@ -133,27 +143,30 @@ def profile_pipeline(
     facts = checkpoint.components
     needs = needs_of(checkpoint, formats, workload.guided, told)
 
-    def profiled(name: Component, mode: VaeMode) -> ComponentProfile:
+    def profiled(name: Component, knobs: Iterable[Knob] = ()) -> ComponentProfile:
         phases = [phase for phase in PHASES if phase in needs[name]]
         return ComponentProfile(
             name,
             facts[name].class_name,
             formats[name],
             facts[name].weights_bytes(formats[name]),
-            {phase: _activation(needs[name][phase], workload, phase, mode) for phase in phases},
-            {phase: _work(needs[name][phase], workload, phase, mode) for phase in phases},
+            {phase: _activation(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
+            {phase: _work(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
         )
 
-    modes: tuple[VaeMode, ...] = ("vae_slicing", "vae_tiling")
+    ways: tuple[set[Knob], ...] = (set(), {"vae_slicing"}, {"vae_slicing", "vae_tiling"})
+    once: tuple[set[Knob], ...] = (set(), {"encode_once"})
+    sets = [frozenset(one | way) for one in once for way in ways]
     return PipelineProfile(
-        {name: profiled(name, "plain") for name in facts},
+        {name: profiled(name) for name in facts},
         _crossings(facts, workload, {name: form.dtype for name, form in formats.items()}),
         workload.steps,
-        {mode: profiled("vae", mode) for mode in modes},
+        workload.rows,
+        {knobs: profiled("vae", knobs) for knobs in sets},
     )
 
 
-def linear(coefficients: Sequence[float], batch: int, pixels: int) -> float:
+def linear(coefficients: Sequence[float], batch: float, pixels: int) -> float:
     """constant + per_image x batch + per_pixel x pixels + per_image_pixel x batch x pixels."""
     constant, per_image, per_pixel, per_image_pixel = coefficients
     return constant + per_image * batch + per_pixel * pixels + per_image_pixel * batch * pixels
@@ -169,36 +182,58 @@ def covered_pixels(height: int, width: int) -> int:
     return sum(tiles(height)) * sum(tiles(width))
 
 
-def _activation(needs: Mapping[str, Any], workload: Workload, phase: Phase, mode: VaeMode) -> int:
+@dataclass(frozen=True)
+class _VaeCall:
+    """How much of a request passes a component in one phase, and how; only the VAE works otherwise than plainly.
+
+    Attributes:
+        batch: images, in those that the needs count: with guidance they count a control image as two rows.
+        rows: images that really pass.
+    """
+
+    height: int
+    width: int
+    batch: float
+    rows: int
+    mode: VaeMode
+
+    @classmethod
+    def of(cls, workload: Workload, phase: Phase, knobs: Iterable[Knob]) -> _VaeCall:
+        mode: VaeMode = "vae_tiling" if "vae_tiling" in knobs else "vae_slicing" if "vae_slicing" in knobs else "plain"
+        each = workload.rows // workload.batch if phase == "prepare" else 1
+        rows = 1 if phase == "prepare" and "encode_once" in knobs else workload.batch * each
+        return cls(workload.height, workload.width, rows / each, rows, mode)
+
+
+def _activation(needs: Mapping[str, Any], call: _VaeCall) -> int:
     """Peak in bytes. Sliced, one image at a time; tiled, one tile of it, and what collecting the tiles adds."""
-    batch, pixels = workload.batch, workload.height * workload.width
-    sliced = mode != "plain" and _rows(workload, phase) > 1
-    tile = min(workload.height, VAE_TILE[0]) * min(workload.width, VAE_TILE[1]) if mode == "vae_tiling" else pixels
-    peak = linear(needs["sliced_bytes" if sliced else "activation_bytes"], batch, tile)
+    height, width, pixels = call.height, call.width, call.height * call.width
+    sliced = call.mode != "plain" and call.rows > 1
+    tile = min(height, VAE_TILE[0]) * min(width, VAE_TILE[1]) if call.mode == "vae_tiling" else pixels
+    peak = linear(needs["sliced_bytes" if sliced else "activation_bytes"], call.batch, tile)
     if tile < pixels:
         constant, per_pixel, per_image_pixel = needs["tiling_bytes"]
-        peak += constant + (per_pixel + per_image_pixel * batch) * covered_pixels(workload.height, workload.width)
+        images = max(1, call.batch)
+        collected = constant + (per_pixel + per_image_pixel * images) * covered_pixels(height, width)
+        peak += collected * call.batch / images
     return max(0, round(peak))
 
 
-def _work(needs: Mapping[str, Any], workload: Workload, phase: Phase, mode: VaeMode) -> Work:
+def _work(needs: Mapping[str, Any], call: _VaeCall) -> Work:
     """FLOPs and bytes grow with the pixels computed (tiles overlap), operations with the number of calls."""
-    pixels, calls = workload.height * workload.width, 1
-    if mode != "plain":
-        calls = _rows(workload, phase)
-    if mode == "vae_tiling" and max(workload.height, workload.width) > VAE_TILE[0]:
-        pixels = covered_pixels(workload.height, workload.width)
-        calls *= len(tiles(workload.height)) * len(tiles(workload.width))
-    counts = {key: round(linear(needs[key], workload.batch, pixels)) for key in _QUANTITIES}
-    return Work(operations=needs["operations"] * calls, **counts)
+    pixels, calls = call.height * call.width, 1
+    if call.mode != "plain":
+        calls = call.rows
+    if call.mode == "vae_tiling" and max(call.height, call.width) > VAE_TILE[0]:
+        pixels = covered_pixels(call.height, call.width)
+        calls *= len(tiles(call.height)) * len(tiles(call.width))
+    counts = {key: round(linear(needs[key], call.batch, pixels)) for key in _QUANTITIES}
+    return Work(operations=needs["operations"] * calls, calls=calls, **counts)
 
 
 _QUANTITIES = ("flops", "product_bytes", "other_bytes")
-
-
-def _rows(workload: Workload, phase: Phase) -> int:
-    """Images that pass the VAE: the control image once per guidance half."""
-    return workload.batch * (2 if workload.guided and phase == "prepare" else 1)
+_REPEATED = ("control_image", "control_latents")
+"""Crossings that `encode_once` makes with one row of each image."""
 
 
 def _prompt_tokens(facts: Mapping[Component, ComponentFacts]) -> int:
@@ -212,7 +247,7 @@ def _crossings(
 ) -> tuple[Crossing, ...]:
     """List the tensors between components, in bytes; the denoising loop lives with the transformer."""
     item = {name: DTYPE_BYTES[dtype] for name, dtype in dtypes.items()}
-    rows = workload.batch * (2 if workload.guided else 1)
+    rows = workload.rows
     cells = workload.height * workload.width // VAE_FACTOR**2
     channels = int(facts["vae"].config["latent_channels"])
     hidden = int(facts["text_encoder"].config["hidden_size"])

@@ -10,6 +10,7 @@ from .spec import Component
 from .units import human_bytes
 
 KNOB_WORDS: Mapping[str, str] = {
+    "encode_once": "the VAE encodes the control image once and repeats the result",
     "vae_slicing": "the VAE takes one image at a time",
     "split_controlnet": "ControlNet apart from the transformer",
     "text_encoder_offload": "the text encoder is on its GPU only during encode",
@@ -30,14 +31,19 @@ def groups_words(device_map: Mapping[Component, Place]) -> str:
 
 
 def knob_sentence(plan: Plan, knob: str) -> str:
-    """What a knob that is on saves on the GPU that it helps most, and what it costs."""
+    """What a knob that is on saves on the GPU that it helps most, and what it costs; seconds may be either."""
     price = plan.knob_prices.get(knob)
     if not price:
         return knob
-    costs = [f"moves ~{human_bytes(price.bytes_per_image)} per image"] if price.bytes_per_image > 0 else []
-    if price.seconds_per_image is not None:
-        costs.append(f"costs ~{max(price.seconds_per_image, 0):.2f} s")
-    return f"{knob} saves ~{human_bytes(price.bytes_saved)}{''.join(f', {cost}' for cost in costs)}"
+    seconds = price.seconds_per_image
+    saved, costs = [f"~{human_bytes(price.bytes_saved)}"], []
+    if price.bytes_per_image > 0:
+        costs.append(f"moves ~{human_bytes(price.bytes_per_image)} per image")
+    if seconds is not None and seconds < 0:
+        saved.append(f"~{-seconds:.2g} s")
+    elif seconds is not None:
+        costs.append(f"costs ~{seconds:.2g} s")
+    return f"{knob} saves {' and '.join(saved)}{''.join(f', {cost}' for cost in costs)}"
 
 
 def rejection_words(row: RejectionCount) -> str:

@@ -21,3 +21,19 @@ def draw(pipeline: SanaControlNetPipeline, spec: DeploySpec, **options: Any) -> 
         generator=torch.Generator().manual_seed(work.seed), output_type="np",
     )  # fmt: skip
     return np.asarray(pipeline(**{**arguments, **options}).images)
+
+
+def encode_one_at_a_time(pipeline: SanaControlNetPipeline) -> SanaControlNetPipeline:
+    """Have diffusers' own pipeline encode control images as its slicing does; decode stays as it is."""
+    vae = pipeline.vae
+    encode = vae.encode
+
+    def sliced(*args: Any, **kwargs: Any) -> Any:
+        vae.enable_slicing()
+        try:
+            return encode(*args, **kwargs)
+        finally:
+            vae.disable_slicing()
+
+    vae.encode = sliced
+    return pipeline

@@ -1,7 +1,7 @@
 """What people do with a pipeline goes on working once it is placed: the same images, on GPUs that all differ.
 
-Every component sits on a virtual GPU of its own, in numbers; the reference is diffusers' pipeline on the CPU. The cases
-follow what diffusers' own tests of this pipeline check.
+Every component sits on a virtual GPU of its own, in numbers; the reference is diffusers' pipeline on the CPU, which
+encodes control images one at a time as the plan does. The cases follow what diffusers' own tests of it check.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaControlNetPipeline
+from drawing import encode_one_at_a_time
 from PIL import Image
 
 from sana_deploy import load_pipeline, place, unplace
@@ -66,7 +67,7 @@ def placed(tiny: Path, small: Small) -> Iterator[Placed]:
     resolved = compile_spec(small("precision=fp32", *FOUR, EACH_ALONE)).resolve()
     host = open_host(resolved)
     pipeline = load_pipeline(resolved, host=host)
-    yield Placed(pipeline, SanaControlNetPipeline.from_pretrained(tiny), host, resolved)
+    yield Placed(pipeline, encode_one_at_a_time(SanaControlNetPipeline.from_pretrained(tiny)), host, resolved)
     assert all(left < 2**18 for left in host.ledger.activations), "live bytes are back to the weights"
 
 
@@ -159,7 +160,7 @@ def test_attention_slicing_and_a_plain_tuple(placed: Placed) -> None:
 def test_a_placed_pipeline_saves_what_it_was_loaded_from(tiny: Path, small: Small, tmp_path: Path) -> None:
     pipeline = load_pipeline(compile_spec(small("precision=fp32")))
     pipeline.save_pretrained(tmp_path)
-    assert same(call(SanaControlNetPipeline.from_pretrained(tmp_path)), call(pipeline))
+    assert same(call(encode_one_at_a_time(SanaControlNetPipeline.from_pretrained(tmp_path))), call(pipeline))
 
 
 def test_embeddings_changed_in_place_cross_anew(placed: Placed) -> None:

@@ -29,7 +29,7 @@ def test_it_tells_what_moved_and_what_that_costs(pair: tuple[Plan, Plan]) -> Non
     assert found["hardware.allow"].kind == "declared"
     moved = found["components.controlnet.slot"]
     assert (moved.kind, moved.was, moved.now) == ("decided", pair[0].home, 1 - int(pair[0].home))
-    assert (found["knobs"].was, found["knobs"].now) == ("vae_slicing", "split_controlnet")
+    assert (found["knobs"].was, found["knobs"].now) == ("encode_once", "split_controlnet")
     assert found["estimates.bytes_per_step"].was == 0
     assert "components.transformer.slot" not in found
     shown = render(compare(*pair))

@@ -101,10 +101,11 @@ def test_a_forced_map_ends_with_6_and_the_knobs_that_help(
     ended = cli(
         "model=sana_1600m_controlnet", "machine=virtual", "machine.gpus=12GiB", "hardware=custom_map",
         "hardware.device_map={text_encoder: 0, vae: 0, transformer: 0, controlnet: 0}", "hardware.force=true",
+        "hardware.knobs=[]",
     )  # fmt: skip
     assert ended.returncode == 6, ended.stderr
     assert "warning: hardware.force: expected to run out of memory, and forced: GPU 0 needs" in ended.stderr
     (folder,) = (tmp_path / "outputs").glob("*/*")
     outcome = json.loads((folder / "outcome.json").read_text())
     assert outcome["error"]["facts"]["component"] == "vae"
-    assert outcome["error"]["hint"].startswith("hardware.knobs=[vae_slicing] plans")
+    assert outcome["error"]["hint"].startswith("hardware.knobs=[encode_once] plans")
