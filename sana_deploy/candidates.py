@@ -85,7 +85,10 @@ def ordered(knobs: Iterable[Knob]) -> tuple[Knob, ...]:
 
 @dataclass
 class Rows:
-    """Candidates in arrays, one entry per row: what a key is made of. `free` is bytes per GPU position."""
+    """Candidates in arrays, one entry per row: what a key is made of. `free` is bytes per GPU position.
+
+    `seconds` are whole microseconds, so that equal placements tie whatever their order of summation.
+    """
 
     places: Integers
     setting: Integers
@@ -174,9 +177,7 @@ class Board:
         """Gather the candidates that fit."""
         taken = np.concatenate(fits)
         setting = np.repeat(np.arange(len(sheets)), [len(rows) for rows in fits])
-        latency = self.rules.objective == "latency"
-        seconds = [self._seconds(sheet.profile)[rows] if latency else np.zeros(len(rows))
-                   for sheet, rows in zip(sheets, fits, strict=True)]  # fmt: skip
+        seconds = [self._seconds(sheet.profile)[rows] for sheet, rows in zip(sheets, fits, strict=True)]
         speeds = sorted({gpu.speed for gpu in self.gpus}, reverse=True)
         ranks = np.array([*(speeds.index(gpu.speed) for gpu in self.gpus), 0])
         on = {knob: np.array([knob in sheet.knobs for sheet in sheets])[setting] for knob in KNOBS}
@@ -185,7 +186,7 @@ class Board:
             setting=setting,
             worst=np.concatenate([sheet.worst[rows] for sheet, rows in zip(sheets, fits, strict=True)]),
             moved=np.concatenate([sheet.moved[rows] for sheet, rows in zip(sheets, fits, strict=True)]),
-            seconds=np.concatenate(seconds),
+            seconds=np.concatenate(seconds).round(6),
             knobs={**on, "split_controlnet": self.split[taken]},
             home_rank=ranks[self.column["transformer"][taken]],
             free=self.free,

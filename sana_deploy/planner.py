@@ -59,11 +59,12 @@ def search_balanced(
 ) -> Search:
     """Search all placements of whole components over `gpus`, GPUs that are alike counted once; `pins` are kept to.
 
-    `balance` takes, one after the other: no tiling, no offload, ControlNet beside the transformer, the lowest worst
-    peak/free, fewest bytes moved, the denoiser on the faster GPU. Slicing costs next to nothing: it goes on where
-    otherwise nothing fits, or where keeping ControlNet with the transformer would fill a GPU more than splitting it
-    off. `latency` takes the fewest seconds per request, `fit` the fewest knobs, then the fewest GPUs. Ties go to lower
-    indices, so that the result is deterministic.
+    `balance` takes the fewest seconds, then the fewest bytes moved, among placements whose fullest GPU is at most ROOMY
+    full, and the emptiest fullest GPU where none is. Before that it wants, one after the other: no tiling, no offload,
+    ControlNet beside the transformer, and no slicing; slicing goes on where otherwise nothing fits, or where keeping
+    ControlNet with the transformer would fill a GPU beyond ROOMY, and more than splitting it off. `latency` takes the
+    fewest seconds per request, `fit` the fewest knobs, then the fewest GPUs. Ties go to emptier GPUs, a faster denoiser
+    and lower indices, so that the result is deterministic.
     """
     return _search(profile, gpus, rules, placements(gpus, pins or {}), _settings(profile, rules.allow), _balanced_key)
 
@@ -128,6 +129,8 @@ def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[tuple[Kno
     return [ordered([*always, *mode, *place]) for place in places for mode in modes if mode | place <= allowed]
 
 
+ROOMY = 0.7
+"""Share of its free memory up to which a GPU's fullness does not matter: evenness is worth nothing there."""
 Key = list[NDArray[Any]]
 """Columns to sort by, the most important one first; smaller is better."""
 
@@ -140,8 +143,10 @@ def _balanced_key(rows: Rows, objective: Objective) -> Key:
         return [rows.count_knobs(), rows.count_further_places(), *ties]
     tiling, offload, slicing = (rows.knobs[k] for k in ("vae_tiling", "text_encoder_offload", "vae_slicing"))
     plain = ~(tiling | offload | slicing)
-    fuller = rows.worst > rows.worst[plain].min(initial=np.inf)
-    return [tiling, offload, rows.knobs["split_controlnet"], fuller, slicing, *ties]
+    crowd = np.maximum(rows.worst, ROOMY)
+    fuller = crowd > crowd[plain].min(initial=np.inf)
+    knobs: Key = [tiling, offload, rows.knobs["split_controlnet"], fuller, slicing]
+    return [*knobs, crowd, rows.seconds, rows.moved, *ties]
 
 
 def _single_key(rows: Rows, objective: Objective) -> Key:

@@ -10,7 +10,7 @@ from .spec import Component
 from .units import human_bytes
 
 KNOB_WORDS: Mapping[str, str] = {
-    "encode_once": "the VAE encodes the control image once and repeats the result",
+    "encode_once": "the VAE encodes the control image once; bits as with slicing, a batch of two may round otherwise",
     "vae_slicing": "the VAE takes one image at a time",
     "split_controlnet": "ControlNet apart from the transformer",
     "text_encoder_offload": "the text encoder is on its GPU only during encode",

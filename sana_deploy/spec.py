@@ -119,8 +119,8 @@ class Planned(Placed):
         use: indices of the GPUs that may be taken; None means all.
         keep_free: what stays free on every GPU for others, e.g. `1GiB`.
         allow: knobs that may be turned on; tiling can change pixels and must be asked for.
-        objective: `balance` (no knob without need, then the emptiest fullest GPU), `latency` (seconds per image),
-            `fit` (fewest knobs, then fewest GPUs).
+        objective: `balance` (no knob without need; then the fewest seconds where the fullest GPU is at most 70 % full,
+            else the emptiest fullest GPU), `latency` (seconds per image), `fit` (fewest knobs, then fewest GPUs).
         on_shortfall: without any GPU, run on the CPU with a warning, or refuse.
     """
 
@@ -139,7 +139,7 @@ class SingleGpu(Planned):
 
 
 class MultiGpuBalanced(Planned):
-    """Whole components dealt over all GPUs so that the fullest one is as empty as possible.
+    """Whole components dealt over all GPUs: fast while no GPU is crowded, else so that the fullest is the emptiest.
 
     `pin` fixes single components to a GPU index; None leaves one free.
     """

@@ -16,7 +16,7 @@ from sana_deploy.cost import Place, bytes_per_request, home_of, is_split, phase_
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
 from sana_deploy.known_gpus import KNOWN_GPUS
 from sana_deploy.machine import Gpu, Machine
-from sana_deploy.planner import placements, search_balanced
+from sana_deploy.planner import ROOMY, placements, search_balanced
 from sana_deploy.profile import ComponentProfile, Crossing, Phase, PipelineProfile, Work
 from sana_deploy.spec import COMPONENTS, KNOBS, Component, DeploySpec, Format, Knob
 from sana_deploy.units import GIB, MIB
@@ -95,10 +95,22 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
             found.append(
                 (tiling, offload, split, slicing, worst, moved, speed, sum(seconds.values()), count, len(uses))
             )
-    least = min((row[4] for row in found if not (row[0] or row[1] or row[3])), default=math.inf)
+    crowd = {row: max(row[4], ROOMY) for row in found}
+    least = min((crowd[row] for row in found if not (row[0] or row[1] or row[3])), default=math.inf)
     keys = {
-        "balance": lambda r: (r[0], r[1], r[2], r[4] > least, r[3], r[4], r[5], r[6]),
-        "latency": lambda r: (round(r[7], 9), r[8], r[4], r[5], r[6]),
+        "balance": lambda r: (
+            r[0],
+            r[1],
+            r[2],
+            crowd[r] > least,
+            r[3],
+            crowd[r],
+            round(r[7], 6),
+            r[5],
+            r[4],
+            r[6],
+        ),
+        "latency": lambda r: (round(r[7], 6), r[8], r[4], r[5], r[6]),
         "fit": lambda r: (r[8], r[9], r[4], r[5], r[6]),
     }
     return min((keys[rules.objective](row) for row in found), default=None)
@@ -123,9 +135,13 @@ def test_the_chosen_candidate_is_the_best_of_all(
     ties = (best.worst_utilisation, best.bytes_per_request, speed)
     if objective == "balance":
         assert (on["vae_tiling"], on["text_encoder_offload"], on["split_controlnet"]) == expected[:3]
-        assert (on["vae_slicing"], *ties) == expected[4:]
+        seconds = round(sum(best.seconds.values()), 6)
+        crowd = max(best.worst_utilisation, ROOMY)
+        assert (on["vae_slicing"], crowd) == expected[4:6]
+        assert seconds == pytest.approx(expected[6], abs=2e-6)
+        assert (best.bytes_per_request, best.worst_utilisation, speed) == expected[7:] or seconds != expected[6]
     elif objective == "latency":
-        assert sum(best.seconds.values()) == pytest.approx(expected[0])
+        assert sum(best.seconds.values()) == pytest.approx(expected[0], abs=2e-6)
     else:
         assert (len(best.knobs), len(best.uses), *ties) == expected
 
@@ -388,8 +404,7 @@ def test_every_knob_that_is_on_has_its_price(small: Small, machine: Describe) ->
 def test_latency_puts_all_on_the_fastest_and_fit_uses_the_fewest_gpus(small: Small) -> None:
     slow, fast = KNOWN_GPUS["rtx3090"], KNOWN_GPUS["rtx4090"]
     gpus = tuple(
-        Gpu(i, row.name, row.memory_mib * MIB, row.memory_mib * MIB, row.capability, row.multiprocessors)
-        for i, row in enumerate((slow, fast))
+        Gpu(i, row.name, 14 * GIB, 14 * GIB, row.capability, row.multiprocessors) for i, row in enumerate((slow, fast))
     )
     box = Machine("present", gpus, 64 * GIB)
     quick = compile_spec(small(LARGE, *AT_1024, "hardware.objective=latency"), box)

@@ -1,0 +1,89 @@
+"""`balance`: seconds count while there is room, evenness where GPUs are crowded; never fuller than diffusers' map there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sana_deploy.checkpoint import open_checkpoint
+from sana_deploy.compile import compile_spec
+from sana_deploy.compose import compose_spec
+from sana_deploy.cost import slot_use
+from sana_deploy.describe import describe_machine
+from sana_deploy.errors import InfeasibleError
+from sana_deploy.planner import ROOMY
+from sana_deploy.profile import profile_pipeline
+from sana_deploy.spec import COMPONENTS, DeploySpec
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from placement import MACHINES, MODELS, balanced_map
+
+Small = Callable[..., DeploySpec]
+LARGE = ("model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024", "precision=mixed_bf16")
+
+
+def on(gpus: str, *overrides: str) -> DeploySpec:
+    return compose_spec([*LARGE, "machine=virtual", f"machine.gpus={gpus}", *overrides])
+
+
+@pytest.mark.parametrize("gpus", ["[a100,h100]", "[h100,a100]"])
+def test_with_room_on_the_faster_gpu_everything_goes_there(gpus: str) -> None:
+    plan = compile_spec(on(gpus))
+    faster = 0 if gpus == "[h100,a100]" else 1
+    assert set(plan.device_map.values()) == {faster}
+    assert plan.estimates.worst_utilisation < ROOMY
+    quickest = compile_spec(on(gpus, "hardware.objective=latency"))
+    assert plan.estimates.seconds_per_image == quickest.estimates.seconds_per_image
+
+
+def test_where_gpus_are_crowded_the_fullest_is_the_emptiest() -> None:
+    crowded = "machine.memory=14GiB"
+    plan = compile_spec(on("[h100,a100]", crowded))
+    quickest = compile_spec(on("[h100,a100]", crowded, "hardware.objective=latency"))
+    assert len(plan.slots) == 2
+    assert plan.estimates.worst_utilisation < quickest.estimates.worst_utilisation
+    assert quickest.estimates.worst_utilisation > ROOMY
+
+
+def test_slicing_stays_off_where_there_is_room() -> None:
+    plain = ("hardware.allow=[vae_slicing,split_controlnet]", "workload.batch=2")
+    assert compile_spec(on("2xh100", *plain)).knobs == []
+    assert compile_spec(on("2x14GiB", *plain)).knobs == ["vae_slicing"], "where there is none it goes on"
+
+
+@cache
+def diffusers_map(model: str, gpus: str, precision: str) -> dict[str, Any]:
+    import torch
+
+    spec = compose_spec([f"model={model}", "machine=virtual", f"machine.gpus={gpus}", f"precision={precision}"])
+    dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
+    return balanced_map(model, dtypes, {gpu.index: gpu.free_bytes for gpu in describe_machine(spec.machine).gpus})
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("gpus", [gpus for gpus in MACHINES if gpus.startswith(("2", "4", "8", "["))])
+def test_no_gpu_is_fuller_than_diffusers_fullest_where_that_is_crowded(model: str, gpus: str) -> None:
+    precision = "mixed_fp32" if gpus in ("2xt4", "2xv100") else "mixed_bf16"
+    theirs = diffusers_map(model, gpus, precision)
+    assert set(theirs) == set(COMPONENTS)
+    for side in (512, 1024, 2048):
+        size = (f"workload.height={side}", f"workload.width={side}")
+        spec = on(gpus, f"model={model}", f"precision={precision}", *size)
+        machine = describe_machine(spec.machine)  # type: ignore[arg-type]
+        profile = profile_pipeline(open_checkpoint(spec.model), spec.workload, spec.precision.formats)
+        fullest = max(
+            slot_use(profile, theirs, gpu.index, gpu.total_bytes).peak_bytes / gpu.free_bytes
+            for gpu in machine.gpus
+            if gpu.index in theirs.values()
+        )
+        try:
+            ours = compile_spec(spec).estimates.worst_utilisation
+        except InfeasibleError:
+            assert fullest > 1, "what diffusers can place fits"
+            continue
+        assert ours <= max(fullest, ROOMY) + 1e-6, (side, ours, fullest)
