@@ -33,7 +33,6 @@ from .plan import (
 from .planner import Search
 from .profile import VAE_TILE, PipelineProfile
 from .spec import COMPONENTS, DeploySpec, Knob
-from .units import human_bytes
 
 
 def assemble(
@@ -67,11 +66,7 @@ def assemble(
         )
         for name, part in ((name, profile.components[name]) for name in COMPONENTS)
     }
-    remarks = [
-        *diagnostics,
-        *_rate_remarks([by_index[i] for i in used]),
-        *_host_remarks(profile, placement, machine),
-    ]
+    remarks = [*diagnostics, *_rate_remarks([by_index[i] for i in used])]
     return Plan.build(
         spec=spec,
         checkpoint=record_of(checkpoint, spec.resolve.verify),
@@ -181,17 +176,6 @@ def _rate_remarks(gpus: list[Gpu]) -> list[Diagnostic]:
         return []
     message = f"seconds are estimated with the rates of other GPUs ({'; '.join(scaled)})"
     return [Diagnostic(type="assumed_rates", severity="info", message=message, where="machine")]
-
-
-def _host_remarks(profile: PipelineProfile, placement: Placement, machine: Machine) -> list[Diagnostic]:
-    use = slot_use(profile, placement, "cpu", machine.host_bytes)
-    if use.peak_bytes <= machine.host_bytes:
-        return []
-    message = (
-        f"the components on the CPU need about {human_bytes(use.peak_bytes)}, "
-        f"this host has {human_bytes(machine.host_bytes)}"
-    )
-    return [Diagnostic(type="host_memory", severity="warning", message=message, where="machine")]
 
 
 def _considered(search: Search, batch: int) -> Considered:

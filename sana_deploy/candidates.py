@@ -6,6 +6,7 @@ set is costed once per set of knobs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,6 +21,7 @@ from .cost import (
     bytes_per_request,
     component_seconds,
     crossing_seconds,
+    host_bytes,
     is_split,
     overhead,
     phase_seconds,
@@ -32,9 +34,9 @@ from .spec import COMPONENTS, KNOBS, Component, Knob
 from .units import human_bytes
 
 Objective = Literal["balance", "latency", "fit"]
-Reason = Literal["split", "dtype", "memory"]
+Reason = Literal["split", "dtype", "host memory", "memory"]
 Integers = NDArray[np.int64]
-REASONS: tuple[Reason, ...] = ("memory", "dtype", "split")
+REASONS: tuple[Reason, ...] = ("memory", "host memory", "dtype", "split")
 FITS = -1
 _NOTHING = np.iinfo(np.int64).min
 CPU = -1
@@ -69,12 +71,14 @@ class Rules:
     """What the search must respect, and what it is for.
 
     `force` takes a placement that is short of memory; `allow_emulated` one with a dtype that a GPU only emulates.
+    `host_bytes` is the host's memory, None where it is not known.
     """
 
     allow: Iterable[Knob] = KNOBS
     objective: Objective = "balance"
     allow_emulated: bool = False
     force: bool = False
+    host_bytes: int | None = None
 
 
 def ordered(knobs: Iterable[Knob]) -> tuple[Knob, ...]:
@@ -113,16 +117,21 @@ class Rows:
 
 @dataclass
 class Sheet:
-    """All placements under one set of knobs: bytes moved, peak and shortfall at the tightest GPU; `code` FITS or in
-    REASONS."""
+    """All placements under one set of knobs: bytes moved, peak and shortfall at the tightest GPU, shortfall of the
+    host; `code` FITS or in REASONS."""
 
     knobs: tuple[Knob, ...]
     profile: PipelineProfile
     moved: Integers
     worst: NDArray[np.float64]
     short: Integers
+    host_short: Integers
     tightest: Integers
     code: NDArray[np.int8]
+
+    def lacking(self, reason: Reason) -> Integers:
+        """Bytes that are missing where `reason` rules placements out."""
+        return self.host_short if reason == "host memory" else self.short
 
 
 class Board:
@@ -134,6 +143,7 @@ class Board:
         self.free = np.array([gpu.free_bytes for gpu in gpus], np.int64)
         bits = 1 << np.arange(len(COMPONENTS))
         self.masks = [(options == i) @ bits for i in range(len(gpus))]
+        self.host_mask = (options == CPU) @ bits
         column = {name: options[:, i] for i, name in enumerate(COMPONENTS)}
         self.split = column["controlnet"] != column["transformer"]
         self.column = column
@@ -157,13 +167,26 @@ class Board:
             here = lacking[self.masks[i]]
             tightest[here > short] = i
             short = np.maximum(short, here)
+        host_short = self._host_short(profile, needs)
         code = np.full(len(self.options), FITS, np.int8)
         if not self.rules.force:
+            code[host_short > 0] = REASONS.index("host memory")
             code[short > 0] = REASONS.index("memory")
         code[self.emulated >= 0] = REASONS.index("dtype")
         if "split_controlnet" not in self.rules.allow:
             code[self.split] = REASONS.index("split")
-        return Sheet(knobs, profile, self._moved(profile), worst, short, tightest, code)
+        return Sheet(knobs, profile, self._moved(profile), worst, short, host_short, tightest, code)
+
+    def _host_short(self, profile: PipelineProfile, needs: Integers) -> Integers:
+        """Bytes that the host lacks: `cost.host_bytes`, in arrays."""
+        if self.rules.host_bytes is None:
+            return np.full(len(self.options), _NOTHING)
+        held: Integers = needs[self.host_mask]
+        for name, part in profile.components.items():
+            if not part.resident:
+                held += (self.column[name] != CPU) * part.weights_bytes
+        held -= self.rules.host_bytes
+        return held
 
     def _moved(self, profile: PipelineProfile) -> Integers:
         """Bytes of a request that cross between devices: `cost.bytes_per_request`, in arrays."""
@@ -193,16 +216,17 @@ class Board:
         )
 
     def _seconds(self, profile: PipelineProfile) -> NDArray[np.float64]:
-        """Seconds of a request for every placement: `cost.phase_seconds`, in arrays."""
+        """Seconds of a request for every placement: `cost.phase_seconds`, in arrays; the CPU's are not known."""
         rates = [gpu.rates for gpu in self.gpus]
         total = np.zeros(len(self.options))
         for name, part in profile.components.items():
             alone = [component_seconds(part, profile.steps, rate) for rate in rates]
-            total += np.array(alone)[self.column[name]]
+            total += np.array([*alone, 0.0])[self.column[name]]
         for crossing in profile.crossings:
             times = crossing.times(profile.steps)
-            pairs = np.array([[times * crossing_seconds(crossing, a, b) if a_i != b_i else 0.0
-                               for b_i, b in enumerate(rates)] for a_i, a in enumerate(rates)])  # fmt: skip
+            pairs = np.zeros((len(rates) + 1, len(rates) + 1))
+            for a, b in itertools.permutations(range(len(rates)), 2):
+                pairs[a, b] = times * crossing_seconds(crossing, rates[a], rates[b])
             total += pairs[self.column[crossing.src], self.column[crossing.dst]]
         return total
 
@@ -226,7 +250,7 @@ class Board:
     def closest(self, sheets: Sequence[Sheet]) -> Candidate | None:
         """The candidate that memory ruled out by the least; where none is short, one that another reason did."""
         misses = [
-            (REASONS.index(reason), int(sheet.short[row]), row, sheet)
+            (max(REASONS.index(reason), 1), int(sheet.lacking(reason)[row]), row, sheet)
             for sheet in sheets
             for reason in REASONS
             if (row := _least(sheet, reason)) is not None
@@ -242,6 +266,7 @@ class Board:
         for sheet in sheets:
             at: dict[Reason, Integers] = {
                 "memory": sheet.tightest,
+                "host memory": np.full(len(self.options), -1),
                 "dtype": self._emulated_at(),
                 "split": np.full(len(self.options), -1),
             }
@@ -249,7 +274,7 @@ class Board:
                 ruled_out = np.flatnonzero(sheet.code == REASONS.index(reason))
                 for place in np.unique(places[ruled_out]).tolist():
                     rows = ruled_out[places[ruled_out] == place]
-                    nearest = rows[sheet.short[rows].argmin()]
+                    nearest = rows[sheet.lacking(reason)[rows].argmin()]
                     mine = self._rejection(reason, place, nearest, sheet)
                     count, best = groups.get((reason, place), (0, mine))
                     best = min(best, mine, key=lambda rejection: rejection.shortfall_bytes)
@@ -264,6 +289,10 @@ class Board:
     def _rejection(self, reason: Reason, place: int, row: int, sheet: Sheet) -> Rejection:
         if reason == "split":
             return Rejection(reason, -1, "ControlNet may not be split from the transformer (hardware.allow)")
+        if reason == "host memory":
+            need, host = host_bytes(sheet.profile, self.placement(self.options[row])), self.rules.host_bytes or 0
+            message = f"the host needs {human_bytes(need)} for what is on the CPU, it has {human_bytes(host)}"
+            return Rejection(reason, -1, message, need - host)
         gpu = self.gpus[place]
         if reason == "dtype":
             name = COMPONENTS[self.emulated[row]]
@@ -283,7 +312,7 @@ class Board:
 
 def _least(sheet: Sheet, reason: Reason) -> int | None:
     rows = np.flatnonzero(sheet.code == REASONS.index(reason))
-    return int(rows[sheet.short[rows].argmin()]) if len(rows) else None
+    return int(rows[sheet.lacking(reason)[rows].argmin()]) if len(rows) else None
 
 
 def _need(profile: PipelineProfile, mask: int) -> int:

@@ -11,16 +11,17 @@ from .auto import choose_precision
 from .candidates import Candidate, Rejection, Rules
 from .checkpoint import Checkpoint, open_checkpoint
 from .compose import compose_spec
+from .cost import host_bytes
 from .describe import describe_machine
 from .errors import InfeasibleError
 from .hints import with_all_knobs, working_changes
 from .machine import Gpu, Machine
 from .needs import Told
 from .plan import Diagnostic, Place, Plan
-from .planner import Search, search_balanced, search_custom, search_single, useful
+from .planner import Search, search_balanced, search_custom, search_host, search_single
 from .precision import FRAGILE, fragile_components, overflowing_components
 from .profile import PipelineProfile, profile_pipeline
-from .spec import COMPONENTS, CustomMap, DeploySpec, MultiGpuBalanced, Overrides, SingleGpu, VirtualMachine
+from .spec import CustomMap, DeploySpec, MultiGpuBalanced, Overrides, Planned, SingleGpu, VirtualMachine
 from .units import human_bytes, parse_bytes
 
 
@@ -47,7 +48,7 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | 
     diagnostics += [*_precision_remarks(spec), *_overflow_remarks(spec), *_stored_remarks(spec, checkpoint)]
     profile = profile_pipeline(checkpoint, spec.workload, spec.precision.formats, told)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
-        return _cpu_plan(spec, checkpoint, profile, offered, diagnostics)
+        diagnostics.insert(0, _on_cpu(spec.hardware, offered))
     search = _search(spec, profile, offered)
     if search.best is None:
         problem = _infeasible(spec, checkpoint, machine, search)
@@ -58,9 +59,8 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | 
                 spec, checkpoint, profile, offered, search.closest, search, [remark, *diagnostics], feasible=False
             )
         raise problem
-    return assemble(
-        spec, checkpoint, profile, offered, search.best, search, [*_forced(spec, search.best, offered), *diagnostics]
-    )
+    remarks = [*_forced(spec, profile, search.best, offered), *diagnostics]
+    return assemble(spec, checkpoint, profile, offered, search.best, search, remarks)
 
 
 def _pinned(spec: DeploySpec, checkpoint: Checkpoint) -> DeploySpec:
@@ -96,12 +96,16 @@ def _offered(spec: DeploySpec, machine: Machine) -> Machine:
 
 
 def _search(spec: DeploySpec, profile: PipelineProfile, machine: Machine) -> Search:
+    """Search what the strategy leaves open; a virtual machine is described without its host's memory."""
     hardware = spec.hardware
     emulated = spec.precision.allow_emulated
+    host = None if machine.kind == "virtual" else machine.host_bytes
     if isinstance(hardware, CustomMap):
-        rules = Rules(allow_emulated=emulated, force=hardware.force)
+        rules = Rules(allow_emulated=emulated, force=hardware.force, host_bytes=host)
         return search_custom(profile, machine.gpus, rules, dict(hardware.device_map), hardware.knobs)
-    rules = Rules(hardware.allow, hardware.objective, emulated)
+    if not machine.gpus:
+        return search_host(profile, Rules(hardware.allow, hardware.objective, emulated, hardware.force, host))
+    rules = Rules(hardware.allow, hardware.objective, emulated, host_bytes=host)
     if isinstance(hardware, SingleGpu):
         return search_single(profile, machine.gpus, rules, hardware.gpu)
     pins = {name: place for name, place in hardware.pin.items() if place is not None}
@@ -183,40 +187,35 @@ def _stored_remarks(spec: DeploySpec, checkpoint: Checkpoint) -> list[Diagnostic
     return [Diagnostic(type="lossy_dtype", severity="info", message=message, where="precision.components", hint=hint)]
 
 
-def _cpu_plan(
-    spec: DeploySpec,
-    checkpoint: Checkpoint,
-    profile: PipelineProfile,
-    machine: Machine,
-    diagnostics: list[Diagnostic],
-) -> Plan:
-    assert not isinstance(spec.hardware, CustomMap)
-    if spec.hardware.on_shortfall == "error":
+def _on_cpu(hardware: Planned, machine: Machine) -> Diagnostic:
+    """Say that everything runs on the CPU, or refuse it, where there is no GPU."""
+    if hardware.on_shortfall == "error":
         raise InfeasibleError(
             f"{machine.inventory()}, and hardware.on_shortfall=error refuses the CPU",
             where="hardware.on_shortfall",
             hint="hardware.on_shortfall=cpu",
         )
-    remark = Diagnostic(
+    return Diagnostic(
         type="no_gpu",
         severity="warning",
         message=f"{machine.inventory()}; every component runs on the CPU",
         where="machine",
         hint="hardware.on_shortfall=error makes this an error",
     )
-    free = useful(profile, [knob for knob in spec.hardware.allow if knob == "encode_once"])
-    chosen = Candidate(dict.fromkeys(COMPONENTS, "cpu"), free, {}, 0.0, 0, None)
-    return assemble(spec, checkpoint, profile, machine, chosen, Search(), [remark, *diagnostics])
 
 
-def _forced(spec: DeploySpec, chosen: Candidate, machine: Machine) -> list[Diagnostic]:
-    """A remark for a map that is taken although it is short of memory."""
+def _forced(spec: DeploySpec, profile: PipelineProfile, chosen: Candidate, machine: Machine) -> list[Diagnostic]:
+    """A remark for a placement that is taken although it is short of memory."""
     free = {gpu.index: gpu.free_bytes for gpu in machine.gpus}
     short = [
         f"GPU {i} needs {human_bytes(use.peak_bytes)} in {use.phase}, {human_bytes(free[i])} are free"
         for i, use in chosen.uses.items()
         if use.peak_bytes > free[i]
     ]
+    needed = host_bytes(profile.under(chosen.knobs), chosen.placement)
+    if needed > machine.host_bytes and machine.kind != "virtual":
+        short.append(f"the host needs {human_bytes(needed)} for what is on the CPU, it has "
+                     f"{human_bytes(machine.host_bytes)}")  # fmt: skip
     if not short:
         return []
     message = f"expected to run out of memory, and forced: {'; '.join(short)}"
@@ -239,12 +238,15 @@ def _infeasible(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, sear
     short = f", {human_bytes(nearest.shortfall_bytes)} too much" if nearest and nearest.shortfall_bytes else ""
     under = f", each under {search.settings} sets of knobs" if search.settings > 1 else ""
     helped = _fits(with_all_knobs(spec), checkpoint, machine)
-    short_of_memory = nearest is not None and nearest.reason == "memory"
+    short_of_memory = nearest is not None and nearest.reason in ("memory", "host memory")
     never = ". No knob makes it fit on this machine" if short_of_memory and not helped else ""
+    hints = [working_changes(spec, checkpoint, machine, _fits)]
+    if nearest and nearest.reason == "host memory":
+        hints.append("hardware.force=true goes on all the same")
     return InfeasibleError(
         f"0 of {search.placements} placements fit{under} ({reasons}). Closest: {detail}{short}{never}",
         where="hardware",
-        hint=working_changes(spec, checkpoint, machine, _fits),
+        hint="; ".join(filter(None, hints)),
         placements=search.placements,
         candidates=search.considered,
         shortfall_bytes=nearest.shortfall_bytes if nearest else 0,

@@ -95,6 +95,12 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, capaci
     return SlotUse(weights[phase], activations[phase], overhead(slot, capacity_bytes), phase)
 
 
+def host_bytes(profile: PipelineProfile, placement: Placement) -> int:
+    """Bytes of host memory that `placement` takes: what runs on the CPU, and offloaded weights that wait there."""
+    parts = [profile.components[name] for name, place in placement.items() if place != "cpu"]
+    return slot_use(profile, placement, "cpu", 0).peak_bytes + sum(p.weights_bytes for p in parts if not p.resident)
+
+
 def overhead(slot: Place, capacity_bytes: int) -> int:
     """Bytes of a used slot that tensors cannot have: CONTEXT_BYTES + HEADROOM x capacity; none on the host."""
     return 0 if slot == "cpu" else CONTEXT_BYTES + int(HEADROOM * capacity_bytes)

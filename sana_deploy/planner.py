@@ -48,7 +48,7 @@ class Search:
 
     def nearest(self) -> Rejection | None:
         """The rejection that misses by least memory, or any other one when no memory was short."""
-        short = [rejection for rejection in self.rejections if rejection.reason == "memory"]
+        short = [rejection for rejection in self.rejections if rejection.reason in ("memory", "host memory")]
         return (
             min(short, key=lambda rejection: rejection.shortfall_bytes) if short else next(iter(self.rejections), None)
         )
@@ -79,12 +79,17 @@ def search_custom(
     profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, placement: Placement, knobs: Iterable[Knob] = ()
 ) -> Search:
     """Check the one placement the user wrote, with the knobs that are to be on."""
-    knobs = useful(profile, knobs)
-    if set(placement.values()) == {"cpu"}:
-        return Search([Candidate(placement, knobs, {}, 0.0, 0, None)], placements=1, feasible=1)
     position: dict[Place, int] = {"cpu": CPU, **{gpu.index: i for i, gpu in enumerate(gpus)}}
     options = np.array([[position[placement[name]] for name in COMPONENTS]], np.int64)
-    return _search(profile, gpus, rules, options, [knobs], _balanced_key)
+    return _search(profile, gpus, rules, options, [useful(profile, knobs)], _balanced_key)
+
+
+def search_host(profile: PipelineProfile, rules: Rules) -> Search:
+    """Put everything on the CPU; where that is short of memory, under every set of knobs but offload."""
+    options = np.full((1, len(COMPONENTS)), CPU, np.int64)
+    sets = _settings(profile, set(rules.allow) - {"text_encoder_offload"})
+    plain = _search(profile, (), rules, options, sets[:1], _balanced_key)
+    return plain if plain.best else _search(profile, (), rules, options, sets, _balanced_key)
 
 
 def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Integers:

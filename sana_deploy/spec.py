@@ -106,10 +106,13 @@ class CheckpointModel(Declared):
 class Placed(Declared):
     """What all strategies share.
 
-    `on_decode_oom`: when the VAE runs out of memory in decode, decode once more in tiles and say so, or give up.
+    Attributes:
+        on_decode_oom: when the VAE runs out of memory in decode, decode once more in tiles and say so, or give up.
+        force: go on where memory is expected to run out: on the GPUs of a map of the user's own, or on the host.
     """
 
     on_decode_oom: Literal["tile", "raise"] = "tile"
+    force: bool = False
 
 
 class Planned(Placed):
@@ -153,12 +156,10 @@ class CustomMap(Placed):
 
     Attributes:
         knobs: memory savers to turn on; one that has nothing to do in the request stays off.
-        force: apply the map even where it is not expected to fit.
     """
 
     strategy: Literal["custom_map"]
     knobs: list[Literal["encode_once", "vae_slicing", "text_encoder_offload", "vae_tiling"]] = ["encode_once"]
-    force: bool = False
     device_map: dict[Component, GpuIndex | Literal["cpu"]]
 
     @model_validator(mode="after")

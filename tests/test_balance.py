@@ -1,4 +1,4 @@
-"""`balance`: seconds count while there is room, evenness where GPUs are crowded; never fuller than diffusers' map there."""
+"""`balance`: seconds count while there is room, evenness where GPUs are crowded, as in diffusers' map at least."""
 
 from __future__ import annotations
 
