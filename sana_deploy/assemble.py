@@ -171,10 +171,12 @@ def _transfers(profile: PipelineProfile, placement: Placement, batch: int) -> li
 
 def _rate_remarks(gpus: list[Gpu]) -> list[Diagnostic]:
     """Say whose speed was assumed for GPUs that are not in the table."""
-    scaled = dict.fromkeys(f"{gpu.name}: {gpu.rates.source}" for gpu in gpus if gpu.rates.source.startswith("scaled"))
+    scaled = dict.fromkeys(
+        f"{gpu.name} are {gpu.rates.source}" for gpu in gpus if gpu.rates.source.startswith("scaled")
+    )
     if not scaled:
         return []
-    message = f"seconds are estimated with the rates of other GPUs ({'; '.join(scaled)})"
+    message = f"seconds for {', for '.join(scaled)}"
     return [Diagnostic(type="assumed_rates", severity="info", message=message, where="machine")]
 
 

@@ -36,14 +36,16 @@ def knob_sentence(plan: Plan, knob: str) -> str:
     if not price:
         return knob
     seconds = price.seconds_per_image
-    saved, costs = [f"~{human_bytes(price.bytes_saved)}"], []
+    saved = [f"~{human_bytes(price.bytes_saved)}"] if price.bytes_saved > 0 else []
+    costs = []
     if price.bytes_per_image > 0:
         costs.append(f"moves ~{human_bytes(price.bytes_per_image)} per image")
     if seconds is not None and seconds < 0:
         saved.append(f"~{-seconds:.2g} s")
     elif seconds is not None:
         costs.append(f"costs ~{seconds:.2g} s")
-    return f"{knob} saves {' and '.join(saved)}{''.join(f', {cost}' for cost in costs)}"
+    effects = [f"saves {' and '.join(saved)}"] if saved else []
+    return f"{knob} {', '.join([*effects, *costs])}".rstrip()
 
 
 def rejection_words(row: RejectionCount) -> str:

@@ -235,13 +235,14 @@ def test_single_gpu_takes_the_fastest_that_fits_then_the_emptiest(small: Small) 
 
 def test_bfloat16_before_compute_capability_8_is_refused_with_what_works(small: Small, machine: Describe) -> None:
     turing = machine(15, 15, capability=(7, 5))
+    recipe = "precision=mixed_bf16"
     with pytest.raises(InfeasibleError, match=r"bfloat16 .* is not native on GPU 0") as caught:
-        compile_spec(small(LARGE), turing)
+        compile_spec(small(LARGE, recipe), turing)
     assert caught.value.exit_code == 4
     override = caught.value.hint.removeprefix("this fits: ").split(";")[0]
     assert override == "precision=mixed_fp32"
     assert compile_spec(small(LARGE, override), turing).slots
-    assert compile_spec(small(LARGE, "precision.allow_emulated=true"), turing).slots
+    assert compile_spec(small(LARGE, recipe, "precision.allow_emulated=true"), turing).slots
 
 
 def test_what_does_not_fit_says_how_much_is_missing(small: Small, machine: Describe) -> None:
@@ -272,7 +273,8 @@ def test_without_gpus_the_cpu_is_taken_with_a_warning_or_refused(small: Small, m
     for hardware in ("single_gpu", "multi_gpu_balanced"):
         plan = compile_spec(small(f"hardware={hardware}"), machine())
         assert set(plan.device_map.values()) == {"cpu"}
-        assert [remark.type for remark in plan.diagnostics] == ["no_gpu"]
+        assert [remark.type for remark in plan.diagnostics] == ["no_gpu", "auto_precision"]
+        assert [remark.type for remark in plan.diagnostics if remark.severity == "warning"] == ["no_gpu"]
         with pytest.raises(InfeasibleError, match="has no GPU"):
             compile_spec(small(f"hardware={hardware}", "hardware.on_shortfall=error"), machine())
     with pytest.raises(InfeasibleError, match="has no GPU"):

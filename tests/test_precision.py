@@ -35,10 +35,12 @@ LARGE = ["model=sana_1600m_controlnet", "workload.height=1024", "workload.width=
         ((), (8, 6), "fp32", "what CPUs compute natively"),
     ],
 )
+@pytest.mark.parametrize("asked", [[], ["precision=auto"]], ids=["default", "asked"])
 def test_auto_takes_the_best_legal_policy_and_says_why(
-    small: Small, machine: Describe, sizes: tuple[int, ...], capability: tuple[int, int], chosen: str, reason: str
-) -> None:
-    plan = compile_spec(small(*LARGE), machine(*sizes, capability=capability))
+    small: Small, machine: Describe, sizes: tuple[int, ...], capability: tuple[int, int], chosen: str, reason: str,
+    asked: list[str],
+) -> None:  # fmt: skip
+    plan = compile_spec(small(*LARGE[:3], *asked), machine(*sizes, capability=capability))
     assert plan.spec.precision.name == chosen
     assert {name: part.dtype for name, part in plan.components.items()} == POLICIES[chosen]
     (remark,) = [one for one in plan.diagnostics if one.type == "auto_precision"]

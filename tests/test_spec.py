@@ -25,12 +25,12 @@ from sana_deploy.errors import InvalidSpecError
         ("output=yaml", "output", "not one of text, json"),
         ("+hardware.gpu=3", "hardware.gpu", "not known here"),
         ("+precision.components.unet=float16", "precision.components.unet", "'unet' is not a component"),
-        ("~precision.components.vae", "precision", "no dtype for vae"),
+        ("precision=fp32 ~precision.components.vae", "precision", "no dtype for vae"),
     ],
 )
 def test_a_bad_value_is_named_with_its_place(override: str, where: str, says: str) -> None:
     with pytest.raises(InvalidSpecError) as caught:
-        compose_spec([override])
+        compose_spec(override.split(" "))
     assert caught.value.where == where
     assert says in caught.value.message
     assert caught.value.exit_code == 3
