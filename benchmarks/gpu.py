@@ -32,10 +32,10 @@ from host_memory import anonymous_peak
 from lively import liveliness
 from make_checkpoint import make_checkpoint
 
+from sana_deploy.allocator import context_bytes
 from sana_deploy.boundary import border_of
 from sana_deploy.compile import compile_spec
 from sana_deploy.compose import compose_spec
-from sana_deploy.cost import CONTEXT_BYTES
 from sana_deploy.errors import InvalidSpecError
 from sana_deploy.generate import PHASE_OF, PhaseClock, run_request
 from sana_deploy.guard import NumericsGuard
@@ -119,8 +119,8 @@ def measure(source: Path, precision: str, side: int, batch: int, knobs: str) -> 
         "weights_bytes": weights, "planned_weights_bytes": plan.slots[0].weights_bytes,
         "measured_phase_bytes": {k: v for k, v in peaks.peaks.items() if k != "load"},
         "rehearsed_phase_bytes": {k: v for k, v in rehearsed.phase_peaks.items() if k != "load"},
-        "planned_bytes": plan.slots[0].weights_bytes + plan.slots[0].activation_bytes,
-        "reserved_bytes": reserved, "driver_bytes": total - free,
+        "planned_bytes": plan.slots[0].weights_bytes + plan.slots[0].activation_bytes + plan.slots[0].allocator_bytes,
+        "allocator_bytes": plan.slots[0].allocator_bytes, "reserved_bytes": reserved, "driver_bytes": total - free,
         "context_bytes": total - free - torch.cuda.memory_reserved(), "load_seconds": round(loaded, 3),
     }  # fmt: skip
     clock = PhaseClock([torch.device("cuda:0")])
@@ -279,7 +279,7 @@ def markdown(facts: dict[str, Any]) -> str:
     for row in facts["rows"]:
         fullest = max(row["measured_phase_bytes"].values())
         for phase, measured in row["measured_phase_bytes"].items():
-            rehearsed = row["rehearsed_phase_bytes"].get(phase, 0) / measured - 1
+            rehearsed = (row["rehearsed_phase_bytes"].get(phase, 0) + row["allocator_bytes"]) / measured - 1
             plan = f"{row['planned_bytes'] / measured - 1:+.1%}" if measured == fullest else ""
             lines.append(
                 f"| {row['model']} | {row['precision']} | {row['side']} | {row['batch']} | {row['knobs']} | {phase} "
@@ -333,7 +333,7 @@ def main() -> None:
     facts: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "diffusers": diffusers.__version__,
         "transformers": transformers.__version__, "python": platform.python_version(),
-        "assumed_context_bytes": CONTEXT_BYTES, "rows": [], "extras": [],
+        "assumed_context_bytes": context_bytes(torch.cuda.get_device_capability()), "rows": [], "extras": [],
     }  # fmt: skip
     cases = [case for case in CASES if case[0] in (options.precisions or case[0]).split(",") and runs_here(case[0])]
     for model in options.models.split(","):

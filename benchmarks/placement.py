@@ -139,8 +139,8 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
     from accelerate import dispatch_model
     from diffusers import DPMSolverMultistepScheduler, SanaControlNetPipeline
 
+    from sana_deploy.allocator import context_bytes, workspace_bytes
     from sana_deploy.checkpoint import open_checkpoint
-    from sana_deploy.cost import CONTEXT_BYTES
     from sana_deploy.describe import describe_machine
     from sana_deploy.inputs import read_control_image
     from sana_deploy.spec import COMPONENTS
@@ -148,8 +148,11 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
     from sana_deploy.virtual import VirtualHost
 
     machine = describe_machine(spec.machine)
-    host = VirtualHost([gpu.free_bytes - CONTEXT_BYTES for gpu in machine.gpus], "shapes")
     facts = open_checkpoint(spec.model).components
+    outside = [context_bytes(gpu.capability) + workspace_bytes(gpu.capability) for gpu in machine.gpus]
+    for name, index in found.items():
+        outside[index] += facts[name].unsplit_bytes(spec.precision.formats[name])
+    host = VirtualHost([gpu.free_bytes - taken for gpu, taken in zip(machine.gpus, outside, strict=True)], "shapes")
     steps: list[Counter[tuple[str, str]]] = []
 
     def step_end(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
     except (torch.OutOfMemoryError, UnboundLocalError, RuntimeError) as problem:
         return Side(verdict_of(problem), placement=layout(found))
     shares = [
-        (peak.total_bytes + CONTEXT_BYTES) / gpu.total_bytes
+        (peak.total_bytes + outside[gpu.index]) / gpu.total_bytes
         for gpu, peak in zip(machine.gpus, host.ledger.peaks, strict=True)
         if gpu.index in found.values()
     ]

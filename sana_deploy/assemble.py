@@ -112,8 +112,7 @@ def _price(knob: Knob, plain: PipelineProfile, chosen: Candidate, gpus: dict[int
     places: list[Place] = [*chosen.uses]
     places += ["cpu"] if "cpu" in placement.values() else []
     saved = [
-        slot_use(before, placement, i, 0).peak_bytes - slot_use(after, chosen.placement, i, 0).peak_bytes
-        for i in places
+        slot_use(before, placement, i).peak_bytes - slot_use(after, chosen.placement, i).peak_bytes for i in places
     ]
     moved = bytes_per_request(after, chosen.placement) - bytes_per_request(before, placement)
     uploaded = plain.components["text_encoder"].weights_bytes if knob == "text_encoder_offload" else 0
@@ -125,7 +124,7 @@ def _price(knob: Knob, plain: PipelineProfile, chosen: Candidate, gpus: dict[int
 
 
 def _slot(profile: PipelineProfile, placement: Placement, gpu: Gpu) -> Slot:
-    use = slot_use(profile, placement, gpu.index, gpu.total_bytes)
+    use = slot_use(profile, placement, gpu.index, gpu)
     return Slot(
         name=f"gpu{gpu.index}",
         index=gpu.index,
@@ -135,7 +134,8 @@ def _slot(profile: PipelineProfile, placement: Placement, gpu: Gpu) -> Slot:
         available_bytes=gpu.free_bytes,
         weights_bytes=use.weights_bytes,
         activation_bytes=use.activation_bytes,
-        overhead_bytes=use.overhead_bytes,
+        overhead_bytes=use.overhead_bytes + use.allocator_bytes,
+        allocator_bytes=use.allocator_bytes,
         peak_bytes=use.peak_bytes,
         peak_phase=use.phase,
     )

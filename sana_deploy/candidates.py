@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .allocator import workspace_bytes
 from .cost import (
     Place,
     Placement,
@@ -160,7 +161,7 @@ class Board:
         worst, short = np.zeros(len(self.options)), np.full(len(self.options), _NOTHING)
         tightest = np.zeros(len(self.options), np.int64)
         for i, gpu in enumerate(self.gpus):
-            peaks = needs + overhead(gpu.index, gpu.total_bytes)
+            peaks = needs + workspace_bytes(gpu.capability) + overhead(gpu)
             lacking = peaks - gpu.free_bytes
             peaks[0], lacking[0] = 0, _NOTHING  # an unused GPU holds nothing and is short of nothing
             worst = np.maximum(worst, (peaks / max(gpu.free_bytes, 1))[self.masks[i]])
@@ -241,7 +242,7 @@ class Board:
         """Work out one candidate in full."""
         placement, profile = self.placement(places), self.profile.under(knobs)
         used = sorted({place for place in placement.values() if place != "cpu"})
-        uses = {i: slot_use(profile, placement, i, self.by_index[i].total_bytes) for i in used}
+        uses = {i: slot_use(profile, placement, i, self.by_index[i]) for i in used}
         worst = max((use.peak_bytes / max(self.by_index[i].free_bytes, 1) for i, use in uses.items()), default=0.0)
         on = ordered((*knobs, "split_controlnet") if is_split(placement) else knobs)
         moved = bytes_per_request(profile, placement)
@@ -301,7 +302,7 @@ class Board:
             message = f"{dtype} ({name}) is not native on GPU {gpu.index}, {gpu.name} (compute capability {capability})"
             return Rejection(reason, gpu.index, message)
         placement = self.placement(self.options[row])
-        use = slot_use(sheet.profile, placement, gpu.index, gpu.total_bytes)
+        use = slot_use(sheet.profile, placement, gpu.index, gpu)
         names = ", ".join(name for name, where in placement.items() if where == gpu.index)
         message = (
             f"GPU {gpu.index} needs {human_bytes(use.peak_bytes)} in {use.phase} for {names}, "
@@ -316,7 +317,6 @@ def _least(sheet: Sheet, reason: Reason) -> int | None:
 
 
 def _need(profile: PipelineProfile, mask: int) -> int:
-    """Weights and activations at the fullest moment of a GPU that holds the components of `mask`, in bytes."""
+    """Blocks of weights and activations at the fullest moment of a GPU with the components of `mask`, in bytes."""
     placed: dict[Component, Place] = {name: 0 for i, name in enumerate(COMPONENTS) if mask >> i & 1}
-    use = slot_use(profile, placed, 0, 0)
-    return use.weights_bytes + use.activation_bytes
+    return slot_use(profile, placed, 0).peak_bytes

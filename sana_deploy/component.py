@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from .allocator import unsplit_bytes
+from .architectures import expected_shapes
 from .errors import CheckpointError
 from .headers import FLOATING, ITEM_BYTES, TensorFacts, read_header, weight_files
-from .shapes import Linears, buffers, digest, linears, shapes_digest
+from .shapes import Linears, buffers, digest, linears, shapes_digest, tensor_bytes
 from .spec import DTYPE_BYTES, Component, Format
 from .tensors import taken
 
@@ -62,6 +64,16 @@ class ComponentFacts:
         if form.quantization is None:
             return size
         return size - self.linears.elements * DTYPE_BYTES[form.dtype] + self.linears.quantized_bytes(form.quantization)
+
+    def unsplit_bytes(self, form: Format) -> int:
+        """Bytes that blocks of a GPU's memory have beyond the weights in `form`; see `allocator.py`.
+
+        A hundredth of the weights where the config does not tell their shapes.
+        """
+        shapes = expected_shapes(self.class_name, self.config)
+        if shapes is None:
+            return self.weights_bytes(form) // 100
+        return unsplit_bytes(size for key, shape in shapes.items() for size in tensor_bytes(key, shape, form))
 
     @property
     def identity(self) -> list[Any]:

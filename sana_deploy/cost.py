@@ -9,18 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from .allocator import context_bytes, workspace_bytes
 from .known_gpus import KnownGpu
 from .machine import Gpu
 from .profile import PHASES, ComponentProfile, Crossing, Phase, PipelineProfile, Work
 from .spec import Component, Dtype
-from .units import MIB
 
 Place = int | Literal["cpu"]
 """A slot index, or the host."""
 Placement = Mapping[Component, Place]
 
-CONTEXT_BYTES = 450 * MIB
-"""CUDA context with cuBLAS and cuDNN handles and workspaces, per GPU in use. Estimated; drivers differ."""
 HEADROOM = 0.02
 """Fraction of a GPU left free for allocator rounding and fragmentation."""
 
@@ -40,17 +38,21 @@ LINK_SECONDS = 20e-6
 
 @dataclass(frozen=True)
 class SlotUse:
-    """What one slot holds at its fullest moment, in bytes; `peak_bytes` includes context and headroom."""
+    """What one slot holds at its fullest moment, in bytes; `peak_bytes` includes context and headroom.
+
+    `allocator_bytes` are what PyTorch's allocator counts beyond tensors: unsplit blocks and cuBLAS's workspace.
+    """
 
     weights_bytes: int
     activation_bytes: int
+    allocator_bytes: int
     overhead_bytes: int
     phase: Phase
 
     @property
     def peak_bytes(self) -> int:
-        """Weights, activations of the fullest phase, and overhead."""
-        return self.weights_bytes + self.activation_bytes + self.overhead_bytes
+        """Weights, activations of the fullest phase, what the allocator adds, and overhead."""
+        return self.weights_bytes + self.activation_bytes + self.allocator_bytes + self.overhead_bytes
 
 
 @dataclass(frozen=True)
@@ -71,39 +73,44 @@ def is_split(placement: Placement) -> bool:
     return placement["controlnet"] != placement["transformer"]
 
 
-def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, capacity_bytes: int) -> SlotUse:
+def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: Gpu | None = None) -> SlotUse:
     """Work out what `slot` holds under `placement`, in bytes.
 
-    peak = max over phases of (weights there + activations) + context + headroom x capacity. Weights stay, but for an
-    offloaded component's, which are there only while it works. Components of one phase work one after the other, so
-    that the largest counts; what waits at home outside the denoising loop (prompt embeddings, the control image) is
-    listed under the transformer and adds to whoever works there.
+    peak = max over phases of (weights there with their blocks + activations) + workspace + context + headroom x
+    capacity. Weights stay, but for an offloaded component's, which are there only while it works. Components of one
+    phase work one after the other, so that the largest counts; what waits at home outside the denoising loop (prompt
+    embeddings, the control image) is listed under the transformer and adds to whoever works there.
+
+    Args:
+        gpu: the one that the slot is; without it workspace, context and headroom are left out.
     """
     parts = [profile.components[name] for name, place in placement.items() if place == slot]
-    staying = sum(part.weights_bytes for part in parts if part.resident)
     weights: dict[Phase, int] = {}
+    unsplit: dict[Phase, int] = {}
     activations: dict[Phase, int] = {}
     for phase in PHASES:
-        visiting = sum(part.weights_bytes for part in parts if not part.resident and phase in part.activations)
+        there = [part for part in parts if part.resident or phase in part.activations]
         working = [part.activations.get(phase, 0) for part in parts if part.name != "transformer" or phase == "denoise"]
         waiting = [
             part.activations.get(phase, 0) for part in parts if part.name == "transformer" and phase != "denoise"
         ]
-        weights[phase] = staying + visiting
+        weights[phase] = sum(part.weights_bytes for part in there)
+        unsplit[phase] = 0 if slot == "cpu" else sum(part.unsplit_bytes for part in there)
         activations[phase] = max(working, default=0) + sum(waiting)
-    phase = max(PHASES, key=lambda name: weights[name] + activations[name])
-    return SlotUse(weights[phase], activations[phase], overhead(slot, capacity_bytes), phase)
+    phase = max(PHASES, key=lambda name: weights[name] + unsplit[name] + activations[name])
+    workspace = workspace_bytes(gpu.capability) if gpu else 0
+    return SlotUse(weights[phase], activations[phase], unsplit[phase] + workspace, overhead(gpu) if gpu else 0, phase)
 
 
 def host_bytes(profile: PipelineProfile, placement: Placement) -> int:
     """Bytes of host memory that `placement` takes: what runs on the CPU, and offloaded weights that wait there."""
     parts = [profile.components[name] for name, place in placement.items() if place != "cpu"]
-    return slot_use(profile, placement, "cpu", 0).peak_bytes + sum(p.weights_bytes for p in parts if not p.resident)
+    return slot_use(profile, placement, "cpu").peak_bytes + sum(p.weights_bytes for p in parts if not p.resident)
 
 
-def overhead(slot: Place, capacity_bytes: int) -> int:
-    """Bytes of a used slot that tensors cannot have: CONTEXT_BYTES + HEADROOM x capacity; none on the host."""
-    return 0 if slot == "cpu" else CONTEXT_BYTES + int(HEADROOM * capacity_bytes)
+def overhead(gpu: Gpu) -> int:
+    """Bytes of a used GPU that its allocator cannot have: the CUDA context + HEADROOM x capacity."""
+    return context_bytes(gpu.capability) + int(HEADROOM * gpu.total_bytes)
 
 
 def crossings_of(profile: PipelineProfile, placement: Placement) -> list[Crossing]:

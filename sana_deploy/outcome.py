@@ -40,13 +40,16 @@ class Measured(Frozen):
 class RehearsedGpu(Frozen):
     """The fullest moment of one virtual GPU, in bytes, beside the plan's estimate of weights and activations.
 
-    `planned_error` is planned over rehearsed, less one. `phase_peaks` are weights and activations together.
+    `peak_bytes` holds the context and what the plan says that PyTorch's allocator adds to tensors, `allocator_bytes`.
+    `planned_error` is planned over rehearsed, less one, both of tensors alone. `phase_peaks` are weights and
+    activations together.
     """
 
     device: str
     gpu: str
     capacity_bytes: int
     context_bytes: int
+    allocator_bytes: int = 0
     peak_bytes: int
     weights_bytes: int
     activation_bytes: int

@@ -35,6 +35,7 @@ BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
     "slots.*.weights_bytes": "exact",
     "slots.*.activation_bytes": "estimated",
     "slots.*.overhead_bytes": "estimated",
+    "slots.*.allocator_bytes": "estimated",
     "slots.*.peak_bytes": "estimated",
     "components.*.weights_bytes": "exact",
     "components.*.activation_bytes": "estimated",
@@ -103,7 +104,11 @@ class CheckpointRecord(Record):
 
 
 class Slot(Record):
-    """A logical GPU and what it must offer; bytes."""
+    """A logical GPU and what it must offer; bytes.
+
+    `overhead_bytes` are the CUDA context, headroom, and `allocator_bytes`: what PyTorch's allocator counts beyond
+    tensors (unsplit blocks, cuBLAS's workspace).
+    """
 
     name: str
     index: int
@@ -114,6 +119,7 @@ class Slot(Record):
     weights_bytes: int
     activation_bytes: int
     overhead_bytes: int
+    allocator_bytes: int = 0
     peak_bytes: int
     peak_phase: str
 

@@ -63,8 +63,8 @@ def search_balanced(
     full, and the emptiest fullest GPU where none is. Before that it wants, one after the other: no tiling, no offload,
     ControlNet beside the transformer, and no slicing; slicing goes on where otherwise nothing fits, or where keeping
     ControlNet with the transformer would fill a GPU beyond ROOMY, and more than splitting it off. `latency` takes the
-    fewest seconds per request, `fit` the fewest knobs, then the fewest GPUs. Ties go to emptier GPUs, a faster denoiser
-    and lower indices, so that the result is deterministic.
+    fewest seconds per request, `fit` the fewest knobs, then the fewest GPUs. Ties go to a faster denoiser (for
+    `balance` before emptier GPUs) and to lower indices, so that the result is deterministic.
     """
     return _search(profile, gpus, rules, placements(gpus, pins or {}), _settings(profile, rules.allow), _balanced_key)
 
@@ -151,7 +151,7 @@ def _balanced_key(rows: Rows, objective: Objective) -> Key:
     crowd = np.maximum(rows.worst, ROOMY)
     fuller = crowd > crowd[plain].min(initial=np.inf)
     knobs: Key = [tiling, offload, rows.knobs["split_controlnet"], fuller, slicing]
-    return [*knobs, crowd, rows.seconds, rows.moved, *ties]
+    return [*knobs, crowd, rows.seconds, rows.moved, rows.home_rank, *ties]
 
 
 def _single_key(rows: Rows, objective: Objective) -> Key:

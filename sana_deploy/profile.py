@@ -57,7 +57,8 @@ class Work:
 class ComponentProfile:
     """One component: its format, bytes of weights, and per phase where it works, bytes of activations and work.
 
-    `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own phases.
+    `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them. `resident` is False where the
+    weights wait on the CPU and are on the GPU only in the component's own phases.
     """
 
     name: Component
@@ -67,6 +68,7 @@ class ComponentProfile:
     activations: Mapping[Phase, int]
     work: Mapping[Phase, Work] = field(default_factory=dict)
     resident: bool = True
+    unsplit_bytes: int = 0
 
     @property
     def activation_bytes(self) -> int:
@@ -152,6 +154,7 @@ def profile_pipeline(
             facts[name].weights_bytes(formats[name]),
             {phase: _activation(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
             {phase: _work(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
+            unsplit_bytes=facts[name].unsplit_bytes(formats[name]),
         )
 
     ways: tuple[set[Knob], ...] = (set(), {"vae_slicing"}, {"vae_slicing", "vae_tiling"})

@@ -24,12 +24,11 @@ from torch import nn
 
 from .errors import InvalidSpecError
 from .precision import QUANTIZERS
+from .shapes import BLOCK
 from .spec import Quantization
 
 _LOCK = threading.Lock()
 """Components are loaded in threads, and the libraries are imported by the first that needs them."""
-BLOCK = 64
-"""Elements of an nf4 block, which share one scale."""
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 

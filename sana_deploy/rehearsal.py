@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from diffusers import SanaControlNetPipeline
 from PIL.Image import Image
 
+from .allocator import context_bytes
 from .boundary import Event, border_of
-from .cost import CONTEXT_BYTES
 from .errors import InfeasibleError
 from .generate import PHASE_OF, StepDone, host_peak, run_request, to_images
 from .ledger import Ledger
 from .load import load_pipeline
 from .outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
-from .plan import Plan
+from .plan import Plan, Slot
 from .resolve import ResolvedPlan
 from .spec import VirtualMachine
 from .traffic import Movement, by_pair
@@ -46,7 +46,9 @@ def fidelity_of(plan: Plan) -> Fidelity:
 
 
 def open_host(resolved: ResolvedPlan, fidelity: Fidelity | None = None) -> VirtualHost:
-    """Make the virtual GPUs that a plan was resolved to, with the context of each taken off its memory.
+    """Make the virtual GPUs that a plan was resolved to.
+
+    What a CUDA context takes is taken off the memory of each, and what the plan says that the allocator takes.
 
     Raises:
         InfeasibleError: the plan is not for virtual GPUs, or a GPU is smaller than a CUDA context.
@@ -59,14 +61,22 @@ def open_host(resolved: ResolvedPlan, fidelity: Fidelity | None = None) -> Virtu
         )
     capacities = []
     for gpu in resolved.machine.gpus:
-        if gpu.free_bytes <= CONTEXT_BYTES:
+        context = context_bytes(gpu.capability)
+        if gpu.free_bytes <= context:
             raise InfeasibleError(
                 f"GPU {gpu.index} offers {human_bytes(gpu.free_bytes)}, a CUDA context alone takes "
-                f"{human_bytes(CONTEXT_BYTES)}",
+                f"{human_bytes(context)}",
                 where="machine",
             )
-        capacities.append(gpu.free_bytes - CONTEXT_BYTES)
+        slot = _slot_of(resolved, gpu.index)
+        capacities.append(max(0, gpu.free_bytes - context - (slot.allocator_bytes if slot else 0)))
     return VirtualHost(capacities, fidelity or fidelity_of(resolved.plan))
+
+
+def _slot_of(resolved: ResolvedPlan, index: int) -> Slot | None:
+    """The slot that was bound to a virtual GPU."""
+    bound = [slot for slot in resolved.plan.slots if resolved.slot_devices.get(slot.index) == f"vgpu:{index}"]
+    return bound[0] if bound else None
 
 
 class LedgerClock:
@@ -185,14 +195,16 @@ def _work_by_component(ledger: Ledger) -> dict[str, RehearsedWork]:
 
 def _gpu(index: int, resolved: ResolvedPlan, ledger: Ledger) -> RehearsedGpu:
     gpu, peak = resolved.machine.gpus[index], ledger.peaks[index]
-    slot = next(slot for slot in resolved.plan.slots if resolved.slot_devices[slot.index] == f"vgpu:{index}")
+    slot, context = _slot_of(resolved, index), context_bytes(gpu.capability)
+    assert slot is not None
     planned = slot.weights_bytes + slot.activation_bytes
     return RehearsedGpu(
         device=f"vgpu:{index}",
         gpu=gpu.name,
         capacity_bytes=gpu.total_bytes,
-        context_bytes=CONTEXT_BYTES,
-        peak_bytes=peak.total_bytes + CONTEXT_BYTES,
+        context_bytes=context,
+        allocator_bytes=slot.allocator_bytes,
+        peak_bytes=peak.total_bytes + context + slot.allocator_bytes,
         weights_bytes=peak.weights_bytes,
         activation_bytes=peak.activation_bytes,
         phase=peak.phase,

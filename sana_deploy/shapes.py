@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .spec import Component, Quantization
+from .spec import DTYPE_BYTES, Component, Format, Quantization
+
+BLOCK = 64
+"""Elements of an nf4 block, which share one scale."""
 
 
 def buffers(name: Component, config: Mapping[str, Any]) -> tuple[int, int]:
@@ -43,15 +47,26 @@ class Linears:
         return (self.elements + 1) // 2 + self.blocks * 4
 
 
+def is_linear(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear layer."""
+    return len(shape) == 2 and key.endswith(".weight") and not key.endswith("embed_tokens.weight")
+
+
+def tensor_bytes(key: str, shape: tuple[int, ...], form: Format) -> list[int]:
+    """Bytes of the tensors that a floating-point parameter is held as in `form`: itself, or its quantised parts."""
+    elements = math.prod(shape)
+    if form.quantization is None or not is_linear(key, shape):
+        return [elements * DTYPE_BYTES[form.dtype]]
+    if form.quantization == "int8":
+        return [elements, 4 * shape[0], shape[0]]
+    return [(elements + 1) // 2, 4 * -(-elements // BLOCK)]
+
+
 def linears(shapes: Mapping[str, tuple[int, ...]]) -> Linears:
     """Count the linear layers among a component's tensors: matrices named weight, but for the token embedding."""
-    found = [
-        shape
-        for key, shape in shapes.items()
-        if len(shape) == 2 and key.endswith(".weight") and not key.endswith("embed_tokens.weight")
-    ]
+    found = [shape for key, shape in shapes.items() if is_linear(key, shape)]
     sizes = [rows * columns for rows, columns in found]
-    return Linears(sum(sizes), sum(rows for rows, _ in found), sum(-(-size // 64) for size in sizes))
+    return Linears(sum(sizes), sum(rows for rows, _ in found), sum(-(-size // BLOCK) for size in sizes))
 
 
 def shapes_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from sana_deploy.allocator import context_bytes, unsplit_bytes, workspace_bytes
+from sana_deploy.checkpoint import open_checkpoint
+from sana_deploy.compile import compile_spec
+from sana_deploy.compose import compose_spec
+from sana_deploy.spec import Component, DeploySpec, Dtype, Format
 from sana_deploy.units import KIB, MIB
+
+MEASURED: list[tuple[dict[Component, Dtype], float]] = [
+    ({"text_encoder": "bfloat16"}, 1.0),
+    ({"vae": "bfloat16"}, 3.1),
+    ({"text_encoder": "bfloat16", "vae": "bfloat16"}, 5.8),
+    ({"transformer": "float16", "controlnet": "float16"}, 104.6),
+    ({"vae": "bfloat16", "transformer": "float16", "controlnet": "float16"}, 105.8),
+    ({"text_encoder": "bfloat16", "vae": "bfloat16", "transformer": "float16", "controlnet": "float16"}, 88.5),
+    ({"text_encoder": "float32", "vae": "float32", "transformer": "float32", "controlnet": "float32"}, 210.9),
+]
+"""What components of SANA 1.6B have beyond their tensors on an H100 once loaded, MiB, torch 2.11."""
 
 
 @pytest.mark.parametrize(
@@ -32,3 +50,28 @@ def test_workspaces_are_larger_from_hopper_on() -> None:
 def test_the_context_is_known_where_it_was_measured() -> None:
     assert context_bytes((9, 0)) >= 719 * MIB
     assert context_bytes((8, 6)) == 450 * MIB
+
+
+@pytest.mark.parametrize(("dtypes", "measured"), MEASURED)
+def test_blocks_of_whole_components_are_those_of_an_h100(dtypes: dict[Component, Dtype], measured: float) -> None:
+    facts = open_checkpoint(compose_spec(["model=sana_1600m_controlnet"]).model).components
+    weights = sum(facts[name].weights_bytes(Format(dtype)) for name, dtype in dtypes.items())
+    estimate = sum(facts[name].unsplit_bytes(Format(dtype)) for name, dtype in dtypes.items())
+    # Components that load at once fill each other's gaps, and so do tensors that are cast while they load.
+    slack = 5 * MIB
+    assert -slack <= estimate - measured * MIB <= 0.005 * weights + slack
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantised_weights_are_counted_by_their_parts(quantization: Any) -> None:
+    facts = open_checkpoint(compose_spec(["model=sana_1600m_controlnet"]).model).components["transformer"]
+    plain, quantised = (facts.unsplit_bytes(Format("float16", kept)) for kept in (None, quantization))
+    assert 0 < quantised < plain
+
+
+def test_a_plan_counts_them_and_its_peak_holds_them(small: Callable[..., DeploySpec]) -> None:
+    plan = compile_spec(small("model=sana_1600m_controlnet", "machine=virtual", "machine.gpus=1xh100"))
+    (slot,) = plan.slots
+    assert slot.allocator_bytes > workspace_bytes((9, 0))
+    assert slot.overhead_bytes == slot.allocator_bytes + context_bytes((9, 0)) + slot.capacity_bytes // 50
+    assert slot.peak_bytes == slot.weights_bytes + slot.activation_bytes + slot.overhead_bytes

@@ -77,7 +77,7 @@ def test_no_gpu_is_fuller_than_diffusers_fullest_where_that_is_crowded(model: st
         machine = describe_machine(spec.machine)  # type: ignore[arg-type]
         profile = profile_pipeline(open_checkpoint(spec.model), spec.workload, spec.precision.formats)
         fullest = max(
-            slot_use(profile, theirs, gpu.index, gpu.total_bytes).peak_bytes / gpu.free_bytes
+            slot_use(profile, theirs, gpu.index, gpu).peak_bytes / gpu.free_bytes
             for gpu in machine.gpus
             if gpu.index in theirs.values()
         )
