@@ -33,6 +33,7 @@ from .plan import (
 from .planner import Search
 from .profile import VAE_TILE, PipelineProfile
 from .spec import COMPONENTS, DeploySpec, Knob
+from .units import fullness
 
 
 def assemble(
@@ -77,7 +78,7 @@ def assemble(
         knobs=list(chosen.knobs),
         transfers=[*_uploads(profile, placement, batch), *_transfers(profile, placement, batch)],
         estimates=_estimates(profile, chosen, batch),
-        considered=_considered(search, batch),
+        considered=_considered(search, batch, by_index),
         rejections=_rejections(search),
         diagnostics=remarks,
         feasible=feasible,
@@ -180,7 +181,7 @@ def _rate_remarks(gpus: list[Gpu]) -> list[Diagnostic]:
     return [Diagnostic(type="assumed_rates", severity="info", message=message, where="machine")]
 
 
-def _considered(search: Search, batch: int) -> Considered:
+def _considered(search: Search, batch: int, gpus: dict[int, Gpu]) -> Considered:
     runners_up = [
         RunnerUp(
             device_map={name: candidate.placement[name] for name in COMPONENTS},
@@ -188,6 +189,7 @@ def _considered(search: Search, batch: int) -> Considered:
             bytes_per_image=candidate.bytes_per_request // batch,
             knobs=list(candidate.knobs),
             seconds_per_image=_per_image(candidate, batch),
+            fullness=_fullness(candidate, gpus),
         )
         for candidate in search.ranked[1:]
     ]
@@ -198,6 +200,11 @@ def _considered(search: Search, batch: int) -> Considered:
         settings=search.settings,
         closest=_miss(search),
     )
+
+
+def _fullness(candidate: Candidate, gpus: dict[int, Gpu]) -> float | None:
+    shares = [fullness(use.peak_bytes, gpus[i].free_bytes, gpus[i].total_bytes) for i, use in candidate.uses.items()]
+    return round(max(shares), 6) if shares else None
 
 
 def _miss(search: Search) -> Miss | None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .errors import SanaDeployError
 from .plan import Diagnostic
+from .units import fullness
 
 Status = Literal["done", "infeasible", "invalid", "stale", "failed"]
 
@@ -42,7 +43,7 @@ class RehearsedGpu(Frozen):
 
     `peak_bytes` holds the context and what the plan says that PyTorch's allocator adds to tensors, `allocator_bytes`.
     `planned_error` is planned over rehearsed, less one, both of tensors alone. `phase_peaks` are weights and
-    activations together.
+    activations together. `others_bytes` is what others use of the GPU, or the plan keeps free for them.
     """
 
     device: str
@@ -59,6 +60,12 @@ class RehearsedGpu(Frozen):
     planned_error: float
     phase_peaks: dict[str, int] = {}
     phase_activations: dict[str, int] = {}
+    others_bytes: int = 0
+
+    @property
+    def fullness(self) -> float:
+        """Share of the GPU that is taken at the peak, by others too; see `units.fullness`."""
+        return fullness(self.peak_bytes, self.capacity_bytes - self.others_bytes, self.capacity_bytes)
 
 
 class RehearsedTransfer(Frozen):

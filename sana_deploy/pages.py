@@ -18,12 +18,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from . import __version__
 from .outcome import Outcome, Rehearsal, RehearsedGpu
 from .plan import Place, Plan, Slot
-from .sentences import KNOB_WORDS, considered_sentence, image_words, knob_sentence, place_words, rejection_words
+from .sentences import (
+    KNOB_WORDS,
+    OTHERS_WORDS,
+    considered_sentence,
+    image_words,
+    knob_sentence,
+    place_words,
+    rejection_words,
+    taken_words,
+)
 from .spec import COMPONENTS, VirtualMachine
 from .units import GIB, MIB, human_bytes
 
-LINE, GAP, BOX = 760, 2, 150
-"""Width of a timeline, the gap between its bars, and the width of a place in the drawing of transfers."""
+_LONG = ("dtypes", "knobs")
+"""Columns of a sweep whose text may wrap."""
+LINE, GAP, LABEL, BOX = 760, 2, 80, 150
+"""Width of a timeline, the gap between its bars, the widest label, and a place's width in the drawing of transfers."""
 
 
 @cache
@@ -53,7 +64,7 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         version=__version__,
         command=command,
         legend=[*((name, name) for name in COMPONENTS), ("activations", "activations ~"),
-                ("overhead", "context and headroom ~"), ("free", "free")],
+                ("overhead", "context and headroom ~"), ("others", OTHERS_WORDS), ("free", "free")],
         gpus=[_gpu(plan, slot) for slot in plan.slots],
         components=_components(plan),
         seconds=_seconds(plan),
@@ -91,37 +102,36 @@ def thumbnail(path: Path) -> str:
 
 
 def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:
-    """The bar of one GPU: weights of each component that is there at the peak, activations, overhead, free."""
+    """The bar of one GPU: weights of each component that is there at the peak, activations, overhead, others, free."""
     here: dict[str, int] = {
         name: part.weights_bytes for name, part in plan.components.items() if part.slot == slot.index
     }
     if sum(here.values()) > slot.weights_bytes:  # the peak is in a phase when offloaded weights wait on the CPU
         here.pop("text_encoder", None)
-    sizes: dict[str, int] = {**here, "activations": slot.activation_bytes, "overhead": slot.overhead_bytes}
+    sizes: dict[str, int] = {**here, "activations": slot.activation_bytes, "overhead": slot.overhead_bytes,
+                             "others": slot.others_bytes}  # fmt: skip
     total = max(slot.capacity_bytes, sum(sizes.values()))
     sizes["free"] = total - sum(sizes.values())
     parts = [
         {"name": name, "percent": round(100 * size / total, 3), "words": f"{name} {human_bytes(size)}"}
         for name, size in sizes.items()
+        if size or name != "others"
     ]
-    share = slot.peak_bytes / max(slot.capacity_bytes, 1)
-    summary = (
-        f"{slot.gpu}: ~{human_bytes(slot.peak_bytes)} of {human_bytes(slot.capacity_bytes)} ({share:.0%}), "
-        f"fullest in {slot.peak_phase}"
-    )
+    taken = taken_words(slot.peak_bytes, slot.others_bytes, slot.capacity_bytes, slot.fullness)
+    summary = f"{slot.gpu}: ~{taken}, fullest in {slot.peak_phase}"
     words = f"GPU {slot.index}, {summary}: {', '.join(str(part['words']) for part in parts)}"
     return {"name": f"GPU {slot.index}", "summary": summary, "parts": parts, "words": words}
 
 
-def _components(plan: Plan) -> list[dict[str, str]]:
+def _components(plan: Plan) -> list[tuple[str, ...]]:
     return [
-        {
-            "name": f"{name} (home)" if name == "transformer" else name,
-            "place": place_words(part.slot),
-            "format": str(part.format),
-            "weights": human_bytes(part.weights_bytes),
-            "activations": human_bytes(part.activation_bytes),
-        }
+        (
+            f"{name} (home)" if name == "transformer" else name,
+            place_words(part.slot),
+            str(part.format),
+            human_bytes(part.weights_bytes),
+            human_bytes(part.activation_bytes),
+        )
         for name, part in plan.components.items()
     ]
 
@@ -134,31 +144,61 @@ def _seconds(plan: Plan) -> str:
 
 
 def _timeline(gpu: RehearsedGpu, rehearsal: Rehearsal) -> dict[str, Any]:
-    """One bar per turn of a component, as high as the GPU was full; a mark where a phase begins."""
-    capacity, bars, marks, before = gpu.capacity_bytes - gpu.context_bytes, [], [], ""
+    """One bar per turn of a component, as high as the GPU was full; a mark where a phase begins.
+
+    Below the bars stands what is taken all along: by others, and by the CUDA context.
+    """
+    bars: list[dict[str, Any]] = []
+    marks: list[dict[str, Any]] = []
+    before = ""
+    taken = {"others": gpu.others_bytes, "overhead": gpu.context_bytes}
+    whole = max(gpu.capacity_bytes, gpu.peak_bytes + gpu.others_bytes, 1)
+    floor = 120 - 100 * sum(taken.values()) / whole
     moments = [moment for moment in rehearsal.timeline if moment.phase != "load"]
     pitch = max(8, LINE // max(len(moments), 1))
     for index, moment in enumerate(moments):
         live = moment.live_bytes.get(gpu.device, 0)
-        height = round(100 * live / max(capacity, 1), 1)
+        height = round(100 * live / whole, 1)
         x = index * pitch
         words = f"{moment.phase}, {moment.component}: {human_bytes(live)}"
-        bars.append({"x": x, "y": round(120 - height, 1), "width": pitch - GAP, "height": height,
+        bars.append({"x": x, "y": round(floor - height, 1), "width": pitch - GAP, "height": height,
                      "name": moment.component, "words": words})  # fmt: skip
         if moment.phase != before:
-            marks.append({"x": x, "phase": moment.phase})
+            marks.append({"x": x, "phase": moment.phase, "label_x": x + 3, "anchor": "start"})
         before = moment.phase
-    peak = f"peak {human_bytes(gpu.peak_bytes)} of {human_bytes(gpu.capacity_bytes)}"
+    width = max(len(moments) * pitch, LINE)
+    if marks and width - marks[-1]["x"] < LABEL:
+        marks[-1] |= {"label_x": width, "anchor": "end"}
+    peak = f"peak {taken_words(gpu.peak_bytes, gpu.others_bytes, gpu.capacity_bytes, gpu.fullness)}"
     phases = ", ".join(f"{phase} {human_bytes(size)}" for phase, size in gpu.phase_peaks.items() if phase != "load")
     return {
         "caption": f"{gpu.device}, {gpu.gpu}: {peak}, in {gpu.component} during {gpu.phase}; "
         f"the plan estimated {gpu.planned_error:+.1%}",
-        "capacity": f"{human_bytes(capacity)} beside the context",
-        "words": f"Live bytes on {gpu.device} by phase: {phases}",
+        "capacity": f"{human_bytes(gpu.capacity_bytes)} in all",
+        "capacity_y": round(120 - 100 * gpu.capacity_bytes / whole, 1),
+        "words": f"Live bytes on {gpu.device} by phase: {phases}; taken all along: {_words(taken)}",
+        "taken": _stacked(taken, whole),
         "bars": bars,
         "marks": marks,
-        "width": max(len(moments) * pitch, LINE),
+        "width": width,
     }
+
+
+def _stacked(sizes: Mapping[str, int], whole: int) -> list[dict[str, Any]]:
+    """Strips of a timeline, one on the other from the bottom; those of no bytes are left out."""
+    strips, bottom = [], 120.0
+    for name, size in sizes.items():
+        height = 100 * size / whole
+        bottom -= height
+        if size:
+            strips.append({"name": name, "y": round(bottom, 1), "height": round(height, 1),
+                           "words": _words({name: size})})  # fmt: skip
+    return strips
+
+
+def _words(sizes: Mapping[str, int]) -> str:
+    named = {"others": "for others", "overhead": "context"}
+    return ", ".join(f"{named[name]} {human_bytes(size)}" for name, size in sizes.items() if size)
 
 
 def _rehearse(plan: Plan) -> str:
@@ -184,15 +224,15 @@ def _measured(outcome: Outcome) -> list[str]:
     return lines
 
 
-def _transfers(plan: Plan) -> list[dict[str, str]]:
+def _transfers(plan: Plan) -> list[tuple[str, ...]]:
     return [
-        {
-            "src": place_words(one.src),
-            "dst": place_words(one.dst),
-            "tensor": one.tensor,
-            "step": human_bytes(one.bytes_per_step),
-            "image": human_bytes(one.bytes_per_image),
-        }
+        (
+            place_words(one.src),
+            place_words(one.dst),
+            one.tensor,
+            human_bytes(one.bytes_per_step),
+            human_bytes(one.bytes_per_image),
+        )
         for one in plan.transfers
     ]
 
@@ -227,24 +267,27 @@ def _flow(plan: Plan) -> dict[str, Any]:
     return {"flow": flow, "edges": edges}
 
 
-def _runners(plan: Plan) -> list[dict[str, str]]:
-    def row(
-        device_map: Mapping[Any, Place], used: float, knobs: Sequence[str], moved: int, seconds: float | None
-    ) -> Any:
-        return {
-            "places": ", ".join(f"{name} {place_words(place)}" for name, place in device_map.items()),
-            "knobs": ", ".join(knobs),
-            "fullest": f"{used:.0%}",
-            "moved": human_bytes(moved),
-            "seconds": "" if seconds is None else f"{seconds:.2f}",
-            "chosen": "",
-        }
-
+def _runners(plan: Plan) -> list[tuple[str, ...]]:
+    """The chosen placement and those that came next, as the table of what was considered shows them."""
     made = plan.estimates
-    chosen = row(plan.device_map, made.worst_utilisation, plan.knobs, made.bytes_per_image, made.seconds_per_image)
-    rest = [row(one.device_map, one.worst_utilisation, one.knobs, one.bytes_per_image, one.seconds_per_image)
+    chosen = _runner(plan.device_map, plan.fullness, plan.knobs, made.bytes_per_image, made.seconds_per_image, True)
+    rest = [_runner(one.device_map, one.fullness, one.knobs, one.bytes_per_image, one.seconds_per_image)
             for one in plan.considered.runners_up]  # fmt: skip
-    return [{**chosen, "chosen": "yes"}, *rest] if plan.feasible and plan.considered.placements else rest
+    return [chosen, *rest] if plan.feasible and plan.considered.placements else rest
+
+
+def _runner(
+    device_map: Mapping[Any, Place], full: float | None, knobs: Sequence[str], moved: int, seconds: float | None,
+    chosen: bool = False,
+) -> tuple[str, ...]:  # fmt: skip
+    places = ", ".join(f"{name} {place_words(place)}" for name, place in device_map.items())
+    return (
+        f"{places} (chosen)" if chosen else places,
+        ", ".join(knobs),
+        "" if full is None else f"{full:.0%}",
+        human_bytes(moved),
+        "" if seconds is None else f"{seconds:.2f}",
+    )
 
 
 def sweep_page(title: str, rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, str]],
@@ -257,7 +300,7 @@ def sweep_page(title: str, rows: Sequence[Mapping[str, Any]], cells: Sequence[Ma
         cells: the same as people read them, title -> text.
         numbers: titles whose column sorts by number -> the row's key.
     """
-    titles = list(cells[0]) if cells else []
+    titles = [title for title in cells[0] if title != "reason"] if cells else []
     statuses = list(dict.fromkeys(str(row["status"]) for row in rows))
     counts = ", ".join(f"{sum(row['status'] == status for row in rows)} {status}" for status in statuses)
     return _template("sweep").render(
@@ -280,12 +323,13 @@ def _sweep_row(
         value = row[numbers[title]] if title in numbers else None
         cells.append({
             "text": shown[title],
-            "kind": "n" if title in numbers else "why" if title == "reason" else "",
+            "title": title,
+            "kind": "n" if title in numbers else "wide" if title in _LONG else "",
             "value": ("" if value is None else value) if title in numbers else None,
             "link": row["report"] if title == "job" else "",
             "badge": row["status"] if title == "status" else "",
         })  # fmt: skip
-    return {"job": row["job"], "status": row["status"], "front": row["front"], "cells": cells}
+    return {key: row[key] for key in ("job", "status", "front", "reason")} | {"cells": cells}
 
 
 def _chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

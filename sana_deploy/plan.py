@@ -17,6 +17,7 @@ from .errors import PlanError
 from .files import write_text
 from .plan_digest import digest_of as digest_of
 from .spec import COMPONENTS, Component, DeploySpec, Dtype, Format, Quantization
+from .units import fullness
 from .versions import library_versions
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
     "knob_prices.*.seconds_per_image": "estimated",
     "considered.closest.shortfall_bytes": "estimated",
     "considered.runners_up.*.worst_utilisation": "estimated",
+    "considered.runners_up.*.fullness": "estimated",
     "considered.runners_up.*.bytes_per_image": "estimated",
     "considered.runners_up.*.seconds_per_image": "estimated",
     "rejections.*.closest_shortfall_bytes": "estimated",
@@ -123,6 +125,16 @@ class Slot(Record):
     peak_bytes: int
     peak_phase: str
 
+    @property
+    def others_bytes(self) -> int:
+        """What others use of the GPU, or `hardware.keep_free` keeps for them."""
+        return self.capacity_bytes - self.available_bytes
+
+    @property
+    def fullness(self) -> float:
+        """Share of the GPU that is taken at the peak, by others and by the plan; see `units.fullness`."""
+        return fullness(self.peak_bytes, self.available_bytes, self.capacity_bytes)
+
 
 class PlacedComponent(Record):
     """One component: class, dtype, what its linear layers are quantised to, bytes and place."""
@@ -151,7 +163,11 @@ class Transfer(Record):
 
 
 class Estimates(Record):
-    """Totals over the whole plan; `seconds` of one request by phase, empty where a component is on the CPU."""
+    """Totals over the whole plan; `seconds` of one request by phase, empty where a component is on the CPU.
+
+    `worst_utilisation` is the largest peak over what its GPU offers, by which the planner compares; people are shown
+    `Plan.fullness`.
+    """
 
     worst_utilisation: float
     bytes_per_step: int
@@ -178,13 +194,14 @@ class Tile(Record):
 
 
 class RunnerUp(Record):
-    """A placement that also fits, and what it would cost."""
+    """A placement that also fits, and what it would cost; `fullness` as `Plan.fullness`, since schema 1.3."""
 
     device_map: dict[Component, Place]
     worst_utilisation: float
     bytes_per_image: int
     knobs: list[str] = []
     seconds_per_image: float | None = None
+    fullness: float | None = None
 
 
 class Miss(Record):
@@ -242,6 +259,14 @@ class Plan(Record):
     knob_prices: dict[str, KnobPrice] = {}
     vae_tile: Tile | None = None
     libraries: dict[str, str] = {}
+
+    @property
+    def fullness(self) -> float | None:
+        """Share of the fullest GPU that is taken at its peak, by others and by the plan; None where all is on the CPU.
+
+        This is what "fullest" means wherever people read it.
+        """
+        return max((slot.fullness for slot in self.slots), default=None)
 
     @classmethod
     def build(cls, **fields: Any) -> Plan:

@@ -18,9 +18,9 @@ from .load import load_pipeline
 from .outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
 from .plan import Plan, Slot
 from .resolve import ResolvedPlan
-from .spec import VirtualMachine
+from .spec import CustomMap, Hardware, VirtualMachine
 from .traffic import Movement, by_pair
-from .units import MIB, human_bytes
+from .units import MIB, human_bytes, parse_bytes
 from .virtual import Fidelity, VirtualHost
 
 NUMBERS_LIMIT = 256 * MIB
@@ -213,4 +213,10 @@ def _gpu(index: int, resolved: ResolvedPlan, ledger: Ledger) -> RehearsedGpu:
         planned_error=round(planned / max(peak.total_bytes, 1) - 1, 4),
         phase_peaks={phase: p.total_bytes for (i, phase), p in ledger.phase_peaks.items() if i == index},
         phase_activations={phase: p.activation_bytes for (i, phase), p in ledger.phase_peaks.items() if i == index},
+        others_bytes=gpu.total_bytes - gpu.free_bytes + _kept_free(resolved.plan.spec.hardware),
     )
+
+
+def _kept_free(hardware: Hardware) -> int:
+    """What the declaration keeps free on every GPU, in bytes; a map of the user's own keeps nothing."""
+    return 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")

@@ -17,8 +17,17 @@ from .errors import SanaDeployError
 from .machine import host_memory
 from .outcome import Audit, Measured, Outcome, Rehearsal
 from .plan import Diagnostic, Place, Plan, Slot, Transfer
-from .sentences import considered_sentence, groups_words, image_words, knob_sentence, place_words, rejection_words
-from .units import GIB, human_bytes
+from .sentences import (
+    OTHERS_WORDS,
+    considered_sentence,
+    groups_words,
+    image_words,
+    knob_sentence,
+    place_words,
+    rejection_words,
+    taken_words,
+)
+from .units import human_bytes
 
 if TYPE_CHECKING:
     from .resolve import ResolvedPlan
@@ -32,19 +41,22 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-_GLYPHS = "█▓▒░"
-_LETTERS = "wao."
-"""What bars are drawn with: weights, activations, overhead, free."""
+_GLYPHS = "█▓▒▞░"
+_LETTERS = "waou."
+"""What bars are drawn with: weights, activations, overhead, for others, free."""
+_STYLES = ("blue", "magenta", "yellow", "red")
+_PARTS = ("weights", "activations", "context, headroom", OTHERS_WORDS, "free")
 
 
 def bar(sizes: Sequence[int], capacity: int, unicode: bool = True) -> Text:
-    """Draw `capacity` as BAR_CELLS cells: weights, activations and overhead in bytes, the rest is free.
+    """Draw `capacity` as BAR_CELLS cells: weights, activations, overhead and others' in bytes, the rest is free.
 
-    Readable without colour: every part has a glyph of its own.
+    Readable without colour: every part has a glyph of its own. Parts that exceed `capacity` are drawn shorter.
     """
     text, filled, glyphs = Text(), 0, _GLYPHS if unicode else _LETTERS
-    for size, glyph, style in zip(sizes, glyphs, ("blue", "magenta", "yellow"), strict=False):
-        start, end = (min(BAR_CELLS, round(n / max(capacity, 1) * BAR_CELLS)) for n in (filled, filled + size))
+    whole = max(capacity, sum(sizes), 1)
+    for size, glyph, style in zip(sizes, glyphs, _STYLES, strict=False):
+        start, end = (round(n / whole * BAR_CELLS) for n in (filled, filled + size))
         text.append(glyph * (end - start), style=style)
         filled += size
     text.append(glyphs[-1] * (BAR_CELLS - len(text)), style="dim")
@@ -68,11 +80,7 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
     if "cpu" in plan.device_map.values():
         blocks += [Text(f"CPU    {human_bytes(host_memory())} of memory", style="bold"), *_component_lines(plan, "cpu")]
     if plan.slots:
-        words = zip(
-            _GLYPHS if unicode else _LETTERS, ("weights", "activations", "context, headroom", "free"), strict=True
-        )
-        legend = " ".join(f"{glyph} {word}" for glyph, word in words)
-        blocks.append(Text(f"{legend}; ~ estimated", style="dim"))
+        blocks.append(_legend(plan, unicode))
     blocks += [Text(f"knob {knob_sentence(plan, knob)}", style="cyan") for knob in plan.knobs]
     blocks += _transfer_lines(plan)
     blocks += _considered_lines(plan)
@@ -85,16 +93,19 @@ def _seconds(plan: Plan) -> str:
     return "" if seconds is None else f"; ~{seconds:.2f} s per image"
 
 
+def _legend(plan: Plan, unicode: bool) -> Text:
+    """What the bars are drawn with; others only where they take any."""
+    others = any(slot.others_bytes for slot in plan.slots)
+    parts = [pair for pair in zip(_GLYPHS if unicode else _LETTERS, _PARTS, strict=True)
+             if others or pair[1] != OTHERS_WORDS]  # fmt: skip
+    return Text(" ".join(f"{glyph} {word}" for glyph, word in parts) + "; ~ estimated", style="dim")
+
+
 def _slot_line(slot: Slot, unicode: bool) -> Text:
-    share = slot.peak_bytes / max(slot.capacity_bytes, 1)
-    sizes = (slot.weights_bytes, slot.activation_bytes, slot.overhead_bytes)
+    sizes = (slot.weights_bytes, slot.activation_bytes, slot.overhead_bytes, slot.others_bytes)
     line = Text.assemble((f"GPU {slot.index}  ", "bold"), bar(sizes, slot.capacity_bytes, unicode))
-    peak = f"  ~{_gib(slot.peak_bytes)} of {human_bytes(slot.capacity_bytes)} ({share:.0%}) in {slot.peak_phase}"
-    return line.append(f"{peak}  {slot.gpu.removeprefix('NVIDIA ').removeprefix('GeForce ')}")
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}"
+    taken = taken_words(slot.peak_bytes, slot.others_bytes, slot.capacity_bytes, slot.fullness)
+    return line.append(f"  ~{taken} in {slot.peak_phase}  {slot.gpu.removeprefix('NVIDIA ').removeprefix('GeForce ')}")
 
 
 def _component_lines(plan: Plan, place: Place) -> list[RenderableType]:
@@ -129,7 +140,8 @@ def _considered_lines(plan: Plan) -> list[RenderableType]:
     lines: list[RenderableType] = [Text(considered_sentence(plan))]
     for runner in plan.considered.runners_up[:1]:
         knobs = f", {', '.join(runner.knobs)}" if runner.knobs else ""
-        words = f"  next: {groups_words(runner.device_map)}: fullest {runner.worst_utilisation:.0%}{knobs}"
+        full = "" if runner.fullness is None else f": fullest {runner.fullness:.0%}"
+        words = f"  next: {groups_words(runner.device_map)}{full}{knobs}"
         lines.append(Text(words, style="dim"))
     if plan.rejections:
         counts = ", ".join(rejection_words(row) for row in plan.rejections)
@@ -212,9 +224,10 @@ def render_rehearsal(rehearsal: Rehearsal) -> RenderableType:
     steps = f"{rehearsal.steps_rehearsed} of {rehearsal.steps} steps"
     blocks: list[RenderableType] = [Text(f"rehearsed in {rehearsal.fidelity}, {steps}", style="bold")]
     for gpu in rehearsal.gpus:
-        share = gpu.peak_bytes / gpu.capacity_bytes
-        peak = f"peak {_gib(gpu.peak_bytes)} of {human_bytes(gpu.capacity_bytes)} ({share:.0%})"
-        blocks.append(Text(f"  {gpu.device}: {peak} in {gpu.component}, {gpu.phase}; planned {gpu.planned_error:+.1%}"))
+        peak = taken_words(gpu.peak_bytes, gpu.others_bytes, gpu.capacity_bytes, gpu.fullness)
+        blocks.append(
+            Text(f"  {gpu.device}: peak {peak} in {gpu.component}, {gpu.phase}; planned {gpu.planned_error:+.1%}")
+        )
     moved: dict[tuple[str, str], int] = defaultdict(int)
     for one in rehearsal.transfers:
         moved[one.src, one.dst] += one.bytes_per_step

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from .outcome import Audit
 from .plan import Place, Plan, RejectionCount
 from .spec import Component
-from .units import human_bytes
+from .units import GIB, human_bytes
 
 KNOB_WORDS: Mapping[str, str] = {
     "encode_once": "the VAE encodes the control image once; bits as with slicing, a batch of two may round otherwise",
@@ -17,6 +17,8 @@ KNOB_WORDS: Mapping[str, str] = {
     "vae_tiling": "the VAE takes tiles of 1024 px; can change pixels",
 }
 """What each knob does."""
+OTHERS_WORDS = "for others (used, or kept free)"
+"""What is drawn of a GPU that is not the plan's to take."""
 
 
 def place_words(place: Place) -> str:
@@ -46,6 +48,12 @@ def knob_sentence(plan: Plan, knob: str) -> str:
         costs.append(f"costs ~{seconds:.2g} s")
     effects = [f"saves {' and '.join(saved)}"] if saved else []
     return f"{knob} {', '.join([*effects, *costs])}".rstrip()
+
+
+def taken_words(peak_bytes: int, others_bytes: int, capacity_bytes: int, share: float) -> str:
+    """`7.12 + 1.50 for others of 8.00 GiB (108%)`: the share counts both, others are named where they take any."""
+    others = f" + {others_bytes / GIB:.2f} for others" if others_bytes else ""
+    return f"{peak_bytes / GIB:.2f}{others} of {human_bytes(capacity_bytes)} ({share:.0%})"
 
 
 def rejection_words(row: RejectionCount) -> str:

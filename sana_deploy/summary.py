@@ -18,18 +18,18 @@ from typing import Any
 
 from .files import write_text
 from .spec import COMPONENTS
-from .units import human_bytes
+from .units import fullness, human_bytes
 
 COLUMNS = (
-    "job", "overrides", "status", "exit_code", "front", "gpus", "worst_utilisation", "weights_bytes", "peak_bytes",
-    "total_peak_bytes", "per_gpu", "bytes_per_step", "estimated_seconds_per_image", "images_per_second", "seconds",
-    "compared_seconds", "measured_peak_bytes", "psnr", "worst_error", "knobs", "dtypes", "device_map",
+    "job", "overrides", "status", "exit_code", "front", "gpus", "fullness", "worst_utilisation", "weights_bytes",
+    "peak_bytes", "total_peak_bytes", "per_gpu", "bytes_per_step", "estimated_seconds_per_image", "images_per_second",
+    "seconds", "compared_seconds", "measured_peak_bytes", "psnr", "worst_error", "knobs", "dtypes", "device_map",
     "workload", "report", "reason",
 )  # fmt: skip
 _NESTED = ("overrides", "knobs", "dtypes", "device_map", "per_gpu", "workload")
 """Columns that hold JSON in summary.csv."""
 NUMBERS: Mapping[str, str] = {
-    "job": "job", "GPUs": "gpus", "fullest": "worst_utilisation", "weights": "weights_bytes", "peak": "peak_bytes",
+    "job": "job", "GPUs": "gpus", "fullest": "fullness", "weights": "weights_bytes", "peak": "peak_bytes",
     "per step": "bytes_per_step", "~s/image": "estimated_seconds_per_image", "~images/s": "images_per_second",
     "worst error": "worst_error", "seconds": "seconds", "measured peak": "measured_peak_bytes", "PSNR": "psnr",
 }  # fmt: skip
@@ -72,12 +72,16 @@ def _row(job: Path) -> dict[str, Any]:
         "exit_code": outcome.get("exit_code", 1),
         "front": False,
         "gpus": len(slots),
+        "fullness": max((_fullness(slot) for slot in slots), default=None),
         "worst_utilisation": estimates.get("worst_utilisation"),
         "weights_bytes": sum(part["weights_bytes"] for part in parts.values()) if plan else None,
         "peak_bytes": max((slot["peak_bytes"] for slot in slots), default=None),
         "total_peak_bytes": sum(slot["peak_bytes"] for slot in slots) or None,
         "per_gpu": [
-            {key: slot[key] for key in ("index", "gpu", "weights_bytes", "peak_bytes", "capacity_bytes")}
+            {
+                key: slot[key]
+                for key in ("index", "gpu", "weights_bytes", "peak_bytes", "available_bytes", "capacity_bytes")
+            }
             for slot in slots
         ],
         "bytes_per_step": estimates.get("bytes_per_step"),
@@ -95,6 +99,10 @@ def _row(job: Path) -> dict[str, Any]:
         "report": f"{job.name}/report.html" if (job / "report.html").is_file() else "",
         "reason": (outcome.get("error") or {}).get("message", ""),
     }
+
+
+def _fullness(slot: Mapping[str, Any]) -> float:
+    return round(fullness(slot["peak_bytes"], slot["available_bytes"], slot["capacity_bytes"]), 6)
 
 
 def _format(part: Mapping[str, Any]) -> str:
@@ -210,22 +218,22 @@ def cells_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _cells(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, str]:
-    used, ended = row["worst_utilisation"], row["status"] == "done"
+    used, ended = row["fullness"], row["status"] == "done"
     return {
         "job": str(row["job"]),
         "front": "★" if row["front"] else "",
+        "~s/image": _number(row["estimated_seconds_per_image"]),
+        "seconds": _number(row["seconds"]),
         **{key: row["overrides"].get(key, "") for key in swept},
         "status": row["status"],
         "GPUs": str(row["gpus"]) if ended or row["gpus"] else "",
         "fullest": f"{used:.0%}" if used else "",
-        "weights": _size(row["weights_bytes"]),
         "peak": _size(row["peak_bytes"]),
+        "weights": _size(row["weights_bytes"]),
         "weights per GPU": _each(row, "weights_bytes"),
         "peak per GPU": _each(row, "peak_bytes"),
         "per step": _size(row["bytes_per_step"]) if row["gpus"] else "",
-        "~s/image": _number(row["estimated_seconds_per_image"]),
         "~images/s": _number(row["images_per_second"]),
-        "seconds": _number(row["seconds"]),
         "measured peak": _size(row["measured_peak_bytes"]),
         "PSNR": _number(row["psnr"]),
         "worst error": "" if row["worst_error"] is None else f"{row['worst_error']:.1e}",

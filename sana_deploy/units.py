@@ -22,6 +22,15 @@ def human_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def fullness(peak_bytes: int, free_bytes: int, total_bytes: int) -> float:
+    """Share of a GPU's memory that is taken at a peak of ours: (what others use or are kept + our peak) / total.
+
+    Args:
+        free_bytes: what the GPU offers; the rest of `total_bytes` is used by others, or kept free for them.
+    """
+    return (total_bytes - free_bytes + peak_bytes) / max(total_bytes, 1)
+
+
 def parse_bytes(text: str, where: str) -> int:
     """Read `8GiB` or `500 MB` as bytes; binary and decimal units mean what they say.
 

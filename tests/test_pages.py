@@ -18,7 +18,7 @@ from sana_deploy.pages import plan_page, sweep_page
 from sana_deploy.rehearsal import rehearse
 from sana_deploy.spec import DeploySpec
 from sana_deploy.summary import NUMBERS, cells_of
-from sana_deploy.units import human_bytes
+from sana_deploy.units import GIB, human_bytes
 
 Small = Callable[..., DeploySpec]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -88,7 +88,7 @@ def test_the_report_tells_the_plan_s_numbers_in_words_and_loads_nothing(small: S
     labels = [str(attributes["aria-label"]) for _, attributes in outline.tags if attributes.get("role") == "img"]
     for slot in plan.slots:
         (label,) = [one for one in labels if one.startswith(f"GPU {slot.index},")]
-        assert human_bytes(slot.peak_bytes) in label
+        assert f"~{slot.peak_bytes / GIB:.2f} of {human_bytes(slot.capacity_bytes)}" in label
         widths = [float(width) for width in re.findall(r"style=\"width: ([\d.]+)%", page)]
         assert sum(widths) == pytest.approx(100 * len(plan.slots), abs=0.1)
     assert any("GPU 0 to GPU 1 61.25 MiB per step" in label for label in labels)
@@ -136,6 +136,68 @@ def luminance(color: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+VIEWS = [(width, dark) for width in (390, 768, 1200, 1600) for dark in (False, True)]
+
+
+def outside(browser: Any, selector: str, width: int) -> list[str]:
+    """Texts of what matches `selector`, is displayed and is not wholly within the window's width."""
+    rectangles = browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].filter(one => one.getClientRects().length)"
+        ".map(one => { const range = document.createRange(); range.selectNodeContents(one);"
+        " const box = range.getBoundingClientRect(); return [box.left, box.right, one.textContent]; })",
+        selector,
+    )
+    assert rectangles, f"nothing matches {selector}"
+    return [text for left, right, text in rectangles if left < 0 or right > width]
+
+
+def test_no_table_of_the_report_is_cut_on_a_phone(browser: Any, small: Small, tmp_path: Path) -> None:
+    page, _ = split_page(small)
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    for width, dark in VIEWS:
+        opened(browser, path, width, dark)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert outside(browser, "table td", width) == []
+        assert outside(browser, "svg.timeline text", width) == []
+
+
+def test_seconds_and_reasons_of_a_summary_are_within_the_window(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "summary.html"
+    path.write_text(wide_sweep(), encoding="utf-8")
+    for width, dark in VIEWS:
+        opened(browser, path, width, dark)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        for title in ("~s/image", "seconds", "job", "front"):
+            assert outside(browser, f"#rows td[data-label='{title}']", width) == []
+        assert outside(browser, "#rows tr.why p", width) == []
+        if width >= 900:
+            heights = browser.execute_script("return [...document.querySelectorAll('#rows tbody')].map(one => "
+                                             "one.getBoundingClientRect().height)")  # fmt: skip
+            assert max(heights) < 150, "a job takes a few lines"
+            assert seen(browser, "#rows tr.why p")[0] == WHY.strip()
+
+
+WHY = "0 of 8 placements fit, each under 4 sets of knobs (32 dtype on GPU 0). Closest: " + "a long reason " * 10
+
+
+def wide_sweep() -> str:
+    """A sweep over six keys, with measured seconds, long values and a job that does not fit."""
+    rows = []
+    for job, status in enumerate(("done", "infeasible", "done")):
+        ended = status == "done"
+        empty: dict[str, Any] = {key: 1.0 if ended else None for key in NUMBERS.values() if key not in ("job", "gpus")}
+        given = {f"workload.key{n}": f"value {n} of job {job} " * 3 for n in range(5)} | {"precision": f"p{job}"}
+        rows.append({
+            "job": job, "overrides": given, "status": status, "front": ended, "gpus": 2 * ended, "report": "",
+            "reason": "" if ended else WHY, "device_map": {}, "per_gpu": [], "compared_seconds": None,
+            "knobs": ["vae_slicing", "split_controlnet", "text_encoder_offload"] * ended,
+            "dtypes": dict.fromkeys(("text_encoder", "vae", "transformer", "controlnet"), "float16") if ended else {},
+            "total_peak_bytes": None, **empty,
+        })  # fmt: skip
+    return sweep_page("Sweep", rows, cells_of(rows), NUMBERS)
+
+
 def test_a_person_sorts_and_filters_the_summary_and_opens_a_report(browser: Any, cli: Run, tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
@@ -145,14 +207,14 @@ def test_a_person_sorts_and_filters_the_summary_and_opens_a_report(browser: Any,
     assert swept.returncode == 0, swept.stderr
     (path,) = (tmp_path / "outputs" / "multirun").glob("*/*/summary.html")
     opened(browser, path)
-    jobs = "#rows tbody tr:not([hidden]) td:first-child"
+    jobs = "#rows tbody:not([hidden]) tr.job td:first-child"
     assert len(seen(browser, jobs)) == 8
     heads = browser.find_elements(By.CSS_SELECTOR, "#rows thead button")
     by_title = {one.text.strip(" ▲▼"): one for one in heads}
     column = [one.text for one in heads].index("peak") + 1
 
     def peaks() -> list[float]:
-        cells = browser.find_elements(By.CSS_SELECTOR, f"#rows tbody tr:not([hidden]) td:nth-child({column})")
+        cells = browser.find_elements(By.CSS_SELECTOR, f"#rows tbody:not([hidden]) tr.job td:nth-child({column})")
         return [float(cell.get_attribute("data-value")) for cell in cells if cell.get_attribute("data-value")]
 
     by_title["peak"].click()
@@ -162,7 +224,7 @@ def test_a_person_sorts_and_filters_the_summary_and_opens_a_report(browser: Any,
     assert peaks() == sorted(rising, reverse=True), "the keyboard sorts too"
     head = browser.find_element(By.CSS_SELECTOR, f"#rows thead th:nth-child({column})")
     assert head.get_attribute("aria-sort") == "descending"
-    empty_last = seen(browser, f"#rows tbody tr td:nth-child({column})")[-2:]
+    empty_last = seen(browser, f"#rows tbody tr.job td:nth-child({column})")[-2:]
     assert empty_last == ["", ""], "what does not fit stays below"
 
     filter_box = browser.find_element(By.ID, "filter")
@@ -176,7 +238,7 @@ def test_a_person_sorts_and_filters_the_summary_and_opens_a_report(browser: Any,
     Select(browser.find_element(By.ID, "status")).select_by_visible_text("all")
     browser.find_element(By.ID, "front").click()
     assert 1 <= len(seen(browser, jobs)) < 8
-    browser.find_element(By.CSS_SELECTOR, "#rows tbody tr:not([hidden]) td a").click()
+    browser.find_element(By.CSS_SELECTOR, "#rows tbody:not([hidden]) tr.job td a").click()
     assert browser.current_url.endswith("/report.html")
     assert seen(browser, "h2")[0] == "Command"
     loaded = [entry for entry in browser.get_log("performance") if '"Network.requestWillBeSent"' in entry["message"]]
