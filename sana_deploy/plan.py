@@ -10,14 +10,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from . import __version__
 from .errors import PlanError
 from .files import write_text
 from .plan_digest import digest_of as digest_of
-from .spec import COMPONENTS, Component, DeploySpec, Dtype, Format, Quantization
-from .units import fullness
+from .records import CheckpointRecord as CheckpointRecord
+from .records import Considered as Considered
+from .records import Diagnostic as Diagnostic
+from .records import Estimates as Estimates
+from .records import FileContent as FileContent
+from .records import KnobPrice as KnobPrice
+from .records import Miss as Miss
+from .records import PartContent as PartContent
+from .records import Place as Place
+from .records import PlacedComponent as PlacedComponent
+from .records import Record as Record
+from .records import RejectionCount as RejectionCount
+from .records import RunnerUp as RunnerUp
+from .records import Slot as Slot
+from .records import Tile as Tile
+from .records import Transfer as Transfer
+from .spec import COMPONENTS, Component, DeploySpec
 from .versions import library_versions
 
 if TYPE_CHECKING:
@@ -26,8 +41,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = "1.3"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
-
-Place = int | Literal["cpu"]
 
 BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
     "checkpoint.content.*.files.*.bytes": "exact",
@@ -60,179 +73,6 @@ BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
 """How each quantity was come by; counts and indices are exact."""
 
 
-class Record(BaseModel):
-    """Base of the artifact's models: frozen; unknown keys of a later minor version are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-
-class Diagnostic(Record):
-    """One remark: a warning or a note, with the place and a hint."""
-
-    type: str
-    severity: Literal["info", "warning"]
-    message: str
-    where: str = ""
-    hint: str = ""
-
-
-class FileContent(Record):
-    """What one file holds: its size, a digest of samples of it, and of the whole file where that was asked for."""
-
-    bytes: int
-    sampled: str
-    whole: str | None = None
-
-
-class PartContent(Record):
-    """One folder of a checkpoint: file name -> content; for a component, class, config and shapes as `fingerprint`."""
-
-    fingerprint: str | None = None
-    files: dict[str, FileContent]
-
-
-class CheckpointRecord(Record):
-    """Which weights the plan was made for.
-
-    What identifies their content is the commit (`revision`) of a hub repository, and `content` by folder for those
-    that lie in a folder.
-    """
-
-    kind: str
-    source: str
-    revision: str | None
-    fingerprint: str
-    content: dict[str, PartContent] = {}
-
-
-class Slot(Record):
-    """A logical GPU and what it must offer; bytes.
-
-    `overhead_bytes` are the CUDA context, headroom, and `allocator_bytes`: what PyTorch's allocator counts beyond
-    tensors (unsplit blocks, cuBLAS's workspace).
-    """
-
-    name: str
-    index: int
-    gpu: str
-    compute_capability: list[int]
-    capacity_bytes: int
-    available_bytes: int
-    weights_bytes: int
-    activation_bytes: int
-    overhead_bytes: int
-    allocator_bytes: int = 0
-    peak_bytes: int
-    peak_phase: str
-
-    @property
-    def others_bytes(self) -> int:
-        """What others use of the GPU, or `hardware.keep_free` keeps for them."""
-        return self.capacity_bytes - self.available_bytes
-
-    @property
-    def fullness(self) -> float:
-        """Share of the GPU that is taken at the peak, by others and by the plan; see `units.fullness`."""
-        return fullness(self.peak_bytes, self.available_bytes, self.capacity_bytes)
-
-
-class PlacedComponent(Record):
-    """One component: class, dtype, what its linear layers are quantised to, bytes and place."""
-
-    class_name: str
-    dtype: Dtype
-    quantization: Quantization | None = None
-    weights_bytes: int
-    activation_bytes: int
-    slot: Place
-
-    @property
-    def format(self) -> Format:
-        """What it computes in and keeps its linear layers in."""
-        return Format(self.dtype, self.quantization)
-
-
-class Transfer(Record):
-    """A tensor that crosses from one place to another; bytes per denoising step and per image."""
-
-    src: Place
-    dst: Place
-    tensor: str
-    bytes_per_step: int
-    bytes_per_image: int
-
-
-class Estimates(Record):
-    """Totals over the whole plan; `seconds` of one request by phase, empty where a component is on the CPU.
-
-    `worst_utilisation` is the largest peak over what its GPU offers, by which the planner compares; people are shown
-    `Plan.fullness`.
-    """
-
-    worst_utilisation: float
-    bytes_per_step: int
-    bytes_per_image: int
-    seconds: dict[str, float] = {}
-    seconds_per_image: float | None = None
-
-
-class KnobPrice(Record):
-    """What a knob that is on saves on the GPU that it helps most, and what it costs; None where that is not known."""
-
-    bytes_saved: int
-    bytes_per_image: int
-    seconds_per_image: float | None
-
-
-class Tile(Record):
-    """Tiles of the VAE in pixels, as `AutoencoderDC.enable_tiling` takes them."""
-
-    height: int
-    width: int
-    stride_height: int
-    stride_width: int
-
-
-class RunnerUp(Record):
-    """A placement that also fits, and what it would cost; `fullness` as `Plan.fullness`, since schema 1.3."""
-
-    device_map: dict[Component, Place]
-    worst_utilisation: float
-    bytes_per_image: int
-    knobs: list[str] = []
-    seconds_per_image: float | None = None
-    fullness: float | None = None
-
-
-class Miss(Record):
-    """A candidate that does not fit, by the fewest bytes."""
-
-    device_map: dict[Component, Place]
-    knobs: list[str]
-    shortfall_bytes: int
-    message: str
-
-
-class Considered(Record):
-    """How many placements were looked at, each under `settings` sets of knobs, and how many of these candidates fit."""
-
-    placements: int
-    feasible: int
-    runners_up: list[RunnerUp]
-    settings: int = 1
-    closest: Miss | None = None
-
-
-class RejectionCount(Record):
-    """How many candidates one reason ruled out on one GPU; the closest miss in words and bytes."""
-
-    reason: str
-    gpu: int
-    count: int
-    closest: str
-    closest_shortfall_bytes: int
-
-
 class Plan(Record):
     """An explicit device and dtype for every component, with the reasons. See the module docstring.
 
@@ -256,9 +96,9 @@ class Plan(Record):
     diagnostics: list[Diagnostic]
     basis: dict[str, str]
     feasible: bool = True
-    knob_prices: dict[str, KnobPrice] = {}
+    knob_prices: dict[str, KnobPrice] = {}  # noqa: RUF012  pydantic copies it
     vae_tile: Tile | None = None
-    libraries: dict[str, str] = {}
+    libraries: dict[str, str] = {}  # noqa: RUF012
 
     @property
     def fullness(self) -> float | None:
