@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from .errors import SanaDeployError
+from .frozen import FrozenModel
 from .plan import Diagnostic
 from .units import fullness
 
 Status = Literal["done", "infeasible", "invalid", "stale", "failed"]
 
 
-class Frozen(BaseModel):
+class Frozen(FrozenModel):
     """Base of the outcome's models."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")

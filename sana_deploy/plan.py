@@ -96,9 +96,9 @@ class Plan(Record):
     diagnostics: list[Diagnostic]
     basis: dict[str, str]
     feasible: bool = True
-    knob_prices: dict[str, KnobPrice] = {}  # noqa: RUF012  pydantic copies it
+    knob_prices: dict[str, KnobPrice] = {}
     vae_tile: Tile | None = None
-    libraries: dict[str, str] = {}  # noqa: RUF012
+    libraries: dict[str, str] = {}
 
     @property
     def fullness(self) -> float | None:

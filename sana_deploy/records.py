@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from .frozen import FrozenModel
 from .spec import Component, Dtype, Format, Quantization
 from .units import fullness
 
 Place = int | Literal["cpu"]
 
 
-class Record(BaseModel):
+class Record(FrozenModel):
     """Base of the artifact's models: frozen; unknown keys of a later minor version are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from .explain import first_error
+from .frozen import FrozenModel
 
 Component = Literal["text_encoder", "vae", "transformer", "controlnet"]
 COMPONENTS: tuple[Component, ...] = ("text_encoder", "vae", "transformer", "controlnet")
@@ -54,7 +55,7 @@ Side = Annotated[int, Field(ge=VAE_FACTOR, le=8192, multiple_of=VAE_FACTOR)]
 """Height or width in pixels."""
 
 
-class Declared(BaseModel):
+class Declared(FrozenModel):
     """Base of every declared model: frozen, strict, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import operator
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,6 +113,44 @@ def test_a_later_minor_version_is_read(plan: Plan, tmp_path: Path) -> None:
         values["digest"] = digest_of(values)
 
     assert Plan.load(changed(plan, later, tmp_path / "plan.json")).device_map == plan.device_map
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "plans").glob("*.json")), ids=lambda path: path.stem)
+def test_a_plan_of_an_earlier_version_is_saved_as_it_was(path: Path, tmp_path: Path) -> None:
+    plan = Plan.load(path)
+    again = Plan.load(plan.save(tmp_path / "plan.json"))
+    assert again.digest == plan.digest == json.loads(path.read_text())["digest"]
+    assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(path.read_text())
+
+
+CHANGES: dict[str, Callable[[Plan], Any]] = {
+    "a component": lambda plan: operator.setitem(plan.components, "vae", None),
+    "a place": lambda plan: plan.device_map.update(vae=0),
+    "a knob": lambda plan: plan.knobs.append("vae_tiling"),
+    "a slot": lambda plan: plan.slots.clear(),
+    "a slot's capability": lambda plan: operator.setitem(plan.slots[0].compute_capability, 0, 9),
+    "a runner-up's knobs": lambda plan: plan.considered.runners_up[0].knobs.extend(["vae_tiling"]),
+    "the basis": lambda plan: plan.basis.pop("slots.*.peak_bytes"),
+    "the declaration": lambda plan: plan.spec.hardware.allow.remove("vae_slicing"),
+    "what auto decided": lambda plan: operator.delitem(plan.spec.precision.components, "vae"),
+    "the tiles' prices": lambda plan: operator.ior(plan.knob_prices, {}),
+    "a list in place": lambda plan: operator.iadd(plan.transfers, [None]),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_nothing_in_a_plan_can_be_changed(
+    small: Callable[..., DeploySpec], machine: Callable[..., Machine], what: str
+) -> None:
+    plan = compile_spec(small("model=sana_1600m_controlnet", "precision=auto"), machine(5.6, 4.0, 4.0))
+    before = plan.to_json()
+    for one in (plan, pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan), plan.model_copy(deep=True)):
+        with pytest.raises(TypeError, match="is frozen"):
+            CHANGES[what](one)
+        assert one == plan
+        assert one.to_json() == before
+    assert Plan.model_validate(json.loads(before)) == plan
+    assert {**plan.device_map, "vae": 0}["vae"] == 0, "a copy may be changed"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", '{"schema_version": 1}'])
