@@ -19,7 +19,7 @@ from .machine import Gpu, Machine
 from .needs import Told
 from .plan import Diagnostic, Place, Plan
 from .planner import Search, search_balanced, search_custom, search_host, search_single
-from .precision import FRAGILE, fragile_components, overflowing_components
+from .precision import FRAGILE, fragile_components, is_native, overflowing_components
 from .profile import PipelineProfile, profile_pipeline
 from .spec import CustomMap, DeploySpec, MultiGpuBalanced, Overrides, Planned, SingleGpu, VirtualMachine
 from .units import human_bytes, parse_bytes
@@ -45,7 +45,11 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | 
     if spec.precision.name == "auto":
         spec, reason = choose_precision(spec, checkpoint, replace(machine, gpus=_usable(spec, machine)), _fits)
         diagnostics.append(reason)
-    diagnostics += [*_precision_remarks(spec), *_overflow_remarks(spec), *_stored_remarks(spec, checkpoint)]
+    diagnostics += [
+        *_precision_remarks(spec, machine),
+        *_overflow_remarks(spec),
+        *_stored_remarks(spec, checkpoint, machine),
+    ]
     profile = profile_pipeline(checkpoint, spec.workload, spec.precision.formats, told)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         diagnostics.insert(0, _on_cpu(spec.hardware, offered))
@@ -143,13 +147,13 @@ def _range(indices: set[int]) -> str:
     return f"an index from 0 to {max(indices)}" if len(indices) > 1 else "0"
 
 
-def _precision_remarks(spec: DeploySpec) -> list[Diagnostic]:
+def _precision_remarks(spec: DeploySpec, machine: Machine) -> list[Diagnostic]:
     fragile = fragile_components(spec.precision.components)
     if not fragile:
         return []
     reasons = "; ".join(f"{name}: {FRAGILE[name]}" for name in fragile)
     message = f"float16 is documented not to be safe for {' and '.join(fragile)} ({reasons})"
-    hint = "precision=mixed_bf16, or precision=fp32 where bfloat16 is not native"
+    hint = f"precision={'mixed_bf16' if _has_bfloat16(spec, machine) else 'mixed_fp32'} keeps them out of float16"
     if spec.precision.strict:
         raise InfeasibleError(message, where="precision.components", hint=hint)
     remark = Diagnostic(
@@ -171,7 +175,13 @@ def _overflow_remarks(spec: DeploySpec) -> list[Diagnostic]:
     return [Diagnostic(type="fragile_dtype", severity="warning", message=message, where=where, hint=hint)]
 
 
-def _stored_remarks(spec: DeploySpec, checkpoint: Checkpoint) -> list[Diagnostic]:
+def _has_bfloat16(spec: DeploySpec, machine: Machine) -> bool:
+    """Whether every GPU that may be taken computes natively in bfloat16; a CPU emulates it."""
+    gpus = _usable(spec, machine)
+    return bool(gpus) and all(is_native("bfloat16", gpu) for gpu in gpus)
+
+
+def _stored_remarks(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> list[Diagnostic]:
     """Say where bfloat16 files are loaded in float16, which has less range; rounding is what a policy asks for."""
     narrowed = [
         name
@@ -183,7 +193,8 @@ def _stored_remarks(spec: DeploySpec, checkpoint: Checkpoint) -> list[Diagnostic
     verb = "is" if len(narrowed) == 1 else "are"
     subject = f"{' and '.join(narrowed)} {verb}"
     message = f"{subject} stored in bfloat16 and loaded in float16, which has less range"
-    hint = "values out of range are counted at load; precision=bf16 keeps them"
+    policy = "bf16" if _has_bfloat16(spec, machine) else "fp32"
+    hint = f"values out of range are counted at load; precision={policy} keeps them"
     return [Diagnostic(type="lossy_dtype", severity="info", message=message, where="precision.components", hint=hint)]
 
 

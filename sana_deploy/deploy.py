@@ -16,13 +16,14 @@ from .compile import compile_spec
 from .describe import describe_machine
 from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
 from .files import write_text
-from .hints import roomier
+from .hints import out_of_float16, roomier
 from .inputs import check_control_image, drawn_seed
 from .outcome import Audit, Measured, Outcome, Rehearsal, failure_of
 from .plan import Diagnostic, Plan
+from .precision import fragile_components
 from .progress import progress, progress_each
 from .resolve import ResolvedPlan
-from .spec import STAGES, DeploySpec, Stage, VirtualMachine, Workload
+from .spec import COMPONENTS, STAGES, DeploySpec, Stage, VirtualMachine, Workload
 
 log = logging.getLogger(__name__)
 
@@ -168,12 +169,15 @@ def _apply(run: Run) -> None:
         run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of), run.host)
     border = border_of(run.pipeline)
     assert border is not None
-    hint = "precision=bf16 or precision=fp32 keep them"
-    run.remarks += [
-        Diagnostic(type="out_of_range", severity="warning", message=text, where="precision.components", hint=hint)
-        for text in border.notes
-    ]
+    run.remarks += [_out_of_range(text, run.resolved.plan) for text in border.notes]
     run.measured = Measured(seconds={"load": round(time.perf_counter() - started, 6)})
+
+
+def _out_of_range(text: str, plan: Plan) -> Diagnostic:
+    """Values of a component, which `text` names, that its dtype cannot hold."""
+    hint = out_of_float16(plan, [name for name in COMPONENTS if f" {name} " in text], compile_spec)
+    where = "precision.components"
+    return Diagnostic(type="out_of_range", severity="warning", message=text, where=where, hint=hint)
 
 
 def _generate(run: Run) -> None:
@@ -187,8 +191,8 @@ def _generate(run: Run) -> None:
     try:
         (_rehearse if run.host is not None else _run)(run)
     except RunError as problem:
-        if problem.facts.get("out_of_memory") and run.plan:
-            problem.hint = roomier(run.plan, compile_spec) or problem.hint
+        if run.plan:
+            problem.hint = _checked_hint(problem, run.plan)
         raise
     finally:
         hint = "hardware.on_decode_oom=raise makes this an error"
@@ -196,6 +200,19 @@ def _generate(run: Run) -> None:
             Diagnostic(type="decoded_in_tiles", severity="warning", message=text, where="generate", hint=hint)
             for text in border.remarks
         ]
+
+
+def _checked_hint(problem: RunError, plan: Plan) -> str:
+    """The failure's own hint, or in its place a change that was planned on this machine."""
+    facts = problem.facts
+    if facts.get("out_of_memory"):
+        return roomier(plan, compile_spec) or problem.hint
+    if facts.get("dtype") == "float16":
+        return out_of_float16(plan, [facts["component"]], compile_spec)
+    if "image" in facts:
+        fragile = fragile_components({name: part.dtype for name, part in plan.components.items()})
+        return out_of_float16(plan, fragile or COMPONENTS, compile_spec)
+    return problem.hint
 
 
 def _run(run: Run) -> None:

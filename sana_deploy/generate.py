@@ -22,7 +22,7 @@ from .files import write_bytes
 from .inputs import read_control_image
 from .outcome import Measured
 from .profile import PHASES, Phase
-from .spec import COMPONENTS, Workload
+from .spec import COMPONENTS, Component, Workload
 from .traffic import Movement, by_pair
 from .units import human_bytes
 
@@ -101,7 +101,7 @@ def generate(
     from .guard import NumericsGuard
 
     border = _border(pipeline)
-    guard = NumericsGuard({name: str(getattr(pipeline, name).dtype).removeprefix("torch.") for name in COMPONENTS})
+    guard = NumericsGuard({name: _dtype_name(pipeline, name) for name in COMPONENTS})
 
     def stepped(done: int, of: int) -> None:
         guard.step_done()
@@ -184,7 +184,7 @@ def to_images(pipeline: SanaControlNetPipeline, pixels: torch.Tensor) -> list[Im
     Raises:
         RunError: one of them holds NaN or is one flat colour.
     """
-    _check_pixels(pixels)
+    _check_pixels(pixels, {name: _dtype_name(pipeline, name) for name in COMPONENTS})
     images: list[Image] = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
     return images
 
@@ -254,20 +254,27 @@ def host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _check_pixels(pixels: torch.Tensor) -> None:
+def _dtype_name(pipeline: SanaControlNetPipeline, name: Component) -> str:
+    return str(getattr(pipeline, name).dtype).removeprefix("torch.")
+
+
+def _check_pixels(pixels: torch.Tensor, dtypes: dict[Component, str]) -> None:
     """Refuse images (batch, 3, height, width) that hold NaN or infinity, or are one flat colour."""
+    from .guard import image_cure
+
+    hint = image_cure(dtypes)
     for number, image in enumerate(pixels):
         broken = int((~torch.isfinite(image)).sum())
-        hint = "precision=mixed_bf16 or precision=fp32 keeps text encoder and VAE out of float16"
         if broken:
             raise RunError(
                 f"image {number} has {broken} of {image.numel()} values that are NaN or infinite",
                 where="generate",
                 hint=hint,
+                image=number,
                 broken_values=broken,
             )
         if bool((image == image[:, :1, :1]).all()):
-            raise RunError(f"image {number} is one flat colour", where="generate", hint=hint)
+            raise RunError(f"image {number} is one flat colour", where="generate", hint=hint, image=number)
 
 
 def save_images(images: list[Image], folder: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,12 @@ class NumericsGuard:
                     dtype=dtype,
                     phase=phase,
                 )
+
+
+def image_cure(dtypes: Mapping[Component, str]) -> str:
+    """What helps where an image is not finite or flat though every result was finite; empty if no dtype explains it."""
+    suspects = [name for name in (*FRAGILE, *dtypes) if dtypes[name] == "float16"]
+    return _cure(suspects[0], "float16") if suspects else ""
 
 
 def _cure(name: Component, dtype: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
 
 from .checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from .precision import POLICIES, QUANTIZED, QUANTIZED_DTYPES, fragile_components
 from .spec import (
     KNOBS,
     VAE_FACTOR,
+    Component,
     CustomMap,
     DeploySpec,
     Hardware,
@@ -194,6 +196,21 @@ def roomier(plan: Plan, compiled: Callable[[DeploySpec], Plan]) -> str:
         if _fullest(other) < _fullest(plan):
             saved = human_bytes(_fullest(plan) - _fullest(other))
             return f"{words} plans {saved} less on the fullest GPU ({', '.join(other.knobs) or 'another placement'})"
+    return ""
+
+
+def out_of_float16(plan: Plan, suspects: Iterable[Component], compiled: Callable[[DeploySpec], Plan]) -> str:
+    """The first policy that keeps those of `suspects` out of float16 that `plan` puts there, as an override.
+
+    It is planned here. Empty where none of them is in float16, or nothing else fits.
+    """
+    names = [name for name in suspects if plan.components[name].dtype == "float16"]
+    for policy, changed in _policies(plan.spec, fragile=False) if names else ():
+        if "float16" in (POLICIES[policy][name] for name in names):
+            continue
+        with contextlib.suppress(SanaDeployError):
+            compiled(changed)
+            return f"precision={policy} keeps {' and '.join(names)} out of float16"
     return ""
 
 

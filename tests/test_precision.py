@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from sana_deploy.boundary import border_of
 from sana_deploy.compile import compile_spec
+from sana_deploy.compose import compose_spec
 from sana_deploy.errors import InfeasibleError, RunError
 from sana_deploy.generate import generate
+from sana_deploy.hints import out_of_float16
 from sana_deploy.load import load_pipeline
 from sana_deploy.machine import Gpu, Machine
 from sana_deploy.precision import POLICIES
@@ -85,7 +88,10 @@ def test_an_overflow_is_caught_at_the_border_and_named(
     assert ended.returncode == 6, ended.stderr
     said = "error: precision.components.text_encoder: the text_encoder gave NaN or infinity in float16 during encode"
     assert said in ended.stderr
-    assert "hint: precision=mixed_bf16, or precision=mixed_fp32" in ended.stderr
+    hint = "precision=mixed_bf16"
+    assert f"hint: {hint} keeps text_encoder out of float16" in ended.stderr
+    cured = cli(*chosen, hint, "workload.steps=3", "hydra.run.dir=cured")
+    assert "the text_encoder gave NaN" not in cured.stderr
     (folder,) = (tmp_path / "outputs").glob("*/*")
     assert not list(folder.glob("*.png"))
     facts = json.loads((folder / "outcome.json").read_text())["error"]["facts"]
@@ -122,8 +128,46 @@ def test_values_that_float16_cannot_hold_are_counted_at_load(
     (remark,) = [one for one in plan.diagnostics if one.type == "lossy_dtype"]
     assert remark.message.startswith("controlnet is stored in bfloat16 and loaded in float16")
     ended = cli(*chosen, "workload.height=64", "workload.width=64", "until=apply")
+    assert "hint: precision=bf16 keeps controlnet out of float16" in ended.stderr
     assert "3 values of the controlnet do not fit float16 and became infinite" in ended.stderr
     assert not [one for one in compile_spec(small(*chosen, "precision=bf16")).diagnostics if one.type == "lossy_dtype"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "hint"),
+    [("fp16", "precision=mixed_bf16 keeps text_encoder and vae out of float16"),
+     ("mixed_bf16", "precision=bf16 keeps transformer and controlnet out of float16"), ("bf16", ""), ("fp32", "")],
+)  # fmt: skip
+def test_what_cures_a_flat_image_is_checked_against_the_plan(
+    small: Small, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, hint: str
+) -> None:
+    from sana_deploy import generate as module
+    from sana_deploy.deploy import deploy
+
+    request = module.run_request
+    monkeypatch.setattr(module, "run_request", lambda *given: (torch.zeros(1, 3, 64, 96), request(*given)[1]))
+    outcome, plan = deploy(small(f"precision={precision}", "workload.steps=1"), tmp_path)
+    assert plan is not None
+    assert outcome.error is not None
+    assert "is one flat colour" in outcome.error.message
+    assert outcome.error.hint == hint
+    pipeline = load_pipeline(plan)
+    with pytest.raises(RunError) as caught:
+        generate(pipeline, plan.spec.workload)
+    words = {"fp16": "precision=mixed_bf16, or", "mixed_bf16": "precision=bf16, or"}.get(precision, "")
+    assert caught.value.hint.startswith(words)
+    assert bool(caught.value.hint) == bool(words)
+
+
+def test_a_policy_is_offered_only_where_it_fits(small: Small, machine: Describe) -> None:
+    old = machine(16, capability=(7, 5))
+    plan = compile_spec(small(*LARGE, "precision=fp16"), old)
+    (remark,) = [one for one in plan.diagnostics if one.type == "fragile_dtype"]
+    assert remark.hint == "precision=mixed_fp32 keeps them out of float16"
+    compiled = functools.partial(compile_spec, machine=old)
+    with pytest.raises(InfeasibleError):
+        compiled(plan.spec.model_copy(update={"precision": compose_spec(["precision=bf16"]).precision}))
+    assert "bf16" not in out_of_float16(plan, ["vae", "transformer"], compiled)
 
 
 AUDITED = ["workload.height=64", "workload.width=64", "workload.steps=2", "precision.audit=true"]
