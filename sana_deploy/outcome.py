@@ -9,9 +9,11 @@ from pydantic import ConfigDict
 
 from .errors import SanaDeployError
 from .frozen import FrozenModel
-from .plan import Diagnostic
+from .plan import Diagnostic, Plan
 from .units import fullness
 
+INTERRUPTED = 130
+"""The exit code of an interrupt (Ctrl-C, or kill), as shells give it."""
 Status = Literal["done", "infeasible", "invalid", "stale", "failed"]
 
 
@@ -158,6 +160,16 @@ class Outcome(Frozen):
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+def document(outcome: Outcome, plan: Plan | None) -> str:
+    """The one JSON document of `output=json`, whatever the stage and however it ended: the outcome, with the plan.
+
+    Outcome first, as it is what every run has: keys of outcome.json, and `plan`, which holds plan.json as it was
+    written (the closest miss where nothing fits) or null. A reader looks at `status` and then at what it needs.
+    """
+    values = {**outcome.model_dump(mode="json"), "plan": json.loads(plan.to_json()) if plan else None}
+    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def failure_of(problem: BaseException) -> tuple[Status, int, Failure]:
     """Describe an exception: its status, exit code, and the error as data."""
     if isinstance(problem, SanaDeployError):
@@ -166,8 +178,10 @@ def failure_of(problem: BaseException) -> tuple[Status, int, Failure]:
             type=type(problem).__name__, message=problem.message, where=problem.where, facts=facts, hint=problem.hint
         )
         return problem.status, problem.exit_code, failure  # type: ignore[return-value]
+    if isinstance(problem, KeyboardInterrupt):
+        return "failed", INTERRUPTED, Failure(type="KeyboardInterrupt", message="interrupted")
     message = f"{type(problem).__name__}: {problem}"
-    hint = "this is a defect or an interrupted run; the log file in the run folder has the traceback"
+    hint = "this is a defect; the log file in the run folder has the traceback"
     return "failed", 1, Failure(type=type(problem).__name__, message=message, hint=hint)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
+from .jobs import Job, read_jobs
 from .spec import COMPONENTS
 from .units import fullness, human_bytes
 
@@ -34,42 +35,31 @@ NUMBERS: Mapping[str, str] = {
     "worst error": "worst_error", "seconds": "seconds", "measured peak": "measured_peak_bytes", "PSNR": "psnr",
 }  # fmt: skip
 """Column titles that are aligned to the right and sort by number -> the key of a row."""
-UNFINISHED: Mapping[str, Any] = {
-    "status": "failed",
-    "exit_code": 1,
-    "error": {"message": "the job left no outcome.json"},
-}
-
-
-def job_folders(folder: Path) -> list[Path]:
-    """Folders of a sweep's jobs, by number; none where `folder` holds no sweep."""
-    jobs = [path for path in folder.iterdir() if path.is_dir() and path.name.isdigit()] if folder.is_dir() else []
-    return sorted(jobs, key=lambda path: int(path.name))
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Read one row per job folder, best first; a job that left no outcome is a row that says so.
+    """Read one row per job, best first; one that left no sound outcome, or never started, is a row that says so.
 
     Rows on the Pareto front have `front` set; see `mark_front`. Rows that are done come first, by model and workload,
     then by seconds and memory.
     """
-    rows = [_row(job) for job in job_folders(folder)]
+    rows = [_row(job) for job in read_jobs(folder)]
     mark_front(rows)
     return sorted(rows, key=_rank)
 
 
-def _row(job: Path) -> dict[str, Any]:
-    outcome, plan = _read(job / "outcome.json") or UNFINISHED, _read(job / "plan.json")
+def _row(job: Job) -> dict[str, Any]:
+    outcome, plan = job.outcome, job.plan
     workload = _workload(plan, outcome)
     plan = plan if plan.get("feasible", True) else {}  # a closest miss has no figures to compare
     slots, parts = plan.get("slots", []), plan.get("components", {})
     estimates, audit = plan.get("estimates", {}), outcome.get("audit") or {}
     estimated, measured = estimates.get("seconds_per_image"), outcome.get("measured", {})
     return {
-        "job": int(job.name),
-        "overrides": _overrides(job, outcome),
-        "status": outcome.get("status", "failed"),
-        "exit_code": outcome.get("exit_code", 1),
+        "job": job.number,
+        "overrides": {key: value for key, _, value in (line.partition("=") for line in job.overrides)},
+        "status": job.status,
+        "exit_code": job.exit_code,
         "front": False,
         "gpus": len(slots),
         "fullness": max((_fullness(slot) for slot in slots), default=None),
@@ -96,8 +86,8 @@ def _row(job: Path) -> dict[str, Any]:
         "dtypes": {name: _format(parts[name]) for name in COMPONENTS if name in parts},
         "device_map": outcome.get("device_map") or plan.get("device_map", {}),
         "workload": workload,
-        "report": f"{job.name}/report.html" if (job / "report.html").is_file() else "",
-        "reason": (outcome.get("error") or {}).get("message", ""),
+        "report": job.report,
+        "reason": job.reason,
     }
 
 
@@ -115,27 +105,6 @@ def _workload(plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, 
         return {}
     keys = ("height", "width", "batch", "steps", "guidance_scale")
     return {"model": plan["checkpoint"]["source"], **{key: plan["spec"]["workload"][key] for key in keys}}
-
-
-def _overrides(job: Path, outcome: Mapping[str, Any]) -> dict[str, str]:
-    """The job's overrides, key -> value; from Hydra's own file where the job left none."""
-    lines = outcome.get("overrides")
-    if lines is None:
-        from omegaconf import OmegaConf
-
-        try:
-            lines = [str(line) for line in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
-        except (OSError, ValueError):
-            return {}
-    return {key: value for key, _, value in (line.partition("=") for line in lines)}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def mark_front(rows: Sequence[dict[str, Any]]) -> None:
@@ -164,8 +133,7 @@ def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    order = ("done", "infeasible")
-    status = order.index(row["status"]) if row["status"] in order else len(order)
+    status = {"done": 0, "infeasible": 1, "not started": 3}.get(row["status"], 2)
     seconds = row["compared_seconds"] or row["estimated_seconds_per_image"] or float("inf")
     return status, json.dumps(row["workload"], sort_keys=True), seconds, row["total_peak_bytes"] or 0, row["job"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import shlex
 import sys
 import warnings
 from collections import Counter
@@ -20,11 +21,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from .errors import ComposeError, UsageError
-from .summary import NUMBERS, cells_of, job_folders, read_rows, swept_keys, write_summary
+from .jobs import NO_OUTCOME, RESUME
+from .summary import NUMBERS, cells_of, read_rows, swept_keys, write_summary
+from .versions import install_hint
 
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 """Hydra's note that our file of a launcher has the name of its plugin's own, which is what is wanted."""
-RESUME = "sweep.resume="
 TERMINAL_ROWS = 20
 """Rows that the terminal shows; the files have all."""
 _TITLES = (
@@ -87,9 +89,13 @@ def summarise(folder: Path, output: str = "text") -> int:
     Raises:
         InputError: the folder cannot be written.
     """
+    return _summarised(folder, read_rows(folder), output)
+
+
+def _summarised(folder: Path, rows: list[dict[str, Any]], output: str) -> int:
     from .report import console
 
-    rows, out = read_rows(folder), console()
+    out = console()
     written = write_summary(folder, rows) if rows else []
     if rows:
         out.print(render_rows(rows, "utf" not in (out.encoding or "").lower(), out.width))
@@ -98,6 +104,9 @@ def summarise(folder: Path, output: str = "text") -> int:
     if written:
         suffixes = ", ".join(path.suffix for path in written if path.suffix != ".html")
         out.print(f"saved: {folder / 'summary.html'} (and {suffixes})", soft_wrap=True)
+    if any(row["status"] in ("interrupted", "not started") or row["reason"] == NO_OUTCOME for row in rows):
+        resume = shlex.quote(f"{RESUME}{folder}")
+        out.print(f"go on: python -m sana_deploy -m {resume}", style="green", soft_wrap=True)
     return max((row["exit_code"] for row in rows if row["status"] not in ("done", "infeasible")), default=0)
 
 
@@ -107,11 +116,14 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         UsageError: it holds no jobs.
     """
-    folder = Path(arguments[0]) if len(arguments) == 1 else Path()
-    if len(arguments) != 1 or not job_folders(folder):
-        problem = f"{folder} holds no jobs of a sweep" if len(arguments) == 1 else "name one folder"
+    folder = Path(arguments[0]).absolute() if len(arguments) == 1 else Path()
+    rows = read_rows(folder) if len(arguments) == 1 else []
+    if not rows:
+        problem = "name one folder"
+        if len(arguments) == 1:
+            problem = f"{folder} holds no jobs of a sweep" if folder.is_dir() else f"there is no folder {folder}"
         raise UsageError(problem, where="summary", hint="python -m sana_deploy summary outputs/multirun/DATE/TIME")
-    return summarise(folder.absolute())
+    return _summarised(folder, rows, "text")
 
 
 def command_line(arguments: Sequence[str]) -> list[str]:
@@ -126,7 +138,7 @@ def command_line(arguments: Sequence[str]) -> list[str]:
     for launcher in (one.removeprefix(_LAUNCHER) for one in arguments if one.startswith(_LAUNCHER)):
         extra = launcher.partition("_")[0]
         if extra in _EXTRAS and not _installed(f"hydra-{extra}-launcher"):
-            hint = f"pip install 'sana-deploy[{extra}]'"
+            hint = install_hint(extra, [f"hydra-{extra}-launcher"])
             raise ComposeError(f"the plugin hydra-{extra}-launcher is not installed", where="hydra/launcher", hint=hint)
     named = [argument for argument in arguments if argument.startswith(RESUME)]
     if not named:
@@ -174,11 +186,12 @@ def render_rows(rows: list[dict[str, Any]], ascii_only: bool = False, width: int
     from rich.text import Text
 
     star = "*" if ascii_only else "★"
-    shown = rows[:TERMINAL_ROWS]
-    cells, names = cells_of(rows)[:TERMINAL_ROWS], _short_names(rows)
+    pairs = zip(rows, cells_of(rows), strict=True)
+    started = [pair for pair in pairs if pair[0]["status"] != "not started"][:TERMINAL_ROWS]
+    shown, cells, names = [row for row, _ in started], [cell for _, cell in started], _short_names(rows)
     needed = min(_NAME_CELLS, max(len(name) for name in names.values()))
     titles, room = [], width - 8
-    for title in (one for one in _TITLES if one in cells[0]):
+    for title in (one for one in _TITLES if cells and one in cells[0]):
         longest = max(len(text) for text in (title, *(cell[title] for cell in cells)))
         if room - longest - 2 >= needed:
             titles.append((title, longest))
@@ -215,12 +228,13 @@ def _short_names(rows: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _notes(rows: Sequence[Mapping[str, Any]], star: str) -> list[str]:
-    lines = [f"{len(rows) - TERMINAL_ROWS} more in summary.html"] if len(rows) > TERMINAL_ROWS else []
+    more = sum(row["status"] != "not started" for row in rows) - TERMINAL_ROWS
+    lines = [f"{more} more in summary.html"] if more > 0 else []
     if any(row["front"] for row in rows):
         lines.append(f"{star} nothing of the same model and workload takes fewer seconds and less memory")
     counts = Counter(row["status"] for row in rows if row["status"] != "done")
     if counts:
-        words = {"infeasible": "x infeasible"}
+        words = {"infeasible": "x infeasible", "not started": "not started"}
         lines.append(", ".join(f"{words.get(status, f'! {status}')}: {n}" for status, n in counts.items()))
     return lines
 
@@ -229,7 +243,7 @@ def _reasons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why jobs did not end well, jobs with the same reason together."""
     why: dict[str, list[str]] = {}
     for row in rows:
-        if row["reason"]:
+        if row["reason"] and row["reason"] != row["status"]:
             why.setdefault(row["reason"], []).append(str(row["job"]))
     lines = [f"job {', '.join(jobs[:8])}{' ...' if len(jobs) > 8 else ''}: {text}" for text, jobs in why.items()]
     return lines if len(lines) <= 4 else [*lines[:3], f"{len(lines) - 3} more reasons in summary.html"]

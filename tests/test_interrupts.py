@@ -51,4 +51,5 @@ def test_an_interrupt_within_a_stage(tmp_path: Path, then: str) -> None:
     (outcome,) = (tmp_path / "outputs").rglob("outcome.json")
     told = json.loads(outcome.read_text())
     assert told["status"] == "failed"
-    assert told["error"]["type"] == "KeyboardInterrupt"
+    assert (told["exit_code"], told["error"]["type"]) == (130, "KeyboardInterrupt")
+    assert told["error"]["message"] == "interrupted"

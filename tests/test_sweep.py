@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sana_deploy import sweep
+from sana_deploy.compile import compile_spec
 from sana_deploy.compose import compose_spec
 from sana_deploy.errors import ComposeError
+from sana_deploy.jobs import NO_OUTCOME, planned_jobs, read_jobs
+from sana_deploy.outcome import Outcome, failure_of
+from sana_deploy.spec import DeploySpec
 from sana_deploy.summary import COLUMNS, cells_of, mark_front, read_rows
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -107,10 +112,82 @@ def test_a_job_that_left_nothing_or_half_a_file_costs_its_row_only(cli: Run, tmp
     again = cli("summary", str(folder))
     assert again.returncode == 1
     rows = {one["job"]: one for one in read_rows(folder)}
-    assert (rows[0]["status"], rows[0]["reason"]) == ("failed", "the job left no outcome.json")
+    assert (rows[0]["status"], rows[0]["reason"]) == ("failed", NO_OUTCOME)
     assert rows[3]["status"] == "failed"
+    assert rows[3]["reason"].startswith("3/outcome.json is not readable JSON: ")
+    assert rows[3]["overrides"]["precision"] == rows[0]["overrides"]["precision"], "from Hydra's own file"
+    assert f"go on: python -m sana_deploy -m sweep.resume={folder}" in again.stderr
     assert rows[5]["status"] == "done"
     assert "no jobs" in cli("summary", str(tmp_path)).stderr
+    assert "there is no folder" in cli("summary", str(tmp_path / "absent")).stderr
+
+
+def damaged(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
+    def apply(text: str) -> str:
+        values = json.loads(text)
+        change(values)
+        return json.dumps(values)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says", "code"),
+    [
+        ("outcome.json", lambda text: text[:20], "0/outcome.json is not readable JSON: ", 1),
+        ("outcome.json", lambda text: "[]", "0/outcome.json is damaged: ", 1),
+        ("outcome.json", damaged(lambda v: v.pop("stage")), "0/outcome.json is damaged at stage: Field required", 1),
+        ("plan.json", lambda text: "", "0/plan.json is not readable JSON: ", 5),
+        ("plan.json", damaged(lambda v: v.pop("slots")), "0/plan.json is damaged at slots: Field required", 5),
+        ("plan.json", damaged(lambda v: v["slots"].clear()), "0/plan.json was changed after it was compiled", 5),
+        ("plan.json", damaged(lambda v: v.update(schema_version="2.0")), "0/plan.json has schema version 2.0", 5),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_is_wrong(
+    small: Callable[..., DeploySpec], tmp_path: Path, name: str, damage: Callable[[str], str], says: str, code: int
+) -> None:
+    job = tmp_path / "0"
+    plan = compile_spec(small("machine=2xt4", "precision=mixed_fp32"))
+    plan.save(job / "plan.json")
+    outcome = Outcome(status="done", exit_code=0, stage="compile", plan_digest=plan.digest)
+    (job / "outcome.json").write_text(outcome.to_json())
+    assert [row["status"] for row in read_rows(tmp_path)] == ["done"]
+    (job / name).write_text(damage((job / name).read_text()))
+    (row,) = read_rows(tmp_path)
+    assert (row["status"], row["exit_code"]) == ("failed", code)
+    assert row["reason"].startswith(says)
+    assert sweep.summarise(tmp_path) == code
+
+
+def test_an_interrupted_job_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, code, failure = failure_of(KeyboardInterrupt())
+    (tmp_path / "0").mkdir()
+    outcome = Outcome(status=status, exit_code=code, stage="generate", error=failure)
+    (tmp_path / "0" / "outcome.json").write_text(outcome.to_json())
+    (row,) = read_rows(tmp_path)
+    assert (row["status"], row["reason"], row["exit_code"]) == ("interrupted", "interrupted", 130)
+    assert sweep.summarise(tmp_path) == 130
+    assert "KeyboardInterrupt" not in (tmp_path / "summary.md").read_text()
+    assert f"sweep.resume={tmp_path}" in capsys.readouterr().err
+
+
+def test_the_jobs_of_a_sweep_are_known_from_its_file(
+    cli: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    swept = cli("-m", "machine=2xt4,2x8gb", "precision=glob(*fp32)", "until=compile", "workload.seed=range(2)")
+    assert swept.returncode == 0, swept.stderr
+    folder = folder_of(tmp_path)
+    jobs = read_jobs(folder)
+    assert len(jobs) == 8
+    assert planned_jobs(folder) == [job.overrides for job in jobs]
+    for number in (2, 7):
+        shutil.rmtree(folder / str(number))
+    again = read_jobs(folder)
+    assert [job.overrides for job in again] == [job.overrides for job in jobs]
+    assert [job.number for job in again if job.status == "not started"] == [2, 7]
+    (folder / "multirun.yaml").write_text("hydra: [")
+    assert len(read_jobs(folder)) == 6
+    assert "multirun.yaml is damaged, so that jobs which did not start are not known" in caplog.text
 
 
 def started(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -163,8 +240,15 @@ def test_an_interrupted_sweep_is_summed_up(tmp_path: Path, how: signal.Signals) 
     assert running.returncode == 130
     assert "interrupted" in said
     rows = json.loads((folder / "summary.json").read_text())
-    assert 2 <= len(rows) < JOBS
+    assert sorted(one["job"] for one in rows) == list(range(JOBS)), "a job that did not start is a row too"
+    waiting = [one for one in rows if one["status"] == "not started"]
+    assert 1 <= len(waiting) <= JOBS - 2
+    assert rows[-len(waiting) :] == waiting, "they come last"
+    assert {key for one in waiting for key in one["overrides"]} == {one.partition("=")[0] for one in LONG[1:]}
     assert any(one["status"] == "done" for one in rows)
+    assert "KeyboardInterrupt" not in said
+    assert f"not started: {len(waiting)}" in said
+    assert f"go on: python -m sana_deploy -m sweep.resume={folder}\n" in said
 
 
 def test_two_sweeps_at_once_do_not_collide(tmp_path: Path) -> None:
@@ -205,7 +289,7 @@ def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch: pytest.Mo
     with pytest.raises(ComposeError, match="the plugin hydra-ray-launcher is not installed") as caught:
         sweep.command_line([*SIX, "hydra/launcher=ray"])
     assert caught.value.exit_code == 1
-    assert caught.value.hint == "pip install 'sana-deploy[ray]'"
+    assert caught.value.hint == "pip install 'hydra-ray-launcher<1.3,>=1.2'"
 
 
 @pytest.mark.parametrize(("name", "jobs"), [("which_box", 16), ("two_t4", 12), ("accuracy", 8)])
