@@ -11,10 +11,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from . import diff, interrupts, report, sweep, texts
-from .compose import command_error, conf_dir, spec_from_config, typed_overrides
+from . import commands, interrupts, report, sweep, texts
+from .compose import conf_dir, spec_from_config, typed_overrides
 from .deploy import deploy, reject
 from .errors import SanaDeployError
+from .jobs import RESUME
+from .outcome import INTERRUPTED, document
 
 _codes: list[int] = []
 """Exit codes of the jobs run in this process; hydra.main drops return values."""
@@ -26,18 +28,17 @@ def _job(config: DictConfig) -> None:
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir)
     swept = context.mode == RunMode.MULTIRUN
-    overrides = [one for one in typed_overrides(context.overrides.task, swept) if not one.startswith(sweep.RESUME)]
+    overrides = [one for one in typed_overrides(context.overrides.task, swept) if not one.startswith(RESUME)]
     if config.sweep.resume and sweep.is_finished(folder, overrides):
         return
     try:
         spec = spec_from_config(config, overrides)
     except SanaDeployError as problem:
-        outcome, document = reject(problem, folder, overrides), None
+        outcome, plan = reject(problem, folder, overrides), None
     else:
         outcome, plan = deploy(spec, folder, overrides, brief=swept)
-        document = plan if plan and spec.until in ("compile", "resolve") and not outcome.error else outcome
     if config.get("output") == "json" and not swept:
-        sys.stdout.write((document or outcome).to_json())
+        sys.stdout.write(document(outcome, plan))
     _codes.append(0 if swept else outcome.exit_code)  # a sweep's own code comes from its jobs' files
 
 
@@ -51,28 +52,19 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as problem:
         if interrupts.caused(problem):
             report.console().print("interrupted")
-            sys.exit(130)
-        _fail(problem)
+            sys.exit(INTERRUPTED)
+        commands.fail(problem, sys.argv[1:])
     sys.exit(max(_codes, default=0))
 
 
 def _run() -> None:
-    if sys.argv[1:2] in (["diff"], ["summary"]):
-        _codes.append({"diff": diff.main, "summary": sweep.main}[sys.argv[1]](sys.argv[2:]))
+    code = commands.run_own(sys.argv[1:])
+    if code is not None:
+        _codes.append(code)
         return
     sys.argv[1:] = texts.command_texts(sweep.command_line(sys.argv[1:]))
     _job()
     _codes.append(sweep.finish())
-
-
-def _fail(problem: BaseException) -> None:
-    """Exit with one clear sentence."""
-    if isinstance(problem, BrokenPipeError):  # whoever read our output has gone, e.g. `... --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    error = command_error(problem)
-    report.show_error(error)
-    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
+import sana_deploy
 from sana_deploy.outcome import Outcome
 from sana_deploy.plan import Plan
 
@@ -86,12 +87,23 @@ def test_a_saved_plan_takes_a_new_prompt_and_refuses_new_planning(cli: Run, tiny
 
 
 def test_json_output_is_the_only_thing_on_stdout(cli: Run, tiny: Path) -> None:
-    plan = cli(*FAST, "until=compile", "output=json")
-    assert Plan.from_values(json.loads(plan.stdout), "stdout").device_map["vae"] == "cpu"
-    failed = cli("hardware=custom_map", "output=json", "until=compile", CUDA_VISIBLE_DEVICES="")
-    assert Outcome.model_validate_json(failed.stdout).status == "infeasible"
-    invalid = cli("workload.steps=0", "output=json")
-    assert Outcome.model_validate_json(invalid.stdout).exit_code == 3
+    compiled = cli(*FAST, "until=compile", "output=json")
+    documents = [json.loads(compiled.stdout)]
+    assert Plan.from_values(documents[0]["plan"], "stdout").device_map["vae"] == "cpu"
+    for chosen, code in (
+        (["hardware=custom_map", "until=compile"], 4),
+        (["machine=2xt4", "model=sana_1600m_controlnet", "precision=mixed_bf16", "until=compile"], 4),
+        (["workload.steps=0"], 3),
+        (["workload.stepz=1"], 1),
+        (["plan_file=/no/plan.json"], 5),
+    ):
+        ended = cli(*chosen, "output=json", CUDA_VISIBLE_DEVICES="")
+        assert ended.returncode == code, ended.stderr
+        documents.append(json.loads(ended.stdout))
+        assert Outcome.model_validate_json(ended.stdout).exit_code == code
+    assert {frozenset(one) for one in documents} == {frozenset({*Outcome.model_fields, "plan"})}, "one shape for all"
+    assert [one["plan"] and one["plan"]["feasible"] for one in documents] == [True, None, False, None, None, None]
+    assert [one["status"] for one in documents] == ["done", "infeasible", "infeasible", "invalid", "invalid", "stale"]
 
 
 def test_six_jobs_are_compared_and_an_infeasible_one_is_a_row(cli: Run, tiny: Path, tmp_path: Path) -> None:
@@ -138,6 +150,25 @@ def test_a_sweep_over_machines_has_figures_only_where_something_fits(cli: Run, t
     assert fits["estimated_seconds_per_image"] > 1
     assert (refused["status"], refused["peak_bytes"], refused["worst_utilisation"]) == ("infeasible", None, None)
     assert "No knob" not in refused["reason"]
+
+
+def test_the_version_is_ours_and_a_misspelled_command_is_named(cli: Run) -> None:
+    assert cli("--version").stdout == f"sana_deploy {sana_deploy.__version__}\n"
+    for word, hint in (("summery", "did you mean 'summary'?"), ("dif", "did you mean 'diff'?"), ("x", "known: diff,")):
+        ended = cli(word)
+        assert ended.returncode == 2
+        assert f"there is no command '{word}'" in ended.stderr
+        assert f"hint: {hint}" in ended.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_log_that_cannot_be_written_is_one_line_and_no_failure(cli: Run, tmp_path: Path) -> None:
+    full = "hydra.job_logging.handlers.file.filename=/dev/full"
+    ended = cli("plan_file=/no/plan.json", full)
+    assert ended.returncode == 5
+    assert ended.stderr.count("warning: the log /dev/full cannot be written: No space left on device") == 1
+    assert "Traceback" not in ended.stderr
+    assert "Logging error" not in ended.stderr
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_what_the_command_prints_is_valid(
 ) -> None:
     done = cli("until=compile", "output=json", *chosen)
     assert done.returncode == 0, done.stderr
-    VALIDATOR.validate(json.loads(done.stdout))
+    VALIDATOR.validate(json.loads(done.stdout)["plan"])
 
 
 def test_what_is_no_plan_is_not_valid_and_what_is_newer_is() -> None:
