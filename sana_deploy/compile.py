@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .compose import compose_spec
 from .cost import host_bytes
 from .describe import describe_machine
-from .errors import InfeasibleError
+from .errors import InfeasibleError, UsageError
 from .hints import with_all_knobs, working_changes
 from .machine import Gpu, Machine
 from .needs import Told
@@ -29,8 +29,16 @@ def compile_plan(overrides: Sequence[str] = ()) -> Plan:
     """Compile the declaration that Hydra `overrides` give, e.g. `["hardware=single_gpu", "precision=fp32"]`.
 
     Raises:
+        UsageError: `overrides` is no list of texts.
         ComposeError, InvalidSpecError, CheckpointError, InfeasibleError: see `sana_deploy.errors`.
     """
+    example = "compile_plan(['hardware=single_gpu', 'precision=fp32'])"
+    if isinstance(overrides, (str, bytes)) or not isinstance(overrides, Iterable):
+        hint = f"compile_plan([{overrides!r}])" if isinstance(overrides, str) else example
+        raise UsageError(f"a list of overrides is needed, {overrides!r} was given", where="overrides", hint=hint)
+    for override in (overrides := list(overrides)):
+        if not isinstance(override, str):
+            raise UsageError(f"an override is text, {override!r} was given", where="overrides", hint=example)
     return compile_spec(compose_spec(overrides))
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import diffusers
 import torch
 from accelerate.hooks import remove_hook_from_module
-from diffusers import SanaControlNetPipeline
+from diffusers import DiffusionPipeline, SanaControlNetPipeline
 from torch import nn
 
 from .boundary import Border, attach, border_of, vae_settings
 from .checkpoint import Checkpoint, open_checkpoint
 from .copies import Copies, watch_copies
-from .errors import PlanError, RunError
+from .errors import PlanError, RunError, UsageError
 from .identity import check_checkpoint
 from .plan import Plan
 from .quantize import quantize_linears
@@ -44,7 +44,7 @@ def load_pipeline(
         PlanError: the checkpoint is not the one that the plan was compiled for.
         RunError: loading failed.
     """
-    resolved = plan.resolve() if isinstance(plan, Plan) else plan
+    resolved = resolved_plan(plan, "load_pipeline(plan)")
     if resolved.machine.kind == "virtual" and host is None:
         raise RunError("the plan is for virtual GPUs", hint="use rehearse(plan), or machine=present")
     check_checkpoint(resolved.plan, resolved.allowed)
@@ -85,8 +85,32 @@ def load_pipeline(
     return pipeline
 
 
-def place(pipeline: SanaControlNetPipeline, resolved: ResolvedPlan) -> SanaControlNetPipeline:
+def resolved_plan(plan: Plan | ResolvedPlan | None, usage: str) -> ResolvedPlan:
+    """Return a plan as it is resolved, resolving one that is not.
+
+    Args:
+        usage: the call as it should read, for the hint.
+
+    Raises:
+        UsageError: `plan` is something else.
+        PlanError: see `Plan.resolve`.
+    """
+    if isinstance(plan, Plan):
+        return plan.resolve()
+    if not isinstance(plan, ResolvedPlan):
+        given = "nothing" if plan is None else f"a {type(plan).__name__}"
+        hint = f"{usage}, where plan = compile_plan([...]) or Plan.load(PATH)"
+        raise UsageError(f"a plan is needed, {given} was given", where="plan", hint=hint)
+    return plan
+
+
+def place(pipeline: SanaControlNetPipeline, plan: Plan | ResolvedPlan | None = None) -> SanaControlNetPipeline:
     """Place a pipeline that is already in memory: cast and move each component, then hook its border.
+
+    Args:
+        pipeline: a pipeline with all components in memory, not placed yet.
+        plan: a plan (resolved against the GPUs present) or a resolved plan. It must be given: None, too, ends in
+            the sentence on what to give.
 
     `unplace` undoes it; `pipeline.reset_device_map()` does too, and moves everything to the CPU.
 
@@ -94,8 +118,12 @@ def place(pipeline: SanaControlNetPipeline, resolved: ResolvedPlan) -> SanaContr
         The same pipeline.
 
     Raises:
+        UsageError: `pipeline` is no pipeline, or `plan` no plan.
+        PlanError: the plan cannot be resolved here.
         RunError: it is already placed or offloaded, it lacks a component, or a GPU is out of memory.
     """
+    _check_pipeline(pipeline, "place(pipeline, plan)")
+    resolved = resolved_plan(plan, "place(pipeline, plan)")
     if pipeline.hf_device_map is not None:
         raise RunError(
             "the pipeline already has a device map", hint="call unplace or pipeline.reset_device_map() first"
@@ -133,8 +161,10 @@ def unplace(pipeline: SanaControlNetPipeline) -> SanaControlNetPipeline:
         The same pipeline.
 
     Raises:
+        UsageError: it is no pipeline.
         RunError: it is not placed.
     """
+    _check_pipeline(pipeline, "unplace(pipeline)")
     border = border_of(pipeline)
     if border is None:
         raise RunError("the pipeline is not placed")
@@ -146,6 +176,13 @@ def unplace(pipeline: SanaControlNetPipeline) -> SanaControlNetPipeline:
             module.to(border.origins[name])
     pipeline.hf_device_map = None
     return pipeline
+
+
+def _check_pipeline(pipeline: object, usage: str) -> None:
+    if not isinstance(pipeline, DiffusionPipeline):
+        given = f"a {type(pipeline).__name__}"
+        hint = f"{usage}, where pipeline = load_pipeline(plan) or SanaControlNetPipeline.from_pretrained(...)"
+        raise UsageError(f"a diffusers pipeline is needed, {given} was given", where="pipeline", hint=hint)
 
 
 def _bind(

@@ -14,7 +14,7 @@ from .boundary import Event, border_of
 from .errors import InfeasibleError
 from .generate import PHASE_OF, StepDone, host_peak, run_request, to_images
 from .ledger import Ledger
-from .load import load_pipeline
+from .load import load_pipeline, resolved_plan
 from .outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
 from .plan import Plan, Slot
 from .resolve import ResolvedPlan
@@ -112,7 +112,7 @@ def rehearse(plan: Plan | ResolvedPlan, fidelity: Fidelity | None = None) -> Reh
         RunError: a virtual GPU runs out of memory, or devices are mixed.
         InfeasibleError: the plan is not for virtual GPUs.
     """
-    resolved = plan.resolve() if isinstance(plan, Plan) else plan
+    resolved = resolved_plan(plan, "rehearse(plan)")
     host = open_host(resolved, fidelity)
     return rehearse_request(load_pipeline(resolved, host=host), resolved, host)
 

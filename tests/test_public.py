@@ -11,6 +11,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CHECKOUT
@@ -48,6 +49,33 @@ def test_readme_and_help_and_classes_agree_on_exit_codes() -> None:
     for code in {0, *(kind.exit_code for kind in classes)}:
         assert re.search(rf"^\| {code} \|", README, re.MULTILINE), f"README lacks exit code {code}"
         assert re.search(rf"^    {code}  ", shown, re.MULTILINE), f"--help lacks exit code {code}"
+
+
+@pytest.mark.parametrize("overrides", ["precision=fp32", [1], 3, None, b"precision=fp32", ["until=compile", None]])
+def test_overrides_that_are_no_list_of_texts_are_refused(overrides: Any) -> None:
+    with pytest.raises(errors.UsageError, match="was given") as caught:
+        sana_deploy.compile_plan(overrides)
+    assert caught.value.hint.startswith("compile_plan([")
+    if isinstance(overrides, str):
+        plan = eval(caught.value.hint, {"compile_plan": sana_deploy.compile_plan})
+        assert plan.spec.precision.name == "fp32"
+
+
+def test_what_is_no_pipeline_and_what_is_no_plan_is_refused(tiny: Path) -> None:
+    plan = sana_deploy.compile_plan(["precision=fp32", "workload.height=64", "workload.width=64"])
+    for call in (lambda: sana_deploy.place("x"), lambda: sana_deploy.place("x", plan),
+                 lambda: sana_deploy.unplace(None)):  # fmt: skip
+        with pytest.raises(errors.UsageError, match="a diffusers pipeline is needed") as caught:
+            call()
+        assert "load_pipeline(plan)" in caught.value.hint
+    pipeline = sana_deploy.unplace(sana_deploy.load_pipeline(plan))
+    for call in (lambda: sana_deploy.place(pipeline), lambda: sana_deploy.place(pipeline, "plan.json"),
+                 lambda: sana_deploy.load_pipeline("plan.json"), lambda: sana_deploy.rehearse({})):  # fmt: skip
+        with pytest.raises(errors.UsageError, match="a plan is needed") as caught:
+            call()
+        assert "compile_plan" in caught.value.hint
+    assert sana_deploy.place(pipeline, plan) is pipeline, "a plan is taken as load_pipeline takes it"
+    assert pipeline.hf_device_map == dict(plan.resolve().device_map)
 
 
 def test_errors_survive_pickling() -> None:
