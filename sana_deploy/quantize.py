@@ -26,6 +26,7 @@ from .errors import InvalidSpecError
 from .precision import QUANTIZERS
 from .shapes import BLOCK
 from .spec import Quantization
+from .versions import install_hint
 
 _LOCK = threading.Lock()
 """Components are loaded in threads, and the libraries are imported by the first that needs them."""
@@ -37,7 +38,7 @@ def require(quantization: Quantization) -> None:
     """Make sure that the libraries of a quantisation are here.
 
     Raises:
-        InvalidSpecError: naming the extra to install.
+        InvalidSpecError: naming what to install.
     """
     missing = [name for name in QUANTIZERS[quantization] if importlib.util.find_spec(name) is None]
     if missing:
@@ -45,7 +46,7 @@ def require(quantization: Quantization) -> None:
             f"{quantization} weights need {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
             "not installed",
             where="precision.quantization",
-            hint=f"pip install 'sana-deploy[{quantization}]'",
+            hint=install_hint(quantization, QUANTIZERS[quantization]),
         )
 
 
