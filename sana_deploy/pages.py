@@ -60,8 +60,7 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         digest=plan.digest[7:19],
         version=__version__,
         command=command,
-        legend=[*((name, name) for name in COMPONENTS), ("activations", "activations ~"),
-                ("overhead", "context and headroom ~"), ("others", OTHERS_WORDS), ("free", "free")],
+        legend=_legend(plan),
         gpus=[_gpu(plan, slot) for slot in plan.slots],
         components=_components(plan),
         seconds=_seconds(plan),
@@ -96,6 +95,13 @@ def thumbnail(path: Path) -> str:
     drawn = io.BytesIO()
     small.save(drawn, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(drawn.getvalue()).decode()
+
+
+def _legend(plan: Plan) -> list[tuple[str, str]]:
+    """What the colours of the bars mean; others only where they take any."""
+    others = [("others", OTHERS_WORDS)] if any(slot.others_bytes for slot in plan.slots) else []
+    parts = [("activations", "activations ~"), ("overhead", "context and headroom ~"), *others, ("free", "free")]
+    return [*((name, name) for name in COMPONENTS), *parts]
 
 
 def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def test_a_gpu_that_is_ours_alone_is_drawn_without_others(small: Small) -> None:
     bars = re.findall(r'aria-label="(GPU \d, [^"]*)"', plan_page(plan, DONE, "command"))
     assert len(bars) == 2
     assert not [one for one in bars if "others" in one]
+    assert "for others" not in plan_page(plan, DONE, "command")
 
 
 @pytest.mark.parametrize("shared", [["machine.used=[1.5GiB,0.25GiB]"], ["hardware.keep_free=1GiB"], []])

@@ -158,7 +158,7 @@ def test_no_table_of_the_report_is_cut_on_a_phone(browser: Any, small: Small, tm
     for width, dark in VIEWS:
         opened(browser, path, width, dark)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-        assert outside(browser, "table td", width) == []
+        assert outside(browser, "table tbody tr > *", width) == []
         assert outside(browser, "svg.timeline text", width) == []
 
 
