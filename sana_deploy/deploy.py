@@ -176,8 +176,7 @@ def _apply(run: Run) -> None:
 def _out_of_range(text: str, plan: Plan) -> Diagnostic:
     """Values of a component, which `text` names, that its dtype cannot hold."""
     hint = out_of_float16(plan, [name for name in COMPONENTS if f" {name} " in text], compile_spec)
-    where = "precision.components"
-    return Diagnostic(type="out_of_range", severity="warning", message=text, where=where, hint=hint)
+    return Diagnostic(type="out_of_range", severity="warning", message=text, where="precision.components", hint=hint)
 
 
 def _generate(run: Run) -> None:

@@ -19,12 +19,12 @@ LINE, GAP, LABEL, BOX = 760, 2, 80, 150
 def timeline(gpu: RehearsedGpu, rehearsal: Rehearsal) -> dict[str, Any]:
     """One bar per turn of a component, as high as the GPU was full; a mark where a phase begins.
 
-    Below the bars stands what is taken all along: by others, and by the CUDA context.
+    Below the bars stands what is taken all along: by others, by the CUDA context and by the allocator.
     """
     bars: list[dict[str, Any]] = []
     marks: list[dict[str, Any]] = []
     before = ""
-    taken = {"others": gpu.others_bytes, "overhead": gpu.context_bytes}
+    taken = {"others": gpu.others_bytes, "overhead": gpu.context_bytes + gpu.allocator_bytes}
     whole = max(gpu.capacity_bytes, gpu.peak_bytes + gpu.others_bytes, 1)
     floor = 120 - 100 * sum(taken.values()) / whole
     moments = [moment for moment in rehearsal.timeline if moment.phase != "load"]
@@ -70,7 +70,7 @@ def _stacked(sizes: Mapping[str, int], whole: int) -> list[dict[str, Any]]:
 
 
 def _words(sizes: Mapping[str, int]) -> str:
-    named = {"others": "for others", "overhead": "context"}
+    named = {"others": "for others", "overhead": "context and allocator"}
     return ", ".join(f"{named[name]} {human_bytes(size)}" for name, size in sizes.items() if size)
 
 

@@ -206,7 +206,8 @@ def out_of_float16(plan: Plan, suspects: Iterable[Component], compiled: Callable
     """
     names = [name for name in suspects if plan.components[name].dtype == "float16"]
     for policy, changed in _policies(plan.spec, fragile=False) if names else ():
-        if "float16" in (POLICIES[policy][name] for name in names):
+        emulated = not plan.slots and "bfloat16" in POLICIES[policy].values()  # a CPU takes it, and is slow with it
+        if emulated or "float16" in (POLICIES[policy][name] for name in names):
             continue
         with contextlib.suppress(SanaDeployError):
             compiled(changed)

@@ -88,7 +88,7 @@ def test_an_overflow_is_caught_at_the_border_and_named(
     assert ended.returncode == 6, ended.stderr
     said = "error: precision.components.text_encoder: the text_encoder gave NaN or infinity in float16 during encode"
     assert said in ended.stderr
-    hint = "precision=mixed_bf16"
+    hint = "precision=mixed_fp32"
     assert f"hint: {hint} keeps text_encoder out of float16" in ended.stderr
     cured = cli(*chosen, hint, "workload.steps=3", "hydra.run.dir=cured")
     assert "the text_encoder gave NaN" not in cured.stderr
@@ -128,15 +128,15 @@ def test_values_that_float16_cannot_hold_are_counted_at_load(
     (remark,) = [one for one in plan.diagnostics if one.type == "lossy_dtype"]
     assert remark.message.startswith("controlnet is stored in bfloat16 and loaded in float16")
     ended = cli(*chosen, "workload.height=64", "workload.width=64", "until=apply")
-    assert "hint: precision=bf16 keeps controlnet out of float16" in ended.stderr
+    assert "hint: precision=fp32 keeps controlnet out of float16" in ended.stderr
     assert "3 values of the controlnet do not fit float16 and became infinite" in ended.stderr
     assert not [one for one in compile_spec(small(*chosen, "precision=bf16")).diagnostics if one.type == "lossy_dtype"]
 
 
 @pytest.mark.parametrize(
     ("precision", "hint"),
-    [("fp16", "precision=mixed_bf16 keeps text_encoder and vae out of float16"),
-     ("mixed_bf16", "precision=bf16 keeps transformer and controlnet out of float16"), ("bf16", ""), ("fp32", "")],
+    [("fp16", "precision=mixed_fp32 keeps text_encoder and vae out of float16"),
+     ("mixed_bf16", "precision=fp32 keeps transformer and controlnet out of float16"), ("bf16", ""), ("fp32", "")],
 )  # fmt: skip
 def test_what_cures_a_flat_image_is_checked_against_the_plan(
     small: Small, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, hint: str
