@@ -277,6 +277,7 @@ def _count(rejection: Rejection) -> str:
     count, gpu = rejection.count, rejection.gpu
     return {
         "memory": f"{count} {'lack' if count > 1 else 'lacks'} memory on GPU {gpu}",
+        "host memory": f"{count} {'lack' if count > 1 else 'lacks'} memory on the host",
         "dtype": f"{count} {'have' if count > 1 else 'has'} a dtype that GPU {gpu} only emulates",
         "split": f"{count} would split ControlNet from the transformer",
     }[rejection.reason]

@@ -41,7 +41,7 @@ def test_a_misspelled_component_ends_with_3_however_it_is_written(overrides: tup
     [
         ("+hardware.gpu=3", "gpu belongs to hardware=single_gpu"),
         ("hardware.gpu=3", "gpu belongs to hardware=single_gpu"),
-        ("+hardware.force=true", "force belongs to hardware=custom_map"),
+        ("+hardware.knobs=[]", "knobs belongs to hardware=custom_map"),
         ("precison=fp16", "did you mean 'precision'?"),
         ("hardwere=single_gpu", "did you mean 'hardware'?"),
         ("seed=3", "did you mean 'workload.seed'?"),
