@@ -121,7 +121,8 @@ def useful(profile: PipelineProfile, knobs: Iterable[Knob]) -> tuple[Knob, ...]:
 
 
 def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[tuple[Knob, ...]]:
-    """Every set of knobs to try, none first; tiling takes one image at a time too. Splitting belongs to placements.
+    """Every set of knobs to try, none first, but those that change nothing in the request. Tiling takes one image at a
+    time too; splitting belongs to placements.
 
     `encode_once` costs nothing, so that it is on in every set where it is allowed and has something to do.
     """
@@ -131,7 +132,9 @@ def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[tuple[Kno
     places: list[set[Knob]] = [set(), {"text_encoder_offload"}]
     if "vae_tiling" in allowed:
         allowed.add("vae_slicing")
-    return [ordered([*always, *mode, *place]) for place in places for mode in modes if mode | place <= allowed]
+    sets = [ordered([*always, *mode, *place]) for place in places for mode in modes if mode | place <= allowed]
+    under = [profile.under(knobs) for knobs in sets]
+    return [knobs for i, knobs in enumerate(sets) if under[i] not in under[:i]]
 
 
 ROOMY = 0.7

@@ -79,7 +79,7 @@ def test_offloaded_weights_count(small: Small, machine: Describe) -> None:
     one = ("model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024", "precision=mixed_bf16")
     offloaded = compile_spec(small(*one, "hardware=single_gpu"), with_host(machine(12), 5))
     assert "text_encoder_offload" in offloaded.knobs
-    with pytest.raises(InfeasibleError, match="lack memory on the host"):
+    with pytest.raises(InfeasibleError, match="memory on the host"):
         compile_spec(small(*one, "hardware=single_gpu"), with_host(machine(12), 4))
     elsewhere = compile_spec(small(*one), with_host(machine(12, 6), 4))
     assert "text_encoder_offload" not in elsewhere.knobs

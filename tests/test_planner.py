@@ -247,7 +247,7 @@ def test_bfloat16_before_compute_capability_8_is_refused_with_what_works(small: 
 
 def test_what_does_not_fit_says_how_much_is_missing(small: Small, machine: Describe) -> None:
     with pytest.raises(
-        InfeasibleError, match=r"0 of 2 placements fit, each under 4 sets of knobs .* GiB too much"
+        InfeasibleError, match=r"0 of 2 placements fit, each under 2 sets of knobs .* GiB too much"
     ) as caught:
         compile_spec(small(LARGE, "hardware=single_gpu"), machine(6, 6.5))
     assert caught.value.facts["shortfall_bytes"] > 0
