@@ -1,17 +1,15 @@
 """Virtual GPUs on any machine: a PyTorch device type `vgpu` with N indices, bounded memory, and bookkeeping.
 
-The one file that knows PyTorch's Python backends. A `VirtualTensor` reports `vgpu:i` and holds an inner tensor:
-real numbers on the CPU (fidelity *numbers*), or nothing but shape and dtype on `meta` (fidelity *shapes*; tensors
-small enough to steer control flow, such as timesteps, keep their data). Every operation passes `VirtualHost.run`,
-which refuses mixed devices as CUDA does, counts live bytes per GPU, and raises `torch.OutOfMemoryError` where a real
-GPU of that size would.
+With `virtual_tensor.py` the files that know PyTorch's Python backends. A `VirtualTensor` reports `vgpu:i` and holds
+an inner tensor: real numbers on the CPU (fidelity *numbers*), or nothing but shape and dtype on `meta` (fidelity
+*shapes*; tensors small enough to steer control flow, such as timesteps, keep their data). Every operation passes
+`VirtualHost.run`, which refuses mixed devices as CUDA does, counts live bytes per GPU, and raises
+`torch.OutOfMemoryError` where a real GPU of that size would.
 """
 
 from __future__ import annotations
 
-import types
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -20,12 +18,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import sdpa_flop_count
 
-from .errors import RunError
 from .ledger import Ledger, touched_bytes
 from .quantize import like, map_parts, own_tensors
+from .virtual_tensor import (
+    DEVICE_TYPE,
+    VirtualTensor,
+    indexed,
+    inner_of,
+    map_tensors,
+    register_device_type,
+    tensors_in,
+)
 
 Fidelity = Literal["shapes", "numbers"]
-DEVICE_TYPE = "vgpu"
 SMALL_ELEMENTS = 65_536
 """In shapes fidelity, tensors up to this many elements keep data that was real where they came from."""
 
@@ -37,81 +42,6 @@ _INDEXING = {
     _aten.index_put_.default,
     _aten._index_put_impl_.default,
 }
-
-
-def register_device_type() -> None:
-    """Make `torch.device("vgpu:3")` valid in this process; PyTorch cannot take a device type back.
-
-    Raises:
-        RunError: another backend took PyTorch's one free device type, or this PyTorch lacks the interface.
-    """
-    name = torch._C._get_privateuse1_backend_name()
-    if name == DEVICE_TYPE and hasattr(torch, DEVICE_TYPE):
-        return
-    if name not in ("privateuseone", DEVICE_TYPE):
-        raise RunError(f"PyTorch's one free device type is taken by {name!r}: no virtual GPUs here", where="machine")
-    if not hasattr(torch._C, "_acc") or not hasattr(torch.Tensor, "_make_wrapper_subclass"):
-        raise RunError(
-            f"torch {torch.__version__} lacks Python device backends: no virtual GPUs here",
-            where="machine",
-            hint="install torch 2.11 or newer",
-        )
-    torch.utils.rename_privateuse1_backend(DEVICE_TYPE)  # type: ignore[attr-defined]
-    module = types.ModuleType(f"torch.{DEVICE_TYPE}")
-    module.is_available = lambda: False  # type: ignore[attr-defined]
-    module.device_count = lambda: 0  # type: ignore[attr-defined]
-    module.current_device = lambda: 0  # type: ignore[attr-defined]
-    module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
-    module.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
-    torch._register_device_module(DEVICE_TYPE, module)  # type: ignore[no-untyped-call]
-    torch._C._acc.register_python_privateuseone_device_guard(_guard())
-
-
-def _guard() -> Any:
-    """Build the device guard that indexing asks for; there is nothing to switch."""
-
-    class Guard(torch._C._acc.DeviceGuard):
-        def type_(self) -> Any:
-            return torch._C._autograd.DeviceType.PrivateUse1
-
-    return Guard()
-
-
-class VirtualTensor(torch.Tensor):
-    """A tensor on a virtual GPU (or, without data, on the host): device and shape outside, `held` inside."""
-
-    held: torch.Tensor
-    host: VirtualHost
-
-    @staticmethod
-    def __new__(
-        cls: type[VirtualTensor], inner: torch.Tensor, device: torch.device, host: VirtualHost
-    ) -> VirtualTensor:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            layout=inner.layout,
-            device=device,
-            requires_grad=False,
-        )
-        made.held, made.host = inner, host
-        return made
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"VirtualTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, _: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        tensors = _tensors(args, kwargs or {})
-        host = next(leaf.host for leaf in tensors if isinstance(leaf, VirtualTensor))
-        return host.run(func, args, kwargs or {}, tensors)
 
 
 class VirtualHost:
@@ -149,7 +79,7 @@ class VirtualHost:
 
     def put(self, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Copy `tensor` to `device`; data is dropped where this host keeps shapes only and the tensor is not small."""
-        inner = _inner(tensor)
+        inner = inner_of(tensor)
         dtype = dtype or inner.dtype
         if self._keeps_data(inner):
             copied = inner.detach().to(dtype, copy=True)
@@ -172,20 +102,28 @@ class VirtualHost:
             return self._copy_into(args[0], args[1])
         device = _common_device(func, tensors)
         if kwargs.get("device") is not None:
-            device = _indexed(torch.device(kwargs["device"]))
+            device = indexed(torch.device(kwargs["device"]))
             kwargs = {**kwargs, "device": None}
         virtual = [leaf for leaf in tensors if isinstance(leaf, VirtualTensor)]
         if not virtual:
             kwargs = {**kwargs, "device": self._factory_device(func, args, kwargs)}
         elif any(leaf.held.is_meta for leaf in virtual):
             _drop_data(func, virtual)
-            args, kwargs = _map(_as_meta, args), {key: _map(_as_meta, value) for key, value in kwargs.items()}
+            args, kwargs = (
+                map_tensors(_as_meta, args),
+                {key: map_tensors(_as_meta, value) for key, value in kwargs.items()},
+            )
         else:
-            args, kwargs = _map(_inner, args), {key: _map(_inner, value) for key, value in kwargs.items()}
+            args, kwargs = (
+                map_tensors(inner_of, args),
+                {key: map_tensors(inner_of, value) for key, value in kwargs.items()},
+            )
         result = func(*args, **kwargs)
         self.ledger.count(func, args, kwargs, result)
         back = {id(leaf.held): leaf for leaf in virtual}  # in-place operations return what they were given
-        return _map(lambda made: back[id(made)] if id(made) in back else self._wrap(self._settle(made), device), result)
+        return map_tensors(
+            lambda made: back[id(made)] if id(made) in back else self._wrap(self._settle(made), device), result
+        )
 
     def _factory_device(self, func: Any, args: Any, kwargs: dict[str, Any]) -> str:
         """Where a tensor that a factory makes lives inside: with data, unless it is large and only shapes are kept."""
@@ -196,13 +134,15 @@ class VirtualHost:
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, args: Any, kwargs: Any) -> Any:
         """Scaled dot product attention as one operation, as the fused CUDA kernels are: no score matrix is kept."""
-        tensors = _tensors((query, key, value, *args), kwargs)
+        tensors = tensors_in((query, key, value, *args), kwargs)
         device = _common_device(_aten.scaled_dot_product_attention.default, tensors)
         if any(isinstance(leaf, VirtualTensor) and leaf.held.is_meta for leaf in tensors):
             made = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device="meta")
         else:
-            inner = {key: _map(_inner, value) for key, value in kwargs.items()}
-            made = torch.nn.functional.scaled_dot_product_attention(*_map(_inner, (query, key, value, *args)), **inner)
+            inner = {key: map_tensors(inner_of, value) for key, value in kwargs.items()}
+            made = torch.nn.functional.scaled_dot_product_attention(
+                *map_tensors(inner_of, (query, key, value, *args)), **inner
+            )
         heads = query.shape[:2]
         flops = sdpa_flop_count(query.shape, (*heads, *key.shape[2:]), (*heads, *value.shape[2:]))  # type: ignore[no-untyped-call]
         self.ledger.add_work(flops, touched_bytes((query, key, value, made)))
@@ -229,7 +169,7 @@ class VirtualHost:
         return VirtualTensor(inner, device, self)
 
     def _to_copy(self, source: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        device = _indexed(torch.device(kwargs.get("device") or source.device))
+        device = indexed(torch.device(kwargs.get("device") or source.device))
         made = self.put(source, device, kwargs.get("dtype"))
         if source.device != device:
             self.ledger.moved(str(source.device), str(device), made.nbytes)
@@ -242,7 +182,7 @@ class VirtualHost:
             self.ledger.moved(str(source.device), str(target.device), source.nbytes)
         else:
             self.ledger.add_work(0, touched_bytes((source, target)))
-        inner, origin = _inner(target), _inner(source)
+        inner, origin = inner_of(target), inner_of(source)
         if inner.device.type == "cpu" and origin.device.type == "cpu":
             inner.copy_(origin)
         elif isinstance(target, VirtualTensor) and inner.device.type == "cpu":
@@ -264,7 +204,7 @@ class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = _tensors(args, kwargs)
+        tensors = tensors_in(args, kwargs)
         device = kwargs.get("device")
         if any(isinstance(leaf, VirtualTensor) for leaf in tensors) or (
             device is not None and torch.device(device).type == DEVICE_TYPE
@@ -292,36 +232,8 @@ class _Calls(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _tensors(args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The tensors among an operation's arguments; operations take tensors and lists of them, nothing deeper."""
-    found = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [item for item in value if isinstance(item, torch.Tensor)]
-    return found
-
-
-def _map(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Apply `change` to a tensor, or to every tensor in nested lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)([_map(change, item) for item in value])
-    return value
-
-
-def _inner(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.held if isinstance(tensor, VirtualTensor) else tensor
-
-
-def _indexed(device: torch.device) -> torch.device:
-    return torch.device(DEVICE_TYPE, 0) if device.type == DEVICE_TYPE and device.index is None else device
-
-
 def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
-    inner = _inner(tensor)
+    inner = inner_of(tensor)
     if inner.is_meta:
         return inner
     return torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device="meta")
