@@ -74,8 +74,21 @@ class VirtualHost:
         """Put parameters and buffers on `device`, counted as weights of `name`; matmul goes by their requires_grad."""
         with torch.no_grad(), self.ledger.owning(name):
             for own, key, value in own_tensors(module):
-                own[key] = like(value, map_parts(value.detach(), lambda part: self.put(part, device)))
+                own[key] = like(value, map_parts(value.detach(), lambda part: self._take(part, device)))
         return module
+
+    def _take(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Put a weight on `device`: the tensor itself where its data is kept, else its shape.
+
+        The address stays: kernels of the CPU round by it (MKL's product of one row does, modulo 16 bytes), so that
+        a copy would compute other last places than the pipeline that it was loaded as.
+        """
+        inner = inner_of(tensor)
+        if inner.device.type != "cpu" or not self._keeps_data(inner):
+            return self.put(tensor, device)
+        if inner.untyped_storage().nbytes() != inner.nbytes:  # one of many in a file's memory map: count it alone
+            inner = torch.from_dlpack(inner)
+        return inner if device.type == "cpu" else self._wrap(inner, device)
 
     def put(self, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Copy `tensor` to `device`; data is dropped where this host keeps shapes only and the tensor is not small."""

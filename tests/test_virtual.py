@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
@@ -43,6 +45,24 @@ def test_arithmetic_in_numbers_is_the_cpu_s_own() -> None:
         host.place_module(layer, "layer", torch.device("vgpu:0"))
         result = functional.gelu(layer(x.to("vgpu:0"))).softmax(-1)[:, [0, 2]]
         assert torch.equal(result.cpu(), expected)
+
+
+def test_placed_weights_in_numbers_stay_at_their_address_and_are_counted_each(tmp_path: Path) -> None:
+    """A CPU's kernels round by the address: a copy would give other last places than the file's memory map."""
+    save_file({"weight": torch.ones(3, 5), "bias": torch.ones(3)}, tmp_path / "layer.safetensors")
+    layer = nn.Linear(5, 3, device="meta")
+    layer.load_state_dict(load_file(tmp_path / "layer.safetensors"), assign=True)
+    before = {name: value.data_ptr() for name, value in layer.named_parameters()}
+    host = VirtualHost([64 * MIB], "numbers")
+    placed = host.place_module(layer, "layer", torch.device("vgpu:0"))
+    for name, value in placed.named_parameters():
+        assert isinstance(value, VirtualTensor)
+        assert value.held.data_ptr() == before[name], name
+        assert torch.equal(value.held, torch.ones_like(value.held)), name
+    assert host.ledger.weights == [2 * 512], "a block each, not the whole file for each"
+    del layer, placed, value
+    gc.collect()
+    assert host.ledger.weights == [0]
 
 
 MIXED: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
