@@ -14,13 +14,14 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from .copies import Copies
+from .errors import RunError
 from .offload import Visit
 from .profile import VAE_TILE
 from .spec import VAE_FACTOR
@@ -73,6 +74,18 @@ class Border:
     copies: Copies | None = None
     expected: dict[str, tuple[int, int]] = field(default_factory=dict)
     restore: list[Callable[[], object]] = field(default_factory=list)
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        """Refuse `copy.deepcopy` and pickle: a copied module's methods would go on working on the original.
+
+        Raises:
+            RunError: always.
+        """
+        raise RunError(
+            "a placed pipeline cannot be copied or pickled, nor can its components: their borders belong to it",
+            where="pipeline",
+            hint="unplace(pipeline), copy it, then place(pipeline, resolved) the original and the copy",
+        )
 
     def enter(self, name: str, method: str) -> None:
         """A component begins: guests that are not needed leave, observers are told, its own weights arrive."""
@@ -133,6 +146,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         if not args and not kwargs:
             return args, kwargs
         self.border.enter(self.name, "forward")
+        self._check_place(module)
         names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
         args, kwargs = self._pull(args, names), self._pull(kwargs)
         self.border.watch(self.name, "forward", args, kwargs)
@@ -163,6 +177,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         @functools.wraps(inner)
         def outer(*args: Any, **kwargs: Any) -> Any:
             self.border.enter(self.name, method)
+            self._check_place(module)
             names = [_INPUTS[self.name, method]]
             copies = self._copies(method, args)
             if copies:
@@ -191,6 +206,20 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         """How the images to encode were repeated, where they were."""
         copies = self.border.copies if method == "encode" and args else None
         return copies if copies and copies.hold(args[0]) else None
+
+    def _check_place(self, module: nn.Module) -> None:
+        """Refuse to work with weights that were moved since: inputs go to the device that the plan says.
+
+        Raises:
+            RunError: naming both devices.
+        """
+        found = next((value.device for value in module.parameters()), self.device)
+        if found != self.device:
+            raise RunError(
+                f"{self.name} was moved to {found} after it was placed on {self.device}",
+                where=self.name,
+                hint=f"move it back, or unplace(pipeline) and place it by a plan that has {self.name} on {found}",
+            )
 
     def _tiles_for(self, module: nn.Module, method: str, args: Any) -> tuple[int, int, int, int] | None:
         """Tiles to decode in after running out of memory; None where that is not wanted or would change nothing."""

@@ -112,6 +112,16 @@ class Ledger:
             gpu, taken, is_weight = self._held.pop(key)
             (self.weights if is_weight else self.activations)[gpu] -= taken
 
+    def hand_over(self, old: int, new: int) -> None:
+        """The storage `new` takes the place of `old`: it counts as weights if `old` does."""
+        with self._lock:
+            if not self._held.get(old, (0, 0, False))[2] or self._held.get(new, (0, 0, True))[2]:
+                return
+            gpu, taken, _ = self._held[new]
+            self._held[new] = (gpu, taken, True)
+            self.activations[gpu] -= taken
+            self.weights[gpu] += taken
+
     def _note(self, gpu: int) -> None:
         total = self.live(gpu)
         self._since[gpu] = max(self._since[gpu], total)

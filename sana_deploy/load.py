@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .copies import Copies, watch_copies
 from .errors import PlanError, RunError, UsageError
 from .identity import check_checkpoint
+from .placed import dtype_of, refuse_group_offload, tell_casts
 from .plan import Plan
 from .quantize import quantize_linears
 from .resolve import ResolvedPlan
@@ -136,6 +137,7 @@ def place(pipeline: SanaControlNetPipeline, plan: Plan | ResolvedPlan | None = N
         if any(hasattr(child, "_hf_hook") for child in module.modules()):
             raise RunError(f"{name} has hooks of another placement", hint="call pipeline.remove_all_hooks() first")
         modules[name] = module
+    dtypes = {name: dtype_of(module) for name, module in modules.items()}
     origins: dict[str, torch.device] = {name: next(module.parameters()).device for name, module in modules.items()}
     try:
         for name, module in modules.items():
@@ -147,6 +149,7 @@ def place(pipeline: SanaControlNetPipeline, plan: Plan | ResolvedPlan | None = N
         for moved, device in origins.items():
             getattr(pipeline, moved).to(device)
         raise RunError(f"out of memory while moving components: {problem}", where="place") from problem
+    tell_casts(dtypes, modules)
     _bind(pipeline, resolved, origins)
     return pipeline
 
@@ -209,6 +212,7 @@ def _bind(
         pipeline.vae.enable_slicing()
     if tile := resolved.plan.vae_tile:
         pipeline.vae.enable_tiling(tile.height, tile.width, tile.stride_height, tile.stride_width)
+    refuse_group_offload(pipeline, border)
     if resolved.device_map["controlnet"] != resolved.home:
         _cast_prompt_once(pipeline, border)
     pipeline.hf_device_map = dict(resolved.device_map)
@@ -227,14 +231,14 @@ def _cast_prompt_once(pipeline: SanaControlNetPipeline, border: Border) -> None:
 
     The values are the same; the tensor is too, in every step, so that it crosses to the ControlNet once.
     """
-    dtype = pipeline.controlnet.dtype
-    if dtype != pipeline.transformer.dtype or dtype == pipeline.text_encoder.dtype:
-        return
     encode = pipeline.encode_prompt
 
     @functools.wraps(encode)
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         embeds, mask, negative, negative_mask = encode(*args, **kwargs)
+        dtype = pipeline.controlnet.dtype  # asked in each call: `pipeline.controlnet.half()` changes it
+        if dtype != pipeline.transformer.dtype:
+            return embeds, mask, negative, negative_mask
         return embeds.to(dtype), mask, None if negative is None else negative.to(dtype), negative_mask
 
     pipeline.encode_prompt = encode_prompt

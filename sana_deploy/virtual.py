@@ -27,6 +27,7 @@ from .virtual_tensor import (
     inner_of,
     map_tensors,
     register_device_type,
+    storage_key,
     tensors_in,
 )
 
@@ -87,7 +88,7 @@ class VirtualHost:
         if inner.device.type != "cpu" or not self._keeps_data(inner):
             return self.put(tensor, device)
         if inner.untyped_storage().nbytes() != inner.nbytes:  # one of many in a file's memory map: count it alone
-            inner = torch.from_dlpack(inner)
+            inner = torch.utils.dlpack.from_dlpack(inner)
         return inner if device.type == "cpu" else self._wrap(inner, device)
 
     def put(self, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -175,8 +176,9 @@ class VirtualHost:
     def _wrap(self, inner: torch.Tensor, device: torch.device) -> torch.Tensor:
         if device.type == DEVICE_TYPE:
             storage = inner.untyped_storage()
-            if self.ledger.claim(storage._cdata, device.index, storage.nbytes()):
-                weakref.finalize(storage, self.ledger.release, storage._cdata)
+            key = storage_key(inner)
+            if self.ledger.claim(key, device.index, storage.nbytes()):
+                weakref.finalize(storage, self.ledger.release, key)
         elif inner.device.type == "cpu":
             return inner
         return VirtualTensor(inner, device, self)
@@ -218,6 +220,11 @@ class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = tensors_in(args, kwargs)
+        if any(leaf.is_inference() for leaf in tensors) and any(map(_is_virtual, (*args, *kwargs.values()))):
+            with self:  # PyTorch leaves it to a backend to take operations on these apart
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         device = kwargs.get("device")
         if any(isinstance(leaf, VirtualTensor) for leaf in tensors) or (
             device is not None and torch.device(device).type == DEVICE_TYPE
@@ -227,7 +234,11 @@ class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Calls(torch.overrides.TorchFunctionMode):
-    """Hands attention on virtual tensors to `VirtualHost.attention` before PyTorch takes it apart."""
+    """Hands attention on virtual tensors to `VirtualHost.attention` before PyTorch takes it apart.
+
+    In inference mode PyTorch leaves it to a backend to take operations apart and to follow views; virtual GPUs compute
+    without that mode then, to the same bits.
+    """
 
     def __init__(self, host: VirtualHost) -> None:
         super().__init__()
@@ -242,7 +253,19 @@ class _Calls(torch.overrides.TorchFunctionMode):
             rest = {key: value for key, value in kwargs.items() if key not in ("query", "key", "value")}
             key, value = named.get("key", kwargs.get("key")), named.get("value", kwargs.get("value"))
             return self.host.attention(query, key, value, args[3:], rest)
+        if torch.is_inference_mode_enabled() and any(map(_is_virtual, (*args, *kwargs.values()))):
+            with torch.inference_mode(False), torch.no_grad():
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _is_virtual(value: Any) -> bool:
+    """Whether an argument is a virtual tensor, a list with one, or a virtual device."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_virtual, value))
+    if isinstance(value, (str, torch.device)):
+        return str(value).startswith(DEVICE_TYPE)
+    return isinstance(value, VirtualTensor)
 
 
 def _as_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from .errors import RunError
 
@@ -83,6 +84,49 @@ class VirtualTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"VirtualTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 
+    @property
+    def data(self) -> torch.Tensor:
+        """An alias without history; what is assigned replaces the tensor inside too, as `.half()` and `.to()` do."""
+        alias: torch.Tensor = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return alias
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        inner = inner_of(value)
+        self.host.ledger.hand_over(storage_key(self.held), storage_key(inner))
+        self.held = inner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VirtualTensor:
+        """Copy the data on the same virtual GPU; weights are counted as weights again."""
+        if id(self) not in memo:
+            with torch.no_grad():
+                made: Any = self.detach().clone()
+            self.host.ledger.hand_over(storage_key(self.held), storage_key(made.held))
+            made.requires_grad_(self.requires_grad)
+            made._is_param = isinstance(self, nn.Parameter)
+            memo[id(self)] = made
+        copied: VirtualTensor = memo[id(self)]
+        return copied
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The storage inside: its size, and an address by which tensors that share memory are found."""
+        return self.held.untyped_storage()
+
+    def data_ptr(self) -> int:
+        """The address of the data, for what reads memory itself, such as writers of files.
+
+        Raises:
+            RunError: there is no data, only a shape.
+        """
+        if self.held.is_meta:
+            raise RunError(
+                "a rehearsal in shapes has no values to read or save, only shapes",
+                where="machine.fidelity",
+                hint="machine.fidelity=numbers rehearses with values",
+            )
+        return self.held.data_ptr()
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -112,6 +156,12 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> A
     if isinstance(value, (list, tuple)):
         return type(value)([map_tensors(change, item) for item in value])
     return value
+
+
+def storage_key(inner: torch.Tensor) -> int:
+    """What the ledger knows a storage by."""
+    key: int = inner.untyped_storage()._cdata
+    return key
 
 
 def inner_of(tensor: torch.Tensor) -> torch.Tensor:

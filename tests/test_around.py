@@ -6,69 +6,31 @@ encodes control images one at a time as the plan does. The cases follow what dif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from around import EACH_ALONE, FOUR, STRIPES, Placed, Small, call, diffusers_own, place_apart, same
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaControlNetPipeline
-from drawing import encode_one_at_a_time
-from PIL import Image
 
 from sana_deploy import load_pipeline, place, unplace
 from sana_deploy.boundary import border_of
 from sana_deploy.compile import compile_spec
 from sana_deploy.errors import RunError
 from sana_deploy.rehearsal import open_host
-from sana_deploy.resolve import ResolvedPlan
-from sana_deploy.spec import COMPONENTS, DeploySpec
+from sana_deploy.spec import COMPONENTS
 from sana_deploy.traffic import by_pair
-from sana_deploy.virtual import VirtualHost
 
-Small = Callable[..., DeploySpec]
-FOUR = ["machine=virtual", "machine.gpus=4xrtx4090", "hardware=custom_map"]
-EACH_ALONE = "hardware.device_map={text_encoder: 0, vae: 1, transformer: 2, controlnet: 3}"
-STRIPES = Image.fromarray(np.tile(np.array([0, 255], np.uint8).repeat(8), (64, 6)), "L").convert("RGB")
-
-
-@dataclass
-class Placed:
-    """A pipeline over four virtual GPUs beside the same on the CPU."""
-
-    pipeline: SanaControlNetPipeline
-    reference: SanaControlNetPipeline
-    host: VirtualHost
-    resolved: ResolvedPlan
-
-    def images(self, **options: Any) -> Any:
-        with self.host:
-            return call(self.pipeline, **options)
-
-
-def call(pipeline: SanaControlNetPipeline, **options: Any) -> Any:
-    arguments: dict[str, Any] = dict(
-        prompt="a lighthouse", control_image=STRIPES, height=64, width=96, num_inference_steps=2, guidance_scale=4.5,
-        use_resolution_binning=False, generator=torch.Generator().manual_seed(0), output_type="np",
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(**{**arguments, **options}).images
-
-
-def same(one: Any, other: Any) -> bool:
-    arrays = [np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value) for value in (one, other)]
-    return arrays[0].shape == arrays[1].shape and np.array_equal(*arrays)
+SWAPPED = "hardware.device_map={text_encoder: 3, vae: 2, transformer: 1, controlnet: 0}"
 
 
 @pytest.fixture
 def placed(tiny: Path, small: Small) -> Iterator[Placed]:
-    resolved = compile_spec(small("precision=fp32", *FOUR, EACH_ALONE)).resolve()
-    host = open_host(resolved)
-    pipeline = load_pipeline(resolved, host=host)
-    yield Placed(pipeline, encode_one_at_a_time(SanaControlNetPipeline.from_pretrained(tiny)), host, resolved)
-    assert all(left < 2**18 for left in host.ledger.activations), "live bytes are back to the weights"
+    apart = place_apart(tiny, small)
+    yield apart
+    assert all(left < 2**18 for left in apart.host.ledger.activations), "live bytes are back to the weights"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +122,7 @@ def test_attention_slicing_and_a_plain_tuple(placed: Placed) -> None:
 def test_a_placed_pipeline_saves_what_it_was_loaded_from(tiny: Path, small: Small, tmp_path: Path) -> None:
     pipeline = load_pipeline(compile_spec(small("precision=fp32")))
     pipeline.save_pretrained(tmp_path)
-    assert same(call(encode_one_at_a_time(SanaControlNetPipeline.from_pretrained(tmp_path))), call(pipeline))
+    assert same(call(diffusers_own(tmp_path)), call(pipeline))
 
 
 def test_embeddings_changed_in_place_cross_anew(placed: Placed) -> None:
@@ -217,8 +179,7 @@ def test_a_hundredth_call_takes_no_more_than_the_second(small: Small) -> None:
 
 
 def test_two_pipelines_in_one_process(placed: Placed, small: Small) -> None:
-    swapped = "hardware.device_map={text_encoder: 3, vae: 2, transformer: 1, controlnet: 0}"
-    resolved = compile_spec(small("precision=fp32", *FOUR, swapped)).resolve()
+    resolved = compile_spec(small("precision=fp32", *FOUR, SWAPPED)).resolve()
     host = open_host(resolved)
     other = load_pipeline(resolved, host=host)
     first = placed.images()
