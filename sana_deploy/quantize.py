@@ -11,6 +11,7 @@ LoRA layers find what they expect. It reports the dtype that it computes in and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -127,17 +128,23 @@ def stored_bytes(tensor: torch.Tensor) -> int:
     return sum(part.nbytes for part in parts_of(tensor))
 
 
-@functools.cache
-def _torchao() -> tuple[Any, Any]:
-    """Import torchao without its remarks on kernels that are not for this host."""
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep back what the libraries say, when they are imported, of kernels that are not for this host."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = logging.root.manager.disable
         logging.disable(logging.ERROR)
         try:
-            from torchao import quantization
+            yield
         finally:
             logging.disable(before)
+
+
+@functools.cache
+def _torchao() -> tuple[Any, Any]:
+    with _hushed():
+        from torchao import quantization
     return quantization, quantization.PerRow()
 
 
@@ -145,8 +152,9 @@ def _torchao() -> tuple[Any, Any]:
 def _nf4() -> Any:
     """Build the tensor subclass of nf4 weights, on torchao's base class."""
     _torchao()
-    import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes
-    from torchao.utils import TorchAOBaseTensor
+    with _hushed():
+        import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes
+        from torchao.utils import TorchAOBaseTensor
 
     library = torch.ops.bitsandbytes
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,13 @@ from sana_deploy.catalogue import NAMES
 from sana_deploy.checkpoint import open_checkpoint
 from sana_deploy.compile import compile_spec
 from sana_deploy.compose import compose_spec
-from sana_deploy.errors import InfeasibleError, InvalidSpecError
+from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
 from sana_deploy.machine import Machine
 from sana_deploy.plan import Plan
 from sana_deploy.precision import QUANTIZED, QUANTIZERS
 from sana_deploy.quantize import linears_of, parts_of, stored_bytes
 from sana_deploy.rehearsal import open_host, rehearse
-from sana_deploy.spec import COMPONENTS, DeploySpec, Format, Quantization
+from sana_deploy.spec import DeploySpec, Format, Quantization
 from sana_deploy.standin import stand_in
 
 Small = Callable[..., DeploySpec]
@@ -199,7 +202,7 @@ def test_a_plan_records_the_library_that_quantises(small: Small) -> None:
     assert {"torchao", "bitsandbytes"} <= set(plan.libraries)
     assert not {"torchao", "bitsandbytes"} & set(compile_spec(small()).libraries)
     stale = plan.model_copy(update={"libraries": {**plan.libraries, "torchao": "0.1"}})
-    with pytest.raises(Exception, match=r"torchao: was 0\.1, is "):
+    with pytest.raises(PlanError, match=r"torchao: was 0\.1, is "):
         stale.resolve()
     assert Plan.model_validate_json(plan.to_json()).components["transformer"].quantization == "nf4"
 
@@ -210,4 +213,49 @@ def test_loading_says_nothing_of_kernels_for_other_hosts(capfd: pytest.CaptureFi
     quantize.quantize(torch.ones(4, 4), "int8")
     assert logging.root.manager.disable == before
     assert "Failed to load" not in capfd.readouterr().err
-    assert set(COMPONENTS) >= set(QUANTIZED["int8"])
+
+
+AVX512_BF16 = """
+import importlib.abc, importlib.machinery, sys
+
+sys.modules["kernels"] = None  # as where it is not installed
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "bitsandbytes.functional":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            module.has_avx512bf16 = lambda: True
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+"""
+"""Makes bitsandbytes take any processor for one with AVX512_BF16, in a Python that finds it as `sitecustomize`."""
+
+
+@pytest.mark.parametrize("imported", ["the command", "the quantiser"])
+def test_on_a_processor_with_avx512_bf16_nothing_is_said_of_its_kernels(
+    cli: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path, imported: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AVX512_BF16)
+    elsewhere = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def said(script: str) -> str:
+        done = subprocess.run([sys.executable, "-c", script], env=elsewhere, capture_output=True, text=True, check=True)
+        return done.stderr
+
+    assert "Failed to load CPU gemm_4bit_forward" in said("import bitsandbytes"), "the processor is emulated"
+    if imported == "the quantiser":
+        assert "Failed to load" not in said("from sana_deploy import quantize; quantize._nf4()")
+    else:
+        ended = cli("until=apply", "precision=fp32", "machine=2xt4", PYTHONPATH=str(tmp_path))
+        assert ended.returncode == 0, ended.stderr
+        assert "Failed to load" not in ended.stderr
