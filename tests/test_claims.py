@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -34,26 +34,32 @@ def test_it_wants_the_gpus_that_it_may_take(
     assert [gpu.index for gpu in gpus_wanted(small(*overrides), machine(8, 8, 8))] == wanted
 
 
-def longest_overlap(specs: list[DeploySpec]) -> int:
-    """Hold what each spec wants in threads of their own; the most that held at once."""
-    inside, most, lock = 0, 0, threading.Lock()
+def holds_up(holder: DeploySpec, other: DeploySpec) -> bool:
+    """Whether a job of `other` waits while one of `holder` works: it says so, or it works beside it."""
+    settled, inside = threading.Event(), threading.Event()
 
-    def job(spec: DeploySpec) -> None:
-        nonlocal inside, most
-        with claimed(spec):
-            with lock:
-                inside += 1
-                most = max(most, inside)
-            time.sleep(0.3)
-            with lock:
-                inside -= 1
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "waiting for GPU" in record.getMessage():
+                settled.set()
 
-    threads = [threading.Thread(target=job, args=(spec,)) for spec in specs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return most
+    def job() -> None:
+        with claimed(other):
+            inside.set()
+            settled.set()
+
+    listener, thread = Listener(), threading.Thread(target=job)
+    claims.log.addHandler(listener)
+    try:
+        with claimed(holder):
+            thread.start()
+            assert settled.wait(60), "the other job neither works nor says that it waits"
+            waits = not inside.is_set()
+        thread.join(60)
+        assert inside.is_set(), "it goes on when the first has ended"
+    finally:
+        claims.log.removeHandler(listener)
+    return waits
 
 
 def test_jobs_on_one_gpu_take_turns_and_others_do_not_wait(
@@ -61,17 +67,18 @@ def test_jobs_on_one_gpu_take_turns_and_others_do_not_wait(
 ) -> None:
     monkeypatch.setattr(claims, "probe", lambda: machine(8, 8))
     zero, one = (small("hardware=single_gpu", f"hardware.gpu={gpu}") for gpu in (0, 1))
-    assert longest_overlap([zero, zero, zero]) == 1
-    assert longest_overlap([zero, one]) == 2
-    assert longest_overlap([small(), one]) == 1, "the balanced one may take both"
-    planned = small("until=compile")
-    assert longest_overlap([planned, planned]) == 2
-    virtual = small("machine=2xt4")
-    assert longest_overlap([virtual, virtual]) == 2
+    assert holds_up(zero, zero)
+    assert not holds_up(zero, one)
+    assert holds_up(small(), one), "the balanced one may take both"
+    assert holds_up(one, small())
+    planned, virtual = small("until=compile"), small("machine=2xt4")
+    for free in (planned, virtual):
+        assert not holds_up(free, free)
+        assert not holds_up(zero, free)
 
 
 def test_a_job_that_fails_gives_its_gpu_back(small: Small, machine: Describe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "probe", lambda: machine(8))
     with pytest.raises(ValueError, match="failed"), claimed(small()):
         raise ValueError("failed")
-    assert longest_overlap([small()]) == 1
+    assert not holds_up(small("until=compile"), small()), "another job gets it at once"

@@ -212,8 +212,9 @@ def test_controlnet_is_split_off_only_when_nothing_else_fits(small: Small, machi
     assert plan.knobs == ["encode_once", "split_controlnet"]
     assert plan.estimates.bytes_per_step > 0
     forbidden = small(LARGE, "hardware.allow=[]")
-    with pytest.raises(InfeasibleError, match=r"split|memory"):
+    with pytest.raises(InfeasibleError, match=r"0 of \d+ placements fit \(\d+ split; ") as caught:
         compile_spec(forbidden, machine(5.6, 4.0, 4.0))
+    assert "hardware.allow=[split_controlnet]" in caught.value.hint
 
 
 def test_the_denoiser_goes_to_the_faster_of_two_gpus(small: Small) -> None:

@@ -40,7 +40,15 @@ def test_the_readme_s_python_runs(tiny: Path, tmp_path: Path) -> None:
 def test_ci_runs_the_readme_s_two_commands_as_written() -> None:
     commands = re.findall(r"```sh\n(pip install .*?)\n```", README)
     assert len(commands) == 2
-    assert "README.md" in (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8")
+    script = (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8")
+    reads = script[script.index("mapfile") : script.index('echo "+ ${commands[0]}')]
+    shown = f"set -euo pipefail\n{reads}\nprintf '%s\\n' \"${{commands[@]}}\""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    taken = subprocess.run(["bash", "-c", shown], cwd=CHECKOUT, capture_output=True, text=True, check=True,
+                           env={**os.environ, "PATH": path})  # fmt: skip
+    assert taken.stdout.splitlines() == commands
+    for number in (0, 1):
+        assert re.search(rf'^\(?eval "\$\{{commands\[{number}\]\}}"', script, re.MULTILINE), number
 
 
 def test_readme_and_help_and_classes_agree_on_exit_codes() -> None:
