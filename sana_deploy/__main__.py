@@ -17,6 +17,7 @@ from .deploy import deploy, reject
 from .errors import SanaDeployError
 from .jobs import RESUME
 from .outcome import INTERRUPTED, document
+from .startup import leave
 
 _codes: list[int] = []
 """Exit codes of the jobs run in this process; hydra.main drops return values."""
@@ -67,5 +68,15 @@ def _run() -> None:
     _codes.append(sweep.finish())
 
 
+def command() -> None:
+    """Run `main` as a process of its own, which ends as soon as everything is written."""
+    try:
+        main()
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise
+        leave(ended.code or 0)
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -19,6 +19,9 @@ LARGE = 10 * MIB
 ROUNDING = 2 * MIB
 _GRAIN = 512
 
+ENCODE_WORKSPACE = 496
+"""Bytes per pixel that cuDNN takes while a float32 VAE encodes; none in 16 bit, none in decode. Measured on an H100."""
+
 HOPPER = (9, 0)
 """Compute capability from which cuBLAS is given a larger workspace."""
 

@@ -95,7 +95,7 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
             part.activations.get(phase, 0) for part in parts if part.name == "transformer" and phase != "denoise"
         ]
         weights[phase] = sum(part.weights_bytes for part in there)
-        unsplit[phase] = 0 if slot == "cpu" else sum(part.unsplit_bytes for part in there)
+        unsplit[phase] = 0 if slot == "cpu" else sum(p.unsplit_bytes + p.workspaces.get(phase, 0) for p in there)
         activations[phase] = max(working, default=0) + sum(waiting)
     phase = max(PHASES, key=lambda name: weights[name] + unsplit[name] + activations[name])
     workspace = workspace_bytes(gpu.capability) if gpu else 0

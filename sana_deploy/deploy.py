@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shlex
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from .compile import compile_spec
 from .describe import describe_machine
 from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
 from .files import write_text
+from .headers import weight_files
 from .hints import out_of_float16, roomier
 from .inputs import check_control_image, drawn_seed
 from .outcome import Audit, Measured, Outcome, Rehearsal, failure_of
@@ -24,6 +25,7 @@ from .precision import fragile_components
 from .progress import progress, progress_each
 from .resolve import ResolvedPlan
 from .spec import COMPONENTS, STAGES, DeploySpec, Stage, VirtualMachine, Workload
+from .startup import Laps, quick_imports, read_ahead, start_gpus
 
 log = logging.getLogger(__name__)
 
@@ -157,20 +159,38 @@ def _resolve(run: Run) -> None:
 
 def _apply(run: Run) -> None:
     assert run.resolved is not None
-    started = time.perf_counter()
+    virtual, seconds, clock = run.resolved.machine.kind == "virtual", {}, Laps()
+    starting = None if virtual else _ahead_of_load(run.resolved)
     with progress_each("loading", run.brief) as advance:
-        from .boundary import border_of
-        from .load import load_pipeline
-
-        if run.resolved.machine.kind == "virtual":
+        with quick_imports():
+            from . import generate  # noqa: F401  with all that it imports, so that no later stage waits for it
+            from .boundary import border_of
+            from .load import load_pipeline
             from .rehearsal import open_host
-
+        seconds["import"] = clock.lap()
+        if starting is not None:
+            starting.join()
+            seconds["start"] = clock.lap()
+        if virtual:
             run.host = open_host(run.resolved)
         run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of), run.host)
+        seconds["load"] = clock.lap()
     border = border_of(run.pipeline)
     assert border is not None
     run.remarks += [_out_of_range(text, run.resolved.plan) for text in border.notes]
-    run.measured = Measured(seconds={"load": round(time.perf_counter() - started, 6)})
+    loaded = 0 if virtual else sum(part.weights_bytes for part in run.resolved.plan.components.values())
+    run.measured = Measured(seconds=seconds, loaded_bytes=loaded)
+
+
+def _ahead_of_load(resolved: ResolvedPlan) -> threading.Thread | None:
+    """Have the weights read and the GPUs started while libraries are imported; return what starts the GPUs."""
+    model = resolved.plan.spec.model
+    folder = Path(getattr(model, "source", None) or "").expanduser()
+    with contextlib.suppress(SanaDeployError):  # loading will say it
+        variant = getattr(model, "variant", None)
+        parts = [folder / name for name in COMPONENTS if (folder / name / "config.json").is_file()]
+        read_ahead([file for part in parts for file in weight_files(part, variant, part.name)])
+    return start_gpus(set(resolved.device_map.values()))
 
 
 def _out_of_range(text: str, plan: Plan) -> Diagnostic:
@@ -222,7 +242,7 @@ def _run(run: Run) -> None:
             run.pipeline, run.spec.workload, lambda done, of: advance(f"step {done}/{of}", done, of)
         )
     seconds = {**run.measured.seconds, **measured.seconds}
-    run.measured = measured.model_copy(update={"seconds": seconds})
+    run.measured = measured.model_copy(update={"seconds": seconds, "loaded_bytes": run.measured.loaded_bytes})
     run.images = [path.name for path in save_images(images, run.folder)]
     if recorder is not None:
         _audit(run, recorder, images)

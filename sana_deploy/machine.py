@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .known_gpus import KnownGpu, rates_of
+from .startup import quick_imports
 from .units import MIB, human_bytes
 
 FREE_GRAIN = 64 * MIB
@@ -83,7 +84,8 @@ def probe_torch() -> Machine:
 
     The driver is asked first, since asking torch for free memory makes a CUDA context that takes some of it.
     """
-    import torch
+    with quick_imports():
+        import torch
 
     count = torch.cuda.device_count()
     gpus = _driver_gpus()[:count] if count else ()

@@ -28,7 +28,9 @@ class Measured(Frozen):
 
     Attributes:
         peak_bytes: device -> most bytes allocated during the request; absent where the device cannot tell.
-        seconds: phase -> wall seconds (load, encode, prepare, denoise, decode, total).
+        seconds: phase -> wall seconds: import (of libraries), start (of CUDA, beyond the imports), load, encode,
+            prepare, denoise, decode, generate.
+        loaded_bytes: weights that `load` put in their places; 0 in a rehearsal.
         bytes_moved: "src->dst" -> bytes of the whole request.
         bytes_per_step: the same for one denoising step.
         host_peak_bytes: largest resident size of this process so far.
@@ -39,6 +41,7 @@ class Measured(Frozen):
     bytes_moved: dict[str, int] = {}
     bytes_per_step: dict[str, int] = {}
     host_peak_bytes: int = 0
+    loaded_bytes: int = 0
 
 
 class RehearsedGpu(Frozen):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .allocator import ENCODE_WORKSPACE
 from .checkpoint import Checkpoint
 from .component import ComponentFacts
 from .needs import Told, needs_of
@@ -57,7 +58,8 @@ class Work:
 class ComponentProfile:
     """One component: its format, bytes of weights, and per phase where it works, bytes of activations and work.
 
-    `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them. `resident` is False where the
+    `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them, `workspaces` what libraries take
+    in a phase. `resident` is False where the
     weights wait on the CPU and are on the GPU only in the component's own phases.
     """
 
@@ -69,6 +71,7 @@ class ComponentProfile:
     work: Mapping[Phase, Work] = field(default_factory=dict)
     resident: bool = True
     unsplit_bytes: int = 0
+    workspaces: Mapping[Phase, int] = field(default_factory=dict)
 
     @property
     def activation_bytes(self) -> int:
@@ -155,18 +158,45 @@ def profile_pipeline(
             {phase: _activation(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
             {phase: _work(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
             unsplit_bytes=facts[name].unsplit_bytes(formats[name]),
+            workspaces=_workspaces(formats[name], workload, knobs) if name == "vae" else {},
         )
 
     ways: tuple[set[Knob], ...] = (set(), {"vae_slicing"}, {"vae_slicing", "vae_tiling"})
     once: tuple[set[Knob], ...] = (set(), {"encode_once"})
     sets = [frozenset(one | way) for one in once for way in ways]
+    crossings = _crossings(facts, workload, {name: form.dtype for name, form in formats.items()})
+    parts = {name: profiled(name) for name in facts}
+    waiting = _waiting_in_decode(needs["transformer"], workload, crossings)
+    home = parts["transformer"]
+    parts["transformer"] = replace(home, activations={"decode": waiting, **home.activations})
     return PipelineProfile(
-        {name: profiled(name) for name in facts},
-        _crossings(facts, workload, {name: form.dtype for name, form in formats.items()}),
+        parts,
+        crossings,
         workload.steps,
         workload.rows,
         {knobs: profiled("vae", knobs) for knobs in sets},
     )
+
+
+def _waiting_in_decode(needs: Mapping[str, Any], workload: Workload, crossings: Iterable[Crossing]) -> int:
+    """Bytes that the pipeline still holds at home while the VAE decodes: embeddings, as in prepare, and residuals.
+
+    Nothing is allocated there then, so that measuring does not see it.
+    """
+    constant, per_image, *_ = (float(value) for value in needs["prepare"]["activation_bytes"])
+    residuals = sum(one.bytes_each for one in crossings if one.tensor == "controlnet_block_samples")
+    return round(constant + per_image * workload.batch) + residuals
+
+
+def _workspaces(form: Format, workload: Workload, knobs: Iterable[Knob]) -> dict[Phase, int]:
+    """Bytes that cuDNN takes for the VAE's convolutions: for a float32 encode; one image at a time takes one's."""
+    if form.dtype != "float32":
+        return {}
+    call = _VaeCall.of(workload, "prepare", knobs)
+    rows = call.rows if call.mode == "plain" else 1
+    tiled = call.mode == "vae_tiling"
+    height, width = (min(side, VAE_TILE[0]) if tiled else side for side in (workload.height, workload.width))
+    return {"prepare": ENCODE_WORKSPACE * rows * height * width}
 
 
 def linear(coefficients: Sequence[float], batch: float, pixels: int) -> float:

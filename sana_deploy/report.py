@@ -187,6 +187,14 @@ def _print_error(message: str, where: str, hint: str) -> None:
         out.print(Text(f"hint: {hint}"), soft_wrap=True)
 
 
+def _seconds_sentence(measured: Measured) -> str:
+    """Seconds of every phase; loading with its rate."""
+    words = {phase: f"{phase} {value:.2f}" for phase, value in measured.seconds.items()}
+    if measured.loaded_bytes and measured.seconds.get("load"):
+        words["load"] += f" ({measured.loaded_bytes / measured.seconds['load'] / 1e9:.1f} GB/s)"
+    return f"seconds: {', '.join(words.values())}"
+
+
 def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
     """Print how the run ended, what was saved, and the command that comes next."""
     out = console()
@@ -194,9 +202,8 @@ def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
         _print_error(outcome.error.message, outcome.error.where, outcome.error.hint)
     for remark in outcome.diagnostics:
         out.print(Group(*_remark_lines(remark)))
-    seconds = outcome.measured.seconds
-    if seconds:
-        out.print(Text("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in seconds.items())))
+    if outcome.measured.seconds:
+        out.print(Text(_seconds_sentence(outcome.measured)))
     if outcome.rehearsal:
         out.print(render_rehearsal(outcome.rehearsal))
     else:

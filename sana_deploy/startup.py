@@ -13,12 +13,25 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 _CHUNK = 1 << 24
 """Bytes that reading ahead takes at once."""
+
+
+class Laps:
+    """A clock that tells the seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since it was made."""
+        before, self.since = self.since, time.perf_counter()
+        return round(self.since - before, 6)
 
 
 @contextlib.contextmanager
@@ -61,14 +74,20 @@ def _available_memory() -> int:
         return 0
 
 
-def start_gpus(devices: Iterable[str]) -> None:
+def start_gpus(devices: Iterable[str]) -> threading.Thread | None:
     """Start CUDA and cuDNN on `devices` from a thread, while further libraries are imported; torch is imported already.
 
     One small convolution on each does it. A GPU that cannot start says so when it is used.
+
+    Returns:
+        The thread, which has ended once all of them have started; None where no GPU is among `devices`.
     """
-    names = [device for device in devices if device.startswith("cuda")]
-    if names:
-        threading.Thread(target=_start, args=(names,), name="start GPUs", daemon=True).start()
+    names = sorted(device for device in devices if device.startswith("cuda"))
+    if not names:
+        return None
+    thread = threading.Thread(target=_start, args=(names,), name="start GPUs", daemon=True)
+    thread.start()
+    return thread
 
 
 def _start(devices: list[str]) -> None:

@@ -75,3 +75,15 @@ def test_a_plan_counts_them_and_its_peak_holds_them(small: Callable[..., DeployS
     assert slot.allocator_bytes > workspace_bytes((9, 0))
     assert slot.overhead_bytes == slot.allocator_bytes + context_bytes((9, 0)) + slot.capacity_bytes // 50
     assert slot.peak_bytes == slot.weights_bytes + slot.activation_bytes + slot.overhead_bytes
+
+
+def test_a_float32_vae_takes_a_workspace_while_it_encodes(small: Callable[..., DeploySpec]) -> None:
+    box = ("model=sana_1600m_controlnet", "machine=virtual", "machine.gpus=1xh100", "workload.height=1024",
+           "workload.width=1024", "hardware=custom_map", "hardware.knobs=[encode_once]",
+           "hardware.device_map={text_encoder: 0, vae: 0, transformer: 0, controlnet: 0}")  # fmt: skip
+    (half,), (full,) = (compile_spec(small(*box, f"precision={name}")).slots for name in ("mixed_bf16", "mixed_fp32"))
+    assert (half.peak_phase, full.peak_phase) == ("prepare", "prepare")
+    assert full.allocator_bytes - half.allocator_bytes > 496 * 1024**2
+    measured = 18.278 * 2**30  # of an H100 in mixed_fp32, one image encoded once
+    planned = full.weights_bytes + full.activation_bytes + full.allocator_bytes
+    assert -0.005 <= planned / measured - 1 <= 0.03
