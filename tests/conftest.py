@@ -67,3 +67,11 @@ def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
     return run
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `cli`, but within this process: for tests that do not need one of its own."""
+    from inprocess import run_here
+
+    return lambda *arguments, cwd=tmp_path, **env: run_here(cwd, *arguments, **env)
