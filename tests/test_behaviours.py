@@ -103,7 +103,7 @@ def test_prompts_are_encoded_in_isolation(placed: Placed, image: np.ndarray) -> 
 def test_the_components_make_another_pipeline(placed: Placed, image: np.ndarray) -> None:
     other = SanaControlNetPipeline(**placed.pipeline.components)
     with placed.host:
-        assert same(call(other), image)
+        assert np.abs(call(other) - image).max() < 1e-4, "but for the last places: it encodes the control image twice"
 
 
 @pytest.mark.parametrize("target", ["cpu", torch.float16, "vgpu:1"])

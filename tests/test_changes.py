@@ -18,6 +18,7 @@ import pytest
 import torch
 from around import Placed, Small, call, diffusers_own, place_apart, same
 from diffusers import SanaControlNetPipeline
+from drawing import encode_one_at_a_time
 
 from sana_deploy import load_pipeline, place, unplace
 from sana_deploy.compile import compile_spec
@@ -135,11 +136,11 @@ def test_copying_a_placed_pipeline_is_refused_and_the_hint_works(small: Small, c
     assert copier(unplace(pipeline))
 
 
-def test_copied_when_unplaced_both_work_on_their_own_weights(placed: Placed) -> None:
+def test_copied_when_unplaced_both_work_on_their_own_weights(placed: Placed, tiny: Path) -> None:
     with pytest.raises(RunError, match="a placed pipeline cannot be copied"):
         copy.deepcopy(placed.pipeline)
     weights = list(placed.host.ledger.weights)
-    here = copy.deepcopy(placed.reference)
+    here = encode_one_at_a_time(copy.deepcopy(SanaControlNetPipeline.from_pretrained(tiny)))
     with placed.host, torch.no_grad():
         copied = copy.deepcopy(unplace(placed.pipeline))
         assert placed.host.ledger.weights == [2 * size for size in weights]
@@ -157,7 +158,7 @@ def test_copied_when_unplaced_both_work_on_their_own_weights(placed: Placed) -> 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_group_offload_is_refused_as_diffusers_refuses_the_others(small: Small, whole: bool) -> None:
-    pipeline = load_pipeline(compile_spec(small("precision=fp32")))
+    pipeline = load_pipeline(compile_spec(small("precision=fp32", "hardware.allow=[]")))
     before = call(pipeline)
     target = pipeline if whole else pipeline.transformer
     for name in ("enable_group_offload", "enable_model_cpu_offload", "enable_sequential_cpu_offload"):
