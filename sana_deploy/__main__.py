@@ -17,7 +17,7 @@ from .deploy import deploy, reject
 from .errors import SanaDeployError
 from .jobs import RESUME
 from .outcome import INTERRUPTED, document
-from .startup import leave
+from .startup import as_process
 
 _codes: list[int] = []
 """Exit codes of the jobs run in this process; hydra.main drops return values."""
@@ -70,12 +70,7 @@ def _run() -> None:
 
 def command() -> None:
     """Run `main` as a process of its own, which ends as soon as everything is written."""
-    try:
-        main()
-    except SystemExit as ended:
-        if not isinstance(ended.code, int | None):
-            raise
-        leave(ended.code or 0)
+    as_process(main)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,16 @@ def _start(devices: list[str]) -> None:
             torch.nn.functional.conv2d(pixels, pixels)
     except RuntimeError as problem:
         log.info("GPUs did not start ahead of time: %s", problem)
+
+
+def as_process(main: Callable[[], None]) -> None:
+    """Call a program's `main`, and `leave` with the code that it exits with."""
+    try:
+        main()
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise
+        leave(ended.code or 0)
 
 
 def leave(code: int) -> None:

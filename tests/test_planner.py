@@ -212,7 +212,7 @@ def test_controlnet_is_split_off_only_when_nothing_else_fits(small: Small, machi
     assert plan.knobs == ["encode_once", "split_controlnet"]
     assert plan.estimates.bytes_per_step > 0
     forbidden = small(LARGE, "hardware.allow=[]")
-    with pytest.raises(InfeasibleError, match=r"0 of \d+ placements fit \(\d+ split; ") as caught:
+    with pytest.raises(InfeasibleError, match=r"0 of \d+ placements fit \(\d+ would split ControlNet ") as caught:
         compile_spec(forbidden, machine(5.6, 4.0, 4.0))
     assert "hardware.allow=[split_controlnet]" in caught.value.hint
 
