@@ -102,7 +102,9 @@ def test_callbacks_may_change_latents_and_embeddings_given_by_the_caller_work(sm
         return {"latents": torch.zeros_like(values["latents"])}
 
     assert not np.array_equal(draw(pipeline, spec, callback_on_step_end=zero), before)
-    embeds, mask, negative, negative_mask = pipeline.encode_prompt(spec.workload.prompt, complex_human_instruction=[])
+    embeds, mask, negative, negative_mask = pipeline.encode_prompt(
+        spec.workload.prompt, complex_human_instruction=[], max_sequence_length=32
+    )
     given = draw(
         pipeline, spec, prompt=None, negative_prompt=None, prompt_embeds=embeds, prompt_attention_mask=mask,
         negative_prompt_embeds=negative, negative_prompt_attention_mask=negative_mask,
