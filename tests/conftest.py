@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +77,17 @@ def here(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     from inprocess import run_here
 
     return lambda *arguments, cwd=tmp_path, **env: run_here(cwd, *arguments, **env)
+
+
+@pytest.fixture
+def short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts without diffusers' long instruction, whose encoding takes most of the time of a request on a CPU."""
+    from diffusers import SanaControlNetPipeline
+
+    call, short = SanaControlNetPipeline.__call__, {"complex_human_instruction": [], "max_sequence_length": 32}
+
+    @functools.wraps(call)
+    def shortly(self: SanaControlNetPipeline, *arguments: Any, **options: Any) -> Any:
+        return call(self, *arguments, **{**options, **short})
+
+    monkeypatch.setattr(SanaControlNetPipeline, "__call__", shortly)

@@ -40,10 +40,10 @@ def test_the_main_job_ends_with_an_image_on_disk(cli: Run, tiny: Path, tmp_path:
     assert "Traceback" not in done.stderr
 
 
-def test_the_command_printed_next_works(cli: Run, tiny: Path, tmp_path: Path) -> None:
-    first = cli(*FAST, "until=compile")
+def test_the_command_printed_next_works(here: Run, tiny: Path, tmp_path: Path) -> None:
+    first = here(*FAST, "until=compile")
     line = next(line for line in first.stderr.splitlines() if line.startswith("next: python -m sana_deploy "))
-    again = cli(*line.removeprefix("next: python -m sana_deploy ").split(), "workload.seed=4")
+    again = here(*line.removeprefix("next: python -m sana_deploy ").split(), "workload.seed=4")
     assert again.returncode == 0, again.stderr
     assert len(list(tmp_path.glob("outputs/*/*/image-000.png"))) == 1
 
@@ -65,9 +65,9 @@ def test_the_command_printed_next_works(cli: Run, tiny: Path, tmp_path: Path) ->
     ],
 )
 def test_each_failure_has_its_exit_code_and_one_clear_message(
-    cli: Run, tiny: Path, arguments: list[str], code: int, says: str
+    here: Run, tiny: Path, arguments: list[str], code: int, says: str
 ) -> None:
-    ended = cli(*arguments, CUDA_VISIBLE_DEVICES="")
+    ended = here(*arguments, CUDA_VISIBLE_DEVICES="")
     assert ended.returncode == code, ended.stderr
     assert says in ended.stderr
     assert ended.stderr.count("error: ") == 1
@@ -75,13 +75,13 @@ def test_each_failure_has_its_exit_code_and_one_clear_message(
     assert ended.stdout == ""
 
 
-def test_a_saved_plan_takes_a_new_prompt_and_refuses_new_planning(cli: Run, tiny: Path, tmp_path: Path) -> None:
-    cli(*FAST, "until=compile", "hydra.run.dir=first")
+def test_a_saved_plan_takes_a_new_prompt_and_refuses_new_planning(here: Run, tiny: Path, tmp_path: Path) -> None:
+    here(*FAST, "until=compile", "hydra.run.dir=first")
     planned = f"plan_file={tmp_path / 'first' / 'plan.json'}"
-    refused = cli(planned, "precision=fp16", "workload.height=96")
+    refused = here(planned, "precision=fp16", "workload.height=96")
     assert refused.returncode == 2
     assert "precision=fp16, workload.height=96 would change it" in refused.stderr
-    taken = cli(planned, "workload.prompt=another", "until=resolve", "hydra.run.dir=second")
+    taken = here(planned, "workload.prompt=another", "until=resolve", "hydra.run.dir=second")
     assert taken.returncode == 0, taken.stderr
     assert (tmp_path / "first" / "plan.json").read_bytes() == (tmp_path / "second" / "plan.json").read_bytes()
 
@@ -106,9 +106,10 @@ def test_json_output_is_the_only_thing_on_stdout(cli: Run, tiny: Path) -> None:
     assert [one["status"] for one in documents] == ["done", "infeasible", "infeasible", "invalid", "invalid", "stale"]
 
 
-def test_six_jobs_are_compared_and_an_infeasible_one_is_a_row(cli: Run, tiny: Path, tmp_path: Path) -> None:
-    swept = cli(
-        "-m", "hardware=single_gpu,multi_gpu_balanced,custom_map", "precision=fp16,mixed_bf16", *FAST,
+@pytest.mark.usefixtures("short_prompts")
+def test_six_jobs_are_compared_and_an_infeasible_one_is_a_row(here: Run, tiny: Path, tmp_path: Path) -> None:
+    swept = here(
+        "-m", "hardware=single_gpu,multi_gpu_balanced,custom_map", "precision=fp32,mixed_fp32", *FAST,
         CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert swept.returncode == 0, swept.stderr
@@ -116,7 +117,7 @@ def test_six_jobs_are_compared_and_an_infeasible_one_is_a_row(cli: Run, tiny: Pa
     (folder,) = (tmp_path / "outputs" / "multirun").glob("*/*")
     rows = json.loads((folder / "summary.json").read_text())
     assert [row["status"] for row in rows] == ["done"] * 4 + ["infeasible"] * 2
-    assert [row["overrides"]["precision"] for row in rows] == ["fp16", "mixed_bf16"] * 3
+    assert [row["overrides"]["precision"] for row in rows] == ["fp32", "mixed_fp32"] * 3
     assert all(row["seconds"] > 0 for row in rows[:4])
     assert "GPU 1 is not there" in rows[4]["reason"]
     with (folder / "summary.csv").open() as table:
@@ -127,8 +128,9 @@ def test_six_jobs_are_compared_and_an_infeasible_one_is_a_row(cli: Run, tiny: Pa
     assert all((folder / str(job) / "image-000.png").is_file() for job in range(4))
 
 
-def test_a_sweep_over_precision_compares_dtypes_peaks_and_accuracy(cli: Run, tiny: Path, tmp_path: Path) -> None:
-    swept = cli("-m", "precision=fp16,mixed_bf16,fp32", "precision.audit=true", *FAST)
+@pytest.mark.usefixtures("short_prompts")
+def test_a_sweep_over_precision_compares_dtypes_peaks_and_accuracy(here: Run, tiny: Path, tmp_path: Path) -> None:
+    swept = here("-m", "precision=fp16,mixed_bf16,fp32", "precision.audit=true", *FAST)
     assert swept.returncode == 0, swept.stderr
     (path,) = (tmp_path / "outputs" / "multirun").glob("*/*/summary.json")
     rows = json.loads(path.read_text())
@@ -140,8 +142,8 @@ def test_a_sweep_over_precision_compares_dtypes_peaks_and_accuracy(cli: Run, tin
     assert "PSNR" in swept.stderr
 
 
-def test_a_sweep_over_machines_has_figures_only_where_something_fits(cli: Run, tmp_path: Path) -> None:
-    swept = cli("-m", "precision=auto,mixed_bf16", "machine=2xt4", "model=sana_1600m_controlnet", "until=compile")
+def test_a_sweep_over_machines_has_figures_only_where_something_fits(here: Run, tmp_path: Path) -> None:
+    swept = here("-m", "precision=auto,mixed_bf16", "machine=2xt4", "model=sana_1600m_controlnet", "until=compile")
     assert swept.returncode == 0, swept.stderr
     (path,) = (tmp_path / "outputs" / "multirun").glob("*/*/summary.json")
     fits, refused = json.loads(path.read_text())

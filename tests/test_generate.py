@@ -20,6 +20,7 @@ from sana_deploy.inputs import check_control_image, read_control_image
 from sana_deploy.spec import DeploySpec
 
 Small = Callable[..., DeploySpec]
+pytestmark = pytest.mark.usefixtures("short_prompts")
 
 
 @pytest.fixture(scope="module")

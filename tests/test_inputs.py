@@ -240,17 +240,17 @@ def test_how_a_control_image_is_fitted_changes_no_plan(tmp_path: Path) -> None:
 
 
 def test_what_was_done_is_in_the_outcome_and_in_the_log(
-    cli: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path
+    here: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path
 ) -> None:
     _circle(tmp_path / "wide.png")
-    done = cli(*SMALL, "workload.control_image=wide.png", "workload.steps=1", "hydra.run.dir=out")
+    done = here(*SMALL, "workload.control_image=wide.png", "workload.steps=1", "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
     assert "warning: workload.control_fit: wide.png of 192x64 px is stretched to 96x64 px" in " ".join(
         done.stderr.split()
     )
     for name in ("outcome.json", "sana_deploy.log"):
         assert "stretched to 96x64 px" in (tmp_path / "out" / name).read_text(encoding="utf-8")
-    again = cli(
+    again = here(
         "plan_file=out/plan.json", "workload.control_image=wide.png", "workload.control_fit=pad", "until=compile"
     )
     assert again.returncode == 0, again.stderr

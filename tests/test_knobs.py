@@ -31,6 +31,7 @@ def most_levels(one: Sequence[Image], other: Sequence[Image]) -> int:
     return max(int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) for a, b in pairs)
 
 
+@pytest.mark.usefixtures("short_prompts")
 @pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
 @pytest.mark.parametrize(("knob", "levels"), [("encode_once", 1), ("vae_slicing", 1), ("text_encoder_offload", 0)])
 def test_offload_changes_no_bit_of_the_image_and_one_image_at_a_time_rounds(
@@ -44,6 +45,7 @@ def test_offload_changes_no_bit_of_the_image_and_one_image_at_a_time_rounds(
     assert peaks[0] < peaks[1]
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_tiles_are_those_of_the_plan_and_change_little(small: Small) -> None:
     request = ["precision=fp32", "workload.height=64", "workload.width=1056", "workload.steps=1"]
     plan = compile_spec(small(*request, *TWO, *APART, "hardware.knobs=[vae_tiling]"))
@@ -106,6 +108,7 @@ def test_offloaded_weights_come_once_per_request_and_leave_again(small: Small) -
     assert host.ledger.activations[0] < 2**20
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_an_error_while_weights_visit_leaves_the_pipeline_usable(small: Small, tiny: Path) -> None:
     spec = small("precision=fp32", *TWO, *APART, "hardware.knobs=[text_encoder_offload]")
     resolved = compile_spec(spec).resolve()
@@ -128,6 +131,7 @@ def test_an_error_while_weights_visit_leaves_the_pipeline_usable(small: Small, t
     assert all(value.device == torch.device("cpu") for value in pipeline.text_encoder.parameters())
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_sliced_latents_are_equal_to_the_last_places(small: Small) -> None:
     spec = small("precision=fp32", "workload.batch=2")
     pipeline = load_pipeline(compile_spec(spec))

@@ -96,9 +96,9 @@ def test_the_hint_is_a_plan_that_needs_less(small: Small) -> None:
 
 
 def test_a_forced_map_ends_with_6_and_the_knobs_that_help(
-    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    ended = cli(
+    ended = here(
         "model=sana_1600m_controlnet", "machine=virtual", "machine.gpus=12GiB", "hardware=custom_map",
         "hardware.device_map={text_encoder: 0, vae: 0, transformer: 0, controlnet: 0}", "hardware.force=true",
         "hardware.knobs=[]",

@@ -80,17 +80,18 @@ def overflowing(tiny: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_an_overflow_is_caught_at_the_border_and_named(
-    cli: Callable[..., subprocess.CompletedProcess[str]], overflowing: Path, tmp_path: Path
+    here: Callable[..., subprocess.CompletedProcess[str]], overflowing: Path, tmp_path: Path
 ) -> None:
     chosen = ["model=checkpoint", f"model.source={overflowing}", "workload.height=64", "workload.width=64"]
-    ended = cli(*chosen, "precision=fp16", "workload.steps=3")
+    ended = here(*chosen, "precision=fp16", "workload.steps=3")
     assert ended.returncode == 6, ended.stderr
     said = "error: precision.components.text_encoder: the text_encoder gave NaN or infinity in float16 during encode"
     assert said in ended.stderr
     hint = "precision=mixed_fp32"
     assert f"hint: {hint} keeps text_encoder out of float16" in ended.stderr
-    cured = cli(*chosen, hint, "workload.steps=3", "hydra.run.dir=cured")
+    cured = here(*chosen, hint, "workload.steps=3", "hydra.run.dir=cured")
     assert "the text_encoder gave NaN" not in cured.stderr
     (folder,) = (tmp_path / "outputs").glob("*/*")
     assert not list(folder.glob("*.png"))
@@ -98,6 +99,7 @@ def test_an_overflow_is_caught_at_the_border_and_named(
     assert facts == {"component": "text_encoder", "dtype": "float16", "phase": "encode"}
 
 
+@pytest.mark.usefixtures("short_prompts")
 @pytest.mark.parametrize(
     ("broken", "where"), [("vae", "vae gave NaN or infinity in float32 during prepare"),
                           ("transformer", "transformer gave NaN or infinity in float32 during denoise")]
@@ -115,7 +117,7 @@ def test_the_first_component_that_breaks_is_the_one_named(small: Small, broken: 
 
 
 def test_values_that_float16_cannot_hold_are_counted_at_load(
-    tiny: Path, small: Small, tmp_path: Path, cli: Callable[..., subprocess.CompletedProcess[str]]
+    tiny: Path, small: Small, tmp_path: Path, here: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "wide"))
     (path,) = (folder / "controlnet").glob("*.safetensors")
@@ -127,7 +129,7 @@ def test_values_that_float16_cannot_hold_are_counted_at_load(
     plan = compile_spec(small(*chosen))
     (remark,) = [one for one in plan.diagnostics if one.type == "lossy_dtype"]
     assert remark.message.startswith("controlnet is stored in bfloat16 and loaded in float16")
-    ended = cli(*chosen, "workload.height=64", "workload.width=64", "until=apply")
+    ended = here(*chosen, "workload.height=64", "workload.width=64", "until=apply")
     assert "hint: precision=fp32 keeps controlnet out of float16" in ended.stderr
     assert "3 values of the controlnet do not fit float16 and became infinite" in ended.stderr
     assert not [one for one in compile_spec(small(*chosen, "precision=bf16")).diagnostics if one.type == "lossy_dtype"]
@@ -173,11 +175,12 @@ def test_a_policy_is_offered_only_where_it_fits(small: Small, machine: Describe)
 AUDITED = ["workload.height=64", "workload.width=64", "workload.steps=2", "precision.audit=true"]
 
 
+@pytest.mark.usefixtures("short_prompts")
 @pytest.mark.parametrize("precision", ["fp16", "mixed_bf16", "fp32"])
 def test_an_audit_tells_the_error_of_every_border_and_of_the_image(
-    cli: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path, precision: str
+    here: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path, precision: str
 ) -> None:
-    ended = cli(*AUDITED, f"precision={precision}")
+    ended = here(*AUDITED, f"precision={precision}")
     assert ended.returncode == 0, ended.stderr
     assert "audited against float32" in ended.stderr
     (path,) = (tmp_path / "outputs").glob("*/*/outcome.json")

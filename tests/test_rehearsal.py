@@ -30,6 +30,7 @@ ONE = ["machine=virtual", "machine.gpus=rtx4090"]
 FOUR = ["machine=virtual", "machine.gpus=4xrtx4090"]
 
 
+@pytest.mark.usefixtures("short_prompts")
 @pytest.mark.parametrize("precision", ["mixed_bf16", "fp32"])
 def test_on_four_gpus_the_image_is_that_of_one_and_of_the_cpu_bit_for_bit(small: Small, precision: str) -> None:
     chosen = f"precision={precision}"
@@ -43,6 +44,7 @@ def test_on_four_gpus_the_image_is_that_of_one_and_of_the_cpu_bit_for_bit(small:
     assert one.report.transfers == []
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_shapes_and_numbers_report_the_same_bytes(small: Small) -> None:
     plan = compile_spec(small(*FOUR, *EACH_ALONE))
     numbers, shapes = rehearse(plan, "numbers").report, rehearse(plan, "shapes").report
@@ -52,6 +54,7 @@ def test_shapes_and_numbers_report_the_same_bytes(small: Small) -> None:
     assert rehearse(plan, "shapes").images == []
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_later_steps_are_those_rehearsed_again(small: Small) -> None:
     plan = compile_spec(small(*FOUR, *EACH_ALONE, "workload.steps=5"))
     numbers, shapes = rehearse(plan, "numbers").report, rehearse(plan, "shapes").report
@@ -61,6 +64,7 @@ def test_later_steps_are_those_rehearsed_again(small: Small) -> None:
         assert abs(one.peak_bytes - other.peak_bytes) <= 4096, "the table of timesteps is longer, nothing else"
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_traffic_at_the_borders_is_all_there_is_between_gpus(small: Small) -> None:
     resolved = compile_spec(small(*FOUR, *EACH_ALONE)).resolve()
     host = open_host(resolved)
@@ -95,6 +99,7 @@ def test_with_controlnet_beside_the_transformer_nothing_moves_per_step(small: Sm
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_a_naive_placement_by_hand_fails_as_on_cuda_and_ours_passes(tiny: Path, small: Small) -> None:
     plan = compile_spec(small(*FOUR, *EACH_ALONE))
     resolved = plan.resolve()
@@ -109,6 +114,7 @@ def test_a_naive_placement_by_hand_fails_as_on_cuda_and_ours_passes(tiny: Path, 
     assert rehearse(plan).images
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_memory_comes_back_and_a_twentieth_call_takes_no_more_than_the_second(small: Small) -> None:
     resolved = compile_spec(small(*FOUR, *EACH_ALONE, "workload.steps=1")).resolve()
     host = open_host(resolved, "shapes")
@@ -152,6 +158,7 @@ def test_the_plan_s_estimate_is_compared(small: Small) -> None:
     assert {moment.phase for moment in report.timeline} >= {"encode", "prepare", "denoise", "decode"}
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_nothing_leaks_into_the_process(tiny: Path, small: Small) -> None:
     spec = small("precision=fp32")
     before, _ = generate(load_pipeline(compile_spec(spec)), spec.workload)
@@ -187,6 +194,7 @@ def test_a_component_on_the_cpu_is_rehearsed_there(small: Small, model: str) -> 
     assert {(moved.src, moved.dst) for moved in report.transfers} == {("cpu", "vgpu:0"), ("vgpu:0", "cpu")}
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_the_outcome_measures_the_whole_request(small: Small) -> None:
     plan = compile_spec(small(*FOUR, *EACH_ALONE, "workload.steps=5"))
     shapes, numbers = rehearse(plan, "shapes"), rehearse(plan, "numbers")
@@ -197,6 +205,7 @@ def test_the_outcome_measures_the_whole_request(small: Small) -> None:
     assert sum(shapes.measured.bytes_moved.values()) == per_image
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_torch_cuda_is_never_touched(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     def touched(*_: object) -> None:
         raise AssertionError("torch.cuda was touched")
@@ -230,10 +239,11 @@ def test_a_plan_for_real_gpus_is_not_rehearsed_and_the_other_way_round(small: Sm
         rehearse(compile_spec(small(*ONE, "model=sana_600m_controlnet", "machine.fidelity=numbers")))
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_the_command_rehearses_and_writes_what_it_told(
-    cli: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path
+    here: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path
 ) -> None:
-    done = cli("machine=2xt4", "precision=fp32", "workload.height=64", "workload.width=64", "workload.steps=2")
+    done = here("machine=2xt4", "precision=fp32", "workload.height=64", "workload.width=64", "workload.steps=2")
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs").glob("*/*")
     outcome = Outcome.model_validate_json((folder / "outcome.json").read_text())

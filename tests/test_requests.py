@@ -77,9 +77,9 @@ def test_a_negative_prompt_that_nothing_uses_is_not_looked_at(encoding: Any) -> 
     assert cut_prompts(encoding, workload) == []
 
 
-def test_a_drawn_seed_is_named_and_draws_the_picture_again(cli: Run, tiny: Path, tmp_path: Path) -> None:
+def test_a_drawn_seed_is_named_and_draws_the_picture_again(here: Run, tiny: Path, tmp_path: Path) -> None:
     work = [*SMALL, "workload.steps=1", f"workload.prompt={'a fox, ' * 400}"]
-    first = cli(*work, "workload.seed=random", "hydra.run.dir=first")
+    first = here(*work, "workload.seed=random", "hydra.run.dir=first")
     assert first.returncode == 0, first.stderr
     outcome = json.loads((tmp_path / "first" / "outcome.json").read_text(encoding="utf-8"))
     plan = json.loads((tmp_path / "first" / "plan.json").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def test_a_drawn_seed_is_named_and_draws_the_picture_again(cli: Run, tiny: Path,
     again = types["seed_drawn"]["hint"].split()[0]
     assert again == f"workload.seed={outcome['seed']}"
     assert f"hint: {again} draws the same picture again" in first.stderr
-    second = cli("plan_file=first/plan.json", again, work[-1], "hydra.run.dir=second")
+    second = here("plan_file=first/plan.json", again, work[-1], "hydra.run.dir=second")
     assert second.returncode == 0, second.stderr
     pictures = [(tmp_path / name / "image-000.png").read_bytes() for name in ("first", "second")]
     assert pictures[0] == pictures[1]
