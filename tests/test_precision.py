@@ -135,6 +135,7 @@ def test_values_that_float16_cannot_hold_are_counted_at_load(
     assert not [one for one in compile_spec(small(*chosen, "precision=bf16")).diagnostics if one.type == "lossy_dtype"]
 
 
+@pytest.mark.usefixtures("short_prompts")
 @pytest.mark.parametrize(
     ("precision", "hint"),
     [("fp16", "precision=mixed_fp32 keeps text_encoder and vae out of float16"),

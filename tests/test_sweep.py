@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inprocess import run_here
 from PIL import Image
 
 from sana_deploy import sweep
@@ -38,10 +39,17 @@ def folder_of(root: Path) -> Path:
     return folder
 
 
-def test_every_format_has_every_job_best_first(cli: Run, tmp_path: Path) -> None:
-    swept = cli(*SIX)
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished sweep of six jobs, for tests that only read it."""
+    root = tmp_path_factory.mktemp("six")
+    swept = run_here(root, *SIX)
     assert swept.returncode == 0, swept.stderr
-    folder = folder_of(tmp_path)
+    return folder_of(root)
+
+
+def test_every_format_has_every_job_best_first(six: Path) -> None:
+    folder = six
     rows = json.loads((folder / "summary.json").read_text())
     assert [row["status"] for row in rows] == ["done"] * 3 + ["infeasible"] * 3
     seconds = [row["estimated_seconds_per_image"] for row in rows[:3]]
@@ -104,12 +112,11 @@ def test_rows_without_seconds_or_memory_are_not_on_the_front_and_measured_second
     assert [(one["front"], one["compared_seconds"]) for one in measured] == [(False, 9.0), (True, 3.0)]
 
 
-def test_a_job_that_left_nothing_or_half_a_file_costs_its_row_only(cli: Run, tmp_path: Path) -> None:
-    assert cli(*SIX).returncode == 0
-    folder = folder_of(tmp_path)
+def test_a_job_that_left_nothing_or_half_a_file_costs_its_row_only(here: Run, six: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(six, tmp_path / "outputs" / "multirun" / "day" / "six"))
     (folder / "0" / "outcome.json").unlink()
     (folder / "3" / "outcome.json").write_text('{"status": "do')
-    again = cli("summary", str(folder))
+    again = here("summary", str(folder))
     assert again.returncode == 1
     rows = {one["job"]: one for one in read_rows(folder)}
     assert (rows[0]["status"], rows[0]["reason"]) == ("failed", NO_OUTCOME)
@@ -118,8 +125,8 @@ def test_a_job_that_left_nothing_or_half_a_file_costs_its_row_only(cli: Run, tmp
     assert rows[3]["overrides"]["precision"] == rows[0]["overrides"]["precision"], "from Hydra's own file"
     assert f"go on: python -m sana_deploy -m sweep.resume={folder}" in again.stderr
     assert rows[5]["status"] == "done"
-    assert "no jobs" in cli("summary", str(tmp_path)).stderr
-    assert "there is no folder" in cli("summary", str(tmp_path / "absent")).stderr
+    assert "no jobs" in here("summary", str(tmp_path)).stderr
+    assert "there is no folder" in here("summary", str(tmp_path / "absent")).stderr
 
 
 def damaged(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
@@ -172,9 +179,9 @@ def test_an_interrupted_job_says_so(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_the_jobs_of_a_sweep_are_known_from_its_file(
-    cli: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    here: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    swept = cli("-m", "machine=2xt4,2x8gb", "precision=glob(*fp32)", "until=compile", "workload.seed=range(2)")
+    swept = here("-m", "machine=2xt4,2x8gb", "precision=glob(*fp32)", "until=compile", "workload.seed=range(2)")
     assert swept.returncode == 0, swept.stderr
     folder = folder_of(tmp_path)
     jobs = read_jobs(folder)
@@ -231,16 +238,16 @@ def stalled(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
     return running, folder_of(tmp_path)
 
 
-def test_a_killed_sweep_is_resumed_where_it_was(cli: Run, tmp_path: Path) -> None:
+def test_a_killed_sweep_is_resumed_where_it_was(here: Run, tmp_path: Path) -> None:
     running, folder = stalled(tmp_path)
     running.kill()
     running.communicate()
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*/outcome.json")}
     assert len(kept) == BEFORE
-    changed = cli(f"sweep.resume={folder}", "precision=fp32")
+    changed = here(f"sweep.resume={folder}", "precision=fp32")
     assert changed.returncode == 2
     assert "precision=fp32 would change it" in changed.stderr
-    done = cli("-m", f"sweep.resume={folder}")
+    done = here("-m", f"sweep.resume={folder}")
     assert done.returncode == 0, done.stderr
     assert folder_of(tmp_path) == folder
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -280,22 +287,18 @@ def test_two_sweeps_at_once_do_not_collide(tmp_path: Path) -> None:
     assert first == second
 
 
-def test_what_is_no_sweep_cannot_be_resumed(cli: Run, tmp_path: Path) -> None:
-    ended = cli("-m", f"sweep.resume={tmp_path}")
+def test_what_is_no_sweep_cannot_be_resumed(here: Run, tmp_path: Path) -> None:
+    ended = here("-m", f"sweep.resume={tmp_path}")
     assert ended.returncode == 2
     assert "holds no sweep" in ended.stderr
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_other_launchers_give_the_same_table(cli: Run, tmp_path: Path, launcher: str) -> None:
+def test_other_launchers_give_the_same_table(cli: Run, six: Path, tmp_path: Path, launcher: str) -> None:
     swept = cli(*SIX, f"hydra/launcher={launcher}")
     assert swept.returncode == 0, swept.stderr
     assert "deprecated" not in swept.stderr
-    parallel = read_rows(folder_of(tmp_path))
-    other = tmp_path / "other"
-    other.mkdir()
-    assert cli(*SIX, cwd=other).returncode == 0
-    assert cells_of(parallel) == cells_of(read_rows(folder_of(other)))
+    assert cells_of(read_rows(folder_of(tmp_path))) == cells_of(read_rows(six))
 
 
 def test_a_failed_job_of_another_launcher_gives_the_exit_code(cli: Run) -> None:
@@ -311,15 +314,16 @@ def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch: pytest.Mo
     assert caught.value.hint == "pip install 'hydra-ray-launcher<1.3,>=1.2'"
 
 
+@pytest.mark.usefixtures("short_prompts")
 @pytest.mark.parametrize(("name", "jobs"), [("which_box", 16), ("two_t4", 12), ("accuracy", 8)])
-def test_experiments_compose_and_the_planned_ones_run(cli: Run, tmp_path: Path, name: str, jobs: int) -> None:
+def test_experiments_compose_and_the_planned_ones_run(here: Run, tmp_path: Path, name: str, jobs: int) -> None:
     assert compose_spec([f"experiment={name}"])
     if name == "accuracy":  # run in full it takes minutes; two of its jobs here
-        assert cli(f"experiment={name}", "precision=fp32,int8").returncode == 0
+        assert here(f"experiment={name}", "precision=fp32,int8").returncode == 0
         rows = read_rows(folder_of(tmp_path))
         assert [one["psnr"] is None for one in sorted(rows, key=lambda one: one["job"])] == [True, False]
         return
-    swept = cli(f"experiment={name}")
+    swept = here(f"experiment={name}")
     assert swept.returncode == 0, swept.stderr
     rows = read_rows(folder_of(tmp_path))
     assert len(rows) == jobs
