@@ -165,6 +165,7 @@ def test_another_scheduler_and_vae_tiling(placed: Placed) -> None:
     assert same(placed.images(**wide), call(placed.reference, **wide))
 
 
+@pytest.mark.slow
 def test_a_hundredth_call_takes_no_more_than_the_second(small: Small) -> None:
     resolved = compile_spec(small("precision=fp32", *FOUR, EACH_ALONE)).resolve()
     host = open_host(resolved, "shapes")

@@ -32,6 +32,7 @@ def bench(model: str, dtype: Dtype) -> Bench:
     return Bench(open_checkpoint(compose_spec([f"model={model}"]).model), dict.fromkeys(COMPONENTS, Format(dtype)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("point", "guided"), ELSEWHERE)
 @pytest.mark.parametrize(
     ("model", "dtype"),
@@ -68,6 +69,7 @@ def test_every_shipped_architecture_has_its_fits(tiny: object) -> None:
             assert facts.shapes_digest in catalogue.fitted(), (model, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_float16_needs_what_bfloat16_needs(tiny: object, model: str) -> None:
     point = Point(256, 2)

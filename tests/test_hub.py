@@ -104,6 +104,7 @@ def weights(names: list[str]) -> list[str]:
     return [name for name in names if name.endswith(".safetensors")]
 
 
+@pytest.mark.slow
 def test_planning_fetches_configs_and_headers_and_applying_the_weights_of_that_commit(
     hub: Hub, run: Cli, cli: Cli, tmp_path: Path
 ) -> None:

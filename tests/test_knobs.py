@@ -65,6 +65,7 @@ def test_tiles_are_those_of_the_plan_and_change_little(small: Small) -> None:
     assert apart.mean() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpus", "knobs", "size"),
     [

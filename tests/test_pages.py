@@ -112,6 +112,7 @@ def test_every_text_of_the_user_is_escaped(small: Small) -> None:
     assert "<img" not in sweep_page(nasty, [row], cells_of([row]), NUMBERS)
 
 
+@pytest.mark.browser
 def test_a_person_reads_the_report(browser: Any, small: Small, tmp_path: Path) -> None:
     page, _ = split_page(small)
     path = tmp_path / "report.html"
@@ -151,6 +152,7 @@ def outside(browser: Any, selector: str, width: int) -> list[str]:
     return [text for left, right, text in rectangles if left < 0 or right > width]
 
 
+@pytest.mark.browser
 def test_no_table_of_the_report_is_cut_on_a_phone(browser: Any, small: Small, tmp_path: Path) -> None:
     page, _ = split_page(small)
     path = tmp_path / "report.html"
@@ -162,6 +164,7 @@ def test_no_table_of_the_report_is_cut_on_a_phone(browser: Any, small: Small, tm
         assert outside(browser, "svg.timeline text", width) == []
 
 
+@pytest.mark.browser
 def test_seconds_and_reasons_of_a_summary_are_within_the_window(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "summary.html"
     path.write_text(wide_sweep(), encoding="utf-8")
@@ -198,11 +201,12 @@ def wide_sweep() -> str:
     return sweep_page("Sweep", rows, cells_of(rows), NUMBERS)
 
 
-def test_a_person_sorts_and_filters_the_summary_and_opens_a_report(browser: Any, cli: Run, tmp_path: Path) -> None:
+@pytest.mark.browser
+def test_a_person_sorts_and_filters_the_summary_and_opens_a_report(browser: Any, here: Run, tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
 
-    swept = cli("-m", "hardware=single_gpu,multi_gpu_balanced", "precision=fp16,mixed_bf16", "machine=2xt4,2xrtx4090",
+    swept = here("-m", "hardware=single_gpu,multi_gpu_balanced", "precision=fp16,mixed_bf16", "machine=2xt4,2xrtx4090",
                 "model=sana_1600m_controlnet", "until=compile")  # fmt: skip
     assert swept.returncode == 0, swept.stderr
     (path,) = (tmp_path / "outputs" / "multirun").glob("*/*/summary.html")

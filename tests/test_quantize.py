@@ -127,6 +127,7 @@ def test_lora_loads_and_unloads_on_quantised_weights(tiny: Path, small: Small, p
     assert np.array_equal(draw(pipeline, spec), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", QUANTIZED)
 @pytest.mark.parametrize("gpus", ["1xrtx4090", "2xrtx3060"])
 def test_plans_of_the_full_model_agree_with_rehearsals(policy: str, gpus: str) -> None:
@@ -217,7 +218,7 @@ def test_loading_says_nothing_of_kernels_for_other_hosts(capfd: pytest.CaptureFi
 
 
 AVX512_BF16 = """
-import importlib.abc, importlib.machinery, sys
+import importlib.abc, importlib.machinery, pathlib, sys
 
 sys.modules["kernels"] = None  # as where it is not installed
 
@@ -231,7 +232,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             run(module)
-            module.has_avx512bf16 = lambda: True
+            module.has_avx512bf16 = lambda: pathlib.Path(__file__).with_name("asked").touch() or True
 
         spec.loader.exec_module = exec_module
         return spec
@@ -242,21 +243,19 @@ sys.meta_path.insert(0, Finder())
 """Makes bitsandbytes take any processor for one with AVX512_BF16, in a Python that finds it as `sitecustomize`."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", ["the command", "the quantiser"])
 def test_on_a_processor_with_avx512_bf16_nothing_is_said_of_its_kernels(
     cli: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path, imported: str
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(AVX512_BF16)
-    elsewhere = {**os.environ, "PYTHONPATH": str(tmp_path)}
-
-    def said(script: str) -> str:
-        done = subprocess.run([sys.executable, "-c", script], env=elsewhere, capture_output=True, text=True, check=True)
-        return done.stderr
-
-    assert "Failed to load CPU gemm_4bit_forward" in said("import bitsandbytes"), "the processor is emulated"
+    elsewhere = {"PYTHONPATH": str(tmp_path)}
     if imported == "the quantiser":
-        assert "Failed to load" not in said("from sana_deploy import quantize; quantize._nf4()")
+        script = "from sana_deploy import quantize; quantize._nf4()"
+        ended = subprocess.run([sys.executable, "-c", script], env={**os.environ, **elsewhere}, capture_output=True,
+                               text=True, check=False)  # fmt: skip
     else:
-        ended = cli("until=apply", "precision=fp32", "machine=2xt4", PYTHONPATH=str(tmp_path))
-        assert ended.returncode == 0, ended.stderr
-        assert "Failed to load" not in ended.stderr
+        ended = cli("until=apply", "precision=fp32", "machine=2xt4", **elsewhere)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "asked").exists(), "the processor is emulated"
+    assert "Failed to load" not in ended.stderr

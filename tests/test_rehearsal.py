@@ -114,6 +114,7 @@ def test_a_naive_placement_by_hand_fails_as_on_cuda_and_ours_passes(tiny: Path, 
     assert rehearse(plan).images
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_prompts")
 def test_memory_comes_back_and_a_twentieth_call_takes_no_more_than_the_second(small: Small) -> None:
     resolved = compile_spec(small(*FOUR, *EACH_ALONE, "workload.steps=1")).resolve()
@@ -277,6 +278,7 @@ def test_peaks_agree_with_pytorch_s_own_memory_tracker(small: Small, side: int) 
     assert gpu.peak_bytes - gpu.context_bytes - gpu.allocator_bytes == pytest.approx(independent, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_whole_story_takes_25_plain_lines_of_80_columns(
     cli: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_negative_prompt_that_nothing_uses_is_not_looked_at(encoding: Any) -> 
     assert cut_prompts(encoding, workload) == []
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_a_drawn_seed_is_named_and_draws_the_picture_again(here: Run, tiny: Path, tmp_path: Path) -> None:
     work = [*SMALL, "workload.steps=1", f"workload.prompt={'a fox, ' * 400}"]
     first = here(*work, "workload.seed=random", "hydra.run.dir=first")

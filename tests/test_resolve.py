@@ -132,12 +132,12 @@ def test_allowances_and_bindings_are_declared_and_stay_out_of_the_plan_s_decisio
 
 
 def test_a_saved_plan_is_tried_on_other_machines_from_the_command_line(
-    cli: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    made = cli("model=sana_1600m_controlnet", "machine=2x8gb", "until=compile", "hydra.run.dir=made")
+    made = here("model=sana_1600m_controlnet", "machine=2x8gb", "until=compile", "hydra.run.dir=made")
     assert made.returncode == 0, made.stderr
     apply = ["plan_file=made/plan.json", "until=resolve"]
-    same, fewer, larger = (cli(*apply, f"resolve.machine={gpus}") for gpus in ("2x8GiB", "1x8GiB", "2xa100"))
+    same, fewer, larger = (here(*apply, f"resolve.machine={gpus}") for gpus in ("2x8GiB", "1x8GiB", "2xa100"))
     assert same.returncode == 0
     assert "resolve: slot" not in same.stderr
     assert fewer.returncode == 5
@@ -147,7 +147,7 @@ def test_a_saved_plan_is_tried_on_other_machines_from_the_command_line(
     values = json.loads((tmp_path / "made" / "plan.json").read_text())
     values["libraries"]["diffusers"] = "0.1.0"
     (tmp_path / "made" / "plan.json").write_text(json.dumps(values))
-    assert cli(*apply).returncode == 5
-    allowed = cli(*apply, "resolve.allow=[library_versions]")
+    assert here(*apply).returncode == 5
+    allowed = here(*apply, "resolve.allow=[library_versions]")
     assert allowed.returncode == 0
     assert "note: resolve: diffusers: was 0.1.0, is 0." in allowed.stderr

@@ -29,6 +29,7 @@ def applied(plan: Path, folder: Path, *overrides: str) -> Outcome:
     return outcome
 
 
+@pytest.mark.usefixtures("short_prompts")
 @pytest.mark.parametrize(
     "given",
     [

@@ -32,9 +32,9 @@ def test_the_published_file_is_the_schema_of_the_code() -> None:
     ],
 )
 def test_what_the_command_prints_is_valid(
-    cli: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, chosen: list[str]
+    here: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, chosen: list[str]
 ) -> None:
-    done = cli("until=compile", "output=json", *chosen)
+    done = here("until=compile", "output=json", *chosen)
     assert done.returncode == 0, done.stderr
     VALIDATOR.validate(json.loads(done.stdout)["plan"])
 

@@ -293,6 +293,7 @@ def test_what_is_no_sweep_cannot_be_resumed(here: Run, tmp_path: Path) -> None:
     assert "holds no sweep" in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_other_launchers_give_the_same_table(cli: Run, six: Path, tmp_path: Path, launcher: str) -> None:
     swept = cli(*SIX, f"hydra/launcher={launcher}")
@@ -314,6 +315,7 @@ def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch: pytest.Mo
     assert caught.value.hint == "pip install 'hydra-ray-launcher<1.3,>=1.2'"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_prompts")
 @pytest.mark.parametrize(("name", "jobs"), [("which_box", 16), ("two_t4", 12), ("accuracy", 8)])
 def test_experiments_compose_and_the_planned_ones_run(here: Run, tmp_path: Path, name: str, jobs: int) -> None:

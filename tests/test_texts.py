@@ -112,13 +112,13 @@ def test_the_command_takes_an_ordinary_prompt_and_writes_down_what_was_typed(
     assert f"workload.prompt={text}" in outcome["overrides"]
 
 
-def test_a_sweep_that_cannot_read_a_prompt_gives_the_form_that_works(cli: Run, tiny: Path, tmp_path: Path) -> None:
-    failed = cli("-m", "workload.prompt=it's (a fox)", "workload.seed=1,2", "until=compile")
+def test_a_sweep_that_cannot_read_a_prompt_gives_the_form_that_works(here: Run, tiny: Path, tmp_path: Path) -> None:
+    failed = here("-m", "workload.prompt=it's (a fox)", "workload.seed=1,2", "until=compile")
     assert failed.returncode == 1
     assert "error: workload.prompt: Hydra cannot read this text" in failed.stderr
     hint = next(line for line in failed.stderr.splitlines() if line.startswith("hint: "))
     (override,) = shlex.split(hint.partition("quote the text: ")[2])
-    done = cli("-m", override, "workload.seed=1,2", "until=compile")
+    done = here("-m", override, "workload.seed=1,2", "until=compile")
     assert done.returncode == 0, done.stderr
     plans = list(tmp_path.glob("outputs/multirun/*/*/*/plan.json"))
     assert [json.loads(path.read_text())["spec"]["workload"]["prompt"] for path in plans] == ["it's (a fox)"] * 2
