@@ -59,8 +59,8 @@ class ComponentProfile:
     """One component: its format, bytes of weights, and per phase where it works, bytes of activations and work.
 
     `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them, `workspaces` what libraries take
-    in a phase. `resident` is False where the
-    weights wait on the CPU and are on the GPU only in the component's own phases.
+    in a phase. `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own
+    phases.
     """
 
     name: Component
@@ -194,9 +194,7 @@ def _workspaces(form: Format, workload: Workload, knobs: Iterable[Knob]) -> dict
         return {}
     call = _VaeCall.of(workload, "prepare", knobs)
     rows = call.rows if call.mode == "plain" else 1
-    tiled = call.mode == "vae_tiling"
-    height, width = (min(side, VAE_TILE[0]) if tiled else side for side in (workload.height, workload.width))
-    return {"prepare": ENCODE_WORKSPACE * rows * height * width}
+    return {"prepare": ENCODE_WORKSPACE * rows * call.pixels_at_once}
 
 
 def linear(coefficients: Sequence[float], batch: float, pixels: int) -> float:
@@ -237,12 +235,19 @@ class _VaeCall:
         rows = 1 if phase == "prepare" and "encode_once" in knobs else workload.batch * each
         return cls(workload.height, workload.width, rows / each, rows, mode)
 
+    @property
+    def pixels_at_once(self) -> int:
+        """Pixels of what passes in one go: an image, or a tile of it."""
+        if self.mode == "vae_tiling":
+            return min(self.height, VAE_TILE[0]) * min(self.width, VAE_TILE[1])
+        return self.height * self.width
+
 
 def _activation(needs: Mapping[str, Any], call: _VaeCall) -> int:
     """Peak in bytes. Sliced, one image at a time; tiled, one tile of it, and what collecting the tiles adds."""
     height, width, pixels = call.height, call.width, call.height * call.width
     sliced = call.mode != "plain" and call.rows > 1
-    tile = min(height, VAE_TILE[0]) * min(width, VAE_TILE[1]) if call.mode == "vae_tiling" else pixels
+    tile = call.pixels_at_once
     peak = linear(needs["sliced_bytes" if sliced else "activation_bytes"], call.batch, tile)
     if tile < pixels:
         constant, per_pixel, per_image_pixel = needs["tiling_bytes"]
