@@ -39,9 +39,9 @@ def traffic() -> list[str]:
     import diffusers
     from placement import accelerated
 
-    from sana_deploy.compile import compile_spec
-    from sana_deploy.compose import compose_spec
-    from sana_deploy.rehearsal import rehearse
+    from sana_deploy.declare.compose import compose_spec
+    from sana_deploy.plan.compiler import compile_spec
+    from sana_deploy.rehearsal.rehearse import rehearse
 
     diffusers.utils.logging.set_verbosity_error()
     lines = ["| placement | per step, ours | theirs | per image, ours | theirs |", "|---|---|---|---|---|"]
@@ -65,12 +65,12 @@ def hooks(rounds: int) -> list[str]:
     from accelerate import dispatch_model
     from diffusers import SanaControlNetPipeline
 
-    from sana_deploy.compile import compile_spec
-    from sana_deploy.compose import compose_spec
-    from sana_deploy.inputs import read_control_image
-    from sana_deploy.load import place
-    from sana_deploy.spec import COMPONENTS
-    from sana_deploy.tiny import ensure_tiny
+    from sana_deploy.declare.compose import compose_spec
+    from sana_deploy.declare.control_image import read_control_image
+    from sana_deploy.declare.spec import COMPONENTS
+    from sana_deploy.facts.tiny import ensure_tiny
+    from sana_deploy.plan.compiler import compile_spec
+    from sana_deploy.run.load import place
 
     spec = compose_spec(["precision=fp32", "workload.height=256", "workload.width=256"])
     sides = {name: SanaControlNetPipeline.from_pretrained(ensure_tiny()) for name in ("plain", "ours", "theirs")}

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sana_deploy import catalogue
+from sana_deploy.facts import catalogue
 
 NAME = "sana_1600m_controlnet"
 PEER = """

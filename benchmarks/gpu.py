@@ -32,21 +32,21 @@ from host_memory import anonymous_peak
 from lively import liveliness
 from make_checkpoint import make_checkpoint
 
-from sana_deploy.allocator import context_bytes
-from sana_deploy.boundary import border_of
-from sana_deploy.compile import compile_spec
-from sana_deploy.compose import compose_spec
+from sana_deploy._units import GIB
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.control_image import read_control_image
+from sana_deploy.declare.policies import QUANTIZED
 from sana_deploy.errors import InvalidSpecError
-from sana_deploy.generate import PHASE_OF, PhaseClock, run_request
-from sana_deploy.guard import NumericsGuard
-from sana_deploy.inputs import read_control_image
-from sana_deploy.load import load_pipeline, place, unplace
-from sana_deploy.machine import probe_torch
-from sana_deploy.offload import pinned
-from sana_deploy.precision import QUANTIZED
-from sana_deploy.quantize import require
-from sana_deploy.rehearsal import rehearse
-from sana_deploy.units import GIB
+from sana_deploy.facts.allocator import context_bytes
+from sana_deploy.facts.machine import probe_torch
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal.rehearse import rehearse
+from sana_deploy.run.border import border_of
+from sana_deploy.run.generate import PHASE_OF, PhaseClock, run_request
+from sana_deploy.run.load import load_pipeline, place, unplace
+from sana_deploy.run.nan_guard import NumericsGuard
+from sana_deploy.run.offload import pinned
+from sana_deploy.run.quantize import require
 
 CASES = [
     ("mixed_bf16", 512, 1, ""),

@@ -28,14 +28,14 @@ from accelerate import dispatch_model
 from diffusers import SanaControlNetPipeline
 from lively import liveliness
 
-from sana_deploy.boundary import border_of
-from sana_deploy.compile import compile_spec
-from sana_deploy.compose import compose_spec
-from sana_deploy.inputs import read_control_image
-from sana_deploy.load import load_pipeline
-from sana_deploy.rehearsal import open_host
-from sana_deploy.spec import COMPONENTS
-from sana_deploy.tiny import ensure_tiny
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.control_image import read_control_image
+from sana_deploy.declare.spec import COMPONENTS
+from sana_deploy.facts.tiny import ensure_tiny
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal.rehearse import open_host
+from sana_deploy.run.border import border_of
+from sana_deploy.run.load import load_pipeline
 
 ONE = {"text_encoder": 0, "vae": 0, "transformer": 0, "controlnet": 0}
 PLACEMENTS = {

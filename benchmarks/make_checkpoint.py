@@ -20,9 +20,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from sana_deploy.checkpoint import open_checkpoint
-from sana_deploy.spec import CatalogueModel, Dtype, Format
-from sana_deploy.standin import stand_in
+from sana_deploy.declare.spec import CatalogueModel, Dtype, Format
+from sana_deploy.facts.checkpoint import open_checkpoint
+from sana_deploy.rehearsal.meta_modules import stand_in
 
 DTYPES: dict[str, Dtype] = {
     "text_encoder": "bfloat16",

@@ -67,8 +67,8 @@ def cell(arguments: tuple[str, str, int]) -> Cell:
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    from sana_deploy.compose import compose_spec
-    from sana_deploy.describe import describe_machine
+    from sana_deploy.declare.compose import compose_spec
+    from sana_deploy.facts.virtual_machine import describe_machine
 
     base = [f"model={model}", "machine=virtual", f"machine.gpus={machine}", f"workload.steps={STEPS}"]
     base += [f"workload.height={side}", f"workload.width={side}"]
@@ -81,9 +81,9 @@ def cell(arguments: tuple[str, str, int]) -> Cell:
 
 def ours(spec: Any) -> Side:
     """Compile and rehearse our plan."""
-    from sana_deploy.compile import compile_spec
     from sana_deploy.errors import InfeasibleError, RunError
-    from sana_deploy.rehearsal import rehearse
+    from sana_deploy.plan.compiler import compile_spec
+    from sana_deploy.rehearsal.rehearse import rehearse
 
     try:
         plan = compile_spec(spec)
@@ -103,10 +103,10 @@ def ours(spec: Any) -> Side:
 
 def rehearse_miss(plan: Any) -> str:
     """Rehearse a plan that was refused: what becomes of it if it is applied all the same."""
-    from sana_deploy.describe import describe_machine
     from sana_deploy.errors import InfeasibleError, RunError
-    from sana_deploy.rehearsal import rehearse
-    from sana_deploy.resolve import ResolvedPlan
+    from sana_deploy.facts.virtual_machine import describe_machine
+    from sana_deploy.plan.bind import ResolvedPlan
+    from sana_deploy.rehearsal.rehearse import rehearse
 
     machine = describe_machine(plan.spec.machine)
     devices = {slot.index: f"vgpu:{slot.index}" for slot in plan.slots}
@@ -122,8 +122,8 @@ def theirs(spec: Any) -> Side:
     """Place with diffusers' map and hooks, and run the same request."""
     import torch
 
-    from sana_deploy.describe import describe_machine
-    from sana_deploy.spec import COMPONENTS
+    from sana_deploy.declare.spec import COMPONENTS
+    from sana_deploy.facts.virtual_machine import describe_machine
 
     dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
     memory = {gpu.index: gpu.free_bytes for gpu in describe_machine(spec.machine).gpus}
@@ -139,13 +139,13 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
     from accelerate import dispatch_model
     from diffusers import DPMSolverMultistepScheduler, SanaControlNetPipeline
 
-    from sana_deploy.allocator import context_bytes, workspace_bytes
-    from sana_deploy.checkpoint import open_checkpoint
-    from sana_deploy.describe import describe_machine
-    from sana_deploy.inputs import read_control_image
-    from sana_deploy.spec import COMPONENTS
-    from sana_deploy.standin import StandInTokenizer, stand_in
-    from sana_deploy.virtual import VirtualHost
+    from sana_deploy.declare.control_image import read_control_image
+    from sana_deploy.declare.spec import COMPONENTS
+    from sana_deploy.facts.allocator import context_bytes, workspace_bytes
+    from sana_deploy.facts.checkpoint import open_checkpoint
+    from sana_deploy.facts.virtual_machine import describe_machine
+    from sana_deploy.rehearsal.meta_modules import StandInTokenizer, stand_in
+    from sana_deploy.rehearsal.virtual import VirtualHost
 
     machine = describe_machine(spec.machine)
     facts = open_checkpoint(spec.model).components

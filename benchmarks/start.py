@@ -124,7 +124,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     options.side = options.side or (512 if options.model == "tiny" else 1024)
     if options.model == "tiny":
-        from sana_deploy.tiny import ensure_tiny
+        from sana_deploy.facts.tiny import ensure_tiny
 
         source, device, name = ensure_tiny(), "cpu", "CPU"
     else:

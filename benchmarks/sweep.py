@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sana_deploy.compose import conf_dir
+from sana_deploy.declare.compose import conf_dir
 
 EMPTY = """
 import hydra

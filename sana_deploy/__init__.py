@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .compile import compile_plan as compile_plan
+    from .declare.spec import DeploySpec as DeploySpec
     from .errors import SanaDeployError as SanaDeployError
-    from .load import load_pipeline as load_pipeline
-    from .load import place as place
-    from .load import unplace as unplace
-    from .outcome import Outcome as Outcome
-    from .plan import Plan as Plan
-    from .rehearsal import rehearse as rehearse
-    from .resolve import ResolvedPlan as ResolvedPlan
-    from .spec import DeploySpec as DeploySpec
+    from .plan.artifact import Plan as Plan
+    from .plan.bind import ResolvedPlan as ResolvedPlan
+    from .plan.compiler import compile_plan as compile_plan
+    from .rehearsal.rehearse import rehearse as rehearse
+    from .run.load import load_pipeline as load_pipeline
+    from .run.load import place as place
+    from .run.load import unplace as unplace
+    from .run.outcome import Outcome as Outcome
 
 _HOMES = {
-    "DeploySpec": "spec",
-    "Outcome": "outcome",
-    "Plan": "plan",
-    "ResolvedPlan": "resolve",
+    "DeploySpec": "declare.spec",
+    "Outcome": "run.outcome",
+    "Plan": "plan.artifact",
+    "ResolvedPlan": "plan.bind",
     "SanaDeployError": "errors",
-    "compile_plan": "compile",
-    "load_pipeline": "load",
-    "place": "load",
-    "rehearse": "rehearsal",
-    "unplace": "load",
+    "compile_plan": "plan.compiler",
+    "load_pipeline": "run.load",
+    "place": "run.load",
+    "rehearse": "rehearsal.rehearse",
+    "unplace": "run.load",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

@@ -11,13 +11,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from . import commands, interrupts, report, sweep, texts
-from .compose import conf_dir, spec_from_config, typed_overrides
-from .deploy import deploy, reject
+from . import _interrupts, commands, sweep
+from ._startup import as_process
+from .declare import texts
+from .declare.compose import conf_dir, spec_from_config, typed_overrides
 from .errors import SanaDeployError
-from .jobs import RESUME
-from .outcome import INTERRUPTED, document
-from .startup import as_process
+from .report import terminal as report
+from .report.jobs import RESUME
+from .run.outcome import INTERRUPTED, document
+from .stages import deploy, reject
 
 _codes: list[int] = []
 """Exit codes of the jobs run in this process; hydra.main drops return values."""
@@ -25,7 +27,7 @@ _codes: list[int] = []
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")  # type: ignore[untyped-decorator]
 def _job(config: DictConfig) -> None:
-    interrupts.check()
+    _interrupts.check()
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir)
     swept = context.mode == RunMode.MULTIRUN
@@ -45,13 +47,13 @@ def _job(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line and exit with the code of the table in --help."""
-    interrupts.watch()  # a sweep that is killed is summed up when the process ends
+    _interrupts.watch()  # a sweep that is killed is summed up when the process ends
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come back here instead of as a traceback
     try:
         _run()
-        interrupts.check()
+        _interrupts.check()
     except (Exception, KeyboardInterrupt) as problem:
-        if interrupts.caused(problem):
+        if _interrupts.caused(problem):
             report.console().print("interrupted")
             sys.exit(INTERRUPTED)
         commands.fail(problem, sys.argv[1:])

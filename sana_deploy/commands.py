@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from . import __version__, diff, report, sweep
-from .compose import command_error
+from . import __version__, sweep
+from .declare.compose import command_error
 from .errors import UsageError, did_you_mean
-from .outcome import Outcome, document, failure_of
+from .plan import diff
+from .report import terminal as report
+from .run.outcome import Outcome, document, failure_of
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"diff": diff.main, "summary": sweep.main}
 """Words that come first and are no override."""

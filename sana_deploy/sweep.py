@@ -21,9 +21,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from .errors import ComposeError, UsageError
-from .jobs import NO_OUTCOME, RESUME
-from .summary import NUMBERS, cells_of, read_rows, swept_keys, write_summary
-from .versions import install_hint
+from .facts.libraries import install_hint
+from .report.jobs import NO_OUTCOME, RESUME
+from .report.summary import NUMBERS, cells_of, read_rows, swept_keys, write_summary
 
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 """Hydra's note that our file of a launcher has the name of its plugin's own, which is what is wanted."""
@@ -93,7 +93,7 @@ def summarise(folder: Path, output: str = "text") -> int:
 
 
 def _summarised(folder: Path, rows: list[dict[str, Any]], output: str) -> int:
-    from .report import console
+    from .report.terminal import console
 
     out = console()
     written = write_summary(folder, rows) if rows else []

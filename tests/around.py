@@ -14,11 +14,11 @@ from drawing import encode_one_at_a_time
 from PIL import Image
 
 from sana_deploy import load_pipeline
-from sana_deploy.compile import compile_spec
-from sana_deploy.rehearsal import open_host
-from sana_deploy.resolve import ResolvedPlan
-from sana_deploy.spec import DeploySpec
-from sana_deploy.virtual import Fidelity, VirtualHost
+from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.plan.bind import ResolvedPlan
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal.rehearse import open_host
+from sana_deploy.rehearsal.virtual import Fidelity, VirtualHost
 
 Small = Callable[..., DeploySpec]
 FOUR = ["machine=virtual", "machine.gpus=4xrtx4090", "hardware=custom_map"]

@@ -15,11 +15,11 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; before torch is imported
 
-from sana_deploy.compose import compose_spec
-from sana_deploy.machine import Gpu, Machine
-from sana_deploy.spec import DeploySpec
-from sana_deploy.tiny import ensure_tiny
-from sana_deploy.units import GIB
+from sana_deploy._units import GIB
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.facts.machine import Gpu, Machine
+from sana_deploy.facts.tiny import ensure_tiny
 
 CHECKOUT = Path(__file__).parent.parent
 SMALL = ("workload.height=64", "workload.width=96", "workload.steps=2")

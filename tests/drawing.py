@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from diffusers import SanaControlNetPipeline
 
-from sana_deploy.inputs import read_control_image
-from sana_deploy.spec import DeploySpec
+from sana_deploy.declare.control_image import read_control_image
+from sana_deploy.declare.spec import DeploySpec
 
 
 def draw(pipeline: SanaControlNetPipeline, spec: DeploySpec, **options: Any) -> np.ndarray:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from sana_deploy.allocator import context_bytes, unsplit_bytes, workspace_bytes
-from sana_deploy.checkpoint import open_checkpoint
-from sana_deploy.compile import compile_spec
-from sana_deploy.compose import compose_spec
-from sana_deploy.spec import Component, DeploySpec, Dtype, Format
-from sana_deploy.units import KIB, MIB
+from sana_deploy._units import KIB, MIB
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.spec import Component, DeploySpec, Dtype, Format
+from sana_deploy.facts.allocator import context_bytes, unsplit_bytes, workspace_bytes
+from sana_deploy.facts.checkpoint import open_checkpoint
+from sana_deploy.plan.compiler import compile_spec
 
 MEASURED: list[tuple[dict[Component, Dtype], float]] = [
     ({"text_encoder": "bfloat16"}, 1.0),

@@ -17,12 +17,12 @@ from around import EACH_ALONE, FOUR, STRIPES, Placed, Small, call, diffusers_own
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaControlNetPipeline
 
 from sana_deploy import load_pipeline, place, unplace
-from sana_deploy.boundary import border_of
-from sana_deploy.compile import compile_spec
+from sana_deploy.declare.spec import COMPONENTS
 from sana_deploy.errors import RunError
-from sana_deploy.rehearsal import open_host
-from sana_deploy.spec import COMPONENTS
-from sana_deploy.traffic import by_pair
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal.rehearse import open_host
+from sana_deploy.run.border import border_of
+from sana_deploy.run.traffic import by_pair
 
 INSTRUCTION = inspect.signature(SanaControlNetPipeline.__call__).parameters["complex_human_instruction"].default
 SWAPPED = "hardware.device_map={text_encoder: 3, vae: 2, transformer: 1, controlnet: 0}"

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from sana_deploy.checkpoint import open_checkpoint
-from sana_deploy.compile import compile_spec
-from sana_deploy.compose import compose_spec
-from sana_deploy.cost import slot_use
-from sana_deploy.describe import describe_machine
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.spec import COMPONENTS, DeploySpec
 from sana_deploy.errors import InfeasibleError
-from sana_deploy.planner import ROOMY
-from sana_deploy.profile import profile_pipeline
-from sana_deploy.spec import COMPONENTS, DeploySpec
+from sana_deploy.facts.checkpoint import open_checkpoint
+from sana_deploy.facts.virtual_machine import describe_machine
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.plan.cost import slot_use
+from sana_deploy.plan.profile import profile_pipeline
+from sana_deploy.plan.search import ROOMY
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from placement import MACHINES, MODELS, balanced_map

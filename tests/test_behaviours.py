@@ -14,7 +14,7 @@ import torch
 from around import STRIPES, Placed, Small, call, diffusers_own, place_apart, same
 from diffusers import SanaControlNetPipeline
 
-from sana_deploy.compose import compose_spec
+from sana_deploy.declare.compose import compose_spec
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,15 @@ from diffusers import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import Gemma2Model
 
-from sana_deploy import catalogue, load_pipeline
-from sana_deploy.checkpoint import Checkpoint, open_checkpoint
-from sana_deploy.compile import compile_spec
-from sana_deploy.component import component_facts
+from sana_deploy import load_pipeline
+from sana_deploy.declare.spec import CheckpointModel, DeploySpec, Dtype, Format, Overrides, TinyModel
 from sana_deploy.errors import CheckpointError
-from sana_deploy.machine import Machine
-from sana_deploy.spec import CheckpointModel, DeploySpec, Dtype, Format, Overrides, TinyModel
-from sana_deploy.tiny import ensure_tiny
+from sana_deploy.facts import catalogue
+from sana_deploy.facts.checkpoint import Checkpoint, open_checkpoint
+from sana_deploy.facts.component import component_facts
+from sana_deploy.facts.machine import Machine
+from sana_deploy.facts.tiny import ensure_tiny
+from sana_deploy.plan.compiler import compile_spec
 
 CLASSES = {
     "text_encoder": Gemma2Model,

@@ -13,8 +13,8 @@ import pytest
 from conftest import SMALL
 
 import sana_deploy
-from sana_deploy.outcome import Outcome
-from sana_deploy.plan import Plan
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.run.outcome import Outcome
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 FAST = (*SMALL, "workload.steps=1")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sana_deploy.compose import compose_spec, conf_dir
+from sana_deploy.declare.compose import compose_spec, conf_dir
+from sana_deploy.declare.policies import POLICIES, QUANTIZED, QUANTIZED_DTYPES
 from sana_deploy.errors import ComposeError
-from sana_deploy.precision import POLICIES, QUANTIZED, QUANTIZED_DTYPES
 
 GROUPS = ("model", "hardware", "precision", "machine", "workload")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]

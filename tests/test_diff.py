@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sana_deploy.compile import compile_spec
-from sana_deploy.diff import compare, main, render
-from sana_deploy.machine import Machine
-from sana_deploy.plan import Plan
-from sana_deploy.spec import DeploySpec
+from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.facts.machine import Machine
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.plan.diff import compare, main, render
 
 LARGE = ["model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024"]
 

@@ -14,17 +14,17 @@ from drawing import draw, encode_one_at_a_time
 from PIL import Image
 
 from sana_deploy import load_pipeline, place, rehearse, unplace
-from sana_deploy.checkpoint import open_checkpoint
-from sana_deploy.compile import compile_spec
-from sana_deploy.copies import Copies
-from sana_deploy.cost import bytes_per_request, phase_seconds
-from sana_deploy.known_gpus import KNOWN_GPUS
-from sana_deploy.machine import Gpu, Machine
-from sana_deploy.plan import Plan
-from sana_deploy.profile import profile_pipeline
-from sana_deploy.sentences import knob_sentence
-from sana_deploy.spec import COMPONENTS, DeploySpec
-from sana_deploy.units import GIB, MIB
+from sana_deploy._units import GIB, MIB
+from sana_deploy.declare.spec import COMPONENTS, DeploySpec
+from sana_deploy.facts.checkpoint import open_checkpoint
+from sana_deploy.facts.known_gpus import KNOWN_GPUS
+from sana_deploy.facts.machine import Gpu, Machine
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.plan.cost import bytes_per_request, phase_seconds
+from sana_deploy.plan.profile import profile_pipeline
+from sana_deploy.report.wording import knob_sentence
+from sana_deploy.run.copies import Copies
 
 Small = Callable[..., DeploySpec]
 Describe = Callable[..., Machine]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from sana_deploy.compile import compile_plan
-from sana_deploy.compose import compose_spec
+from sana_deploy._units import MIB, parse_bytes
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.keys import known_keys
 from sana_deploy.errors import ComposeError, InfeasibleError, InvalidSpecError, SanaDeployError
-from sana_deploy.keys import known_keys
-from sana_deploy.units import MIB, parse_bytes
+from sana_deploy.plan.compiler import compile_plan
 
 MAP = "hardware=custom_map"
 

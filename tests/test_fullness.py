@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sana_deploy.compile import compile_spec
-from sana_deploy.machine import Machine
-from sana_deploy.outcome import Outcome
-from sana_deploy.pages import plan_page
-from sana_deploy.plan import Plan
-from sana_deploy.rehearsal import rehearse
-from sana_deploy.report import render_plan, render_rehearsal
-from sana_deploy.spec import DeploySpec
-from sana_deploy.summary import cells_of, read_rows
-from sana_deploy.units import GIB
+from sana_deploy._units import GIB
+from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.facts.machine import Machine
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal.rehearse import rehearse
+from sana_deploy.report.html import plan_page
+from sana_deploy.report.summary import cells_of, read_rows
+from sana_deploy.report.terminal import render_plan, render_rehearsal
+from sana_deploy.run.outcome import Outcome
 
 Small = Callable[..., DeploySpec]
 LARGE = ("model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024")

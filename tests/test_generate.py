@@ -13,11 +13,11 @@ from diffusers import SanaControlNetPipeline
 from PIL import Image
 
 from sana_deploy import load_pipeline
-from sana_deploy.compile import compile_spec
+from sana_deploy.declare.control_image import check_control_image, read_control_image
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InputError, RunError
-from sana_deploy.generate import generate, save_images
-from sana_deploy.inputs import check_control_image, read_control_image
-from sana_deploy.spec import DeploySpec
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.run.generate import generate, save_images
 
 Small = Callable[..., DeploySpec]
 pytestmark = pytest.mark.usefixtures("short_prompts")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("short_prompts")
 
 @pytest.fixture(scope="module")
 def pipeline(tiny: Path) -> SanaControlNetPipeline:
-    from sana_deploy.compose import compose_spec
+    from sana_deploy.declare.compose import compose_spec
 
     return load_pipeline(compile_spec(compose_spec(["precision=fp32"])))
 

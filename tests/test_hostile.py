@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from sana_deploy.compile import compile_plan
 from sana_deploy.errors import PlanError
-from sana_deploy.plan import Plan, digest_of
+from sana_deploy.plan.artifact import Plan, digest_of
+from sana_deploy.plan.compiler import compile_plan
 
 RELEASED = sorted((Path(__file__).parent / "plans").glob("*.json"))
 ODD: list[Any] = [
@@ -65,7 +65,7 @@ def test_ten_thousand_mutations_end_with_our_error_or_none(seed: int) -> None:
 def test_mutations_of_a_plan_for_a_folder_end_with_our_error_or_none(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sana_deploy.hub._download", None)  # whatever it names, nothing is fetched
+    monkeypatch.setattr("sana_deploy.facts.hub._download", None)  # whatever it names, nothing is fetched
     folder, chance, read = shutil.copytree(tiny, tmp_path / "checkpoint"), random.Random(5), 0
     given = ["model=checkpoint", f"model.source={folder}", "machine=2xt4", "precision=fp32", "workload.height=64"]
     plan = json.loads(compile_plan(given).to_json())

@@ -16,15 +16,16 @@ import torch
 from drawing import draw
 from safetensors.torch import load_file, save_file
 
-from sana_deploy import content, load_pipeline
-from sana_deploy.compile import compile_spec
-from sana_deploy.content import contents
-from sana_deploy.deploy import deploy
-from sana_deploy.diff import compare
+from sana_deploy import load_pipeline
+from sana_deploy.declare.spec import COMPONENTS, DeploySpec
 from sana_deploy.errors import PlanError
-from sana_deploy.machine import Machine
-from sana_deploy.plan import Plan
-from sana_deploy.spec import COMPONENTS, DeploySpec
+from sana_deploy.facts.machine import Machine
+from sana_deploy.plan import content
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.plan.content import contents
+from sana_deploy.plan.diff import compare
+from sana_deploy.stages import deploy
 
 Small = Callable[..., DeploySpec]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -271,6 +272,6 @@ def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(
     copy.rename(tmp_path / "models" / "mine")
     plan = compile_spec(small("model=checkpoint", "model.source=models/mine"))
     shutil.rmtree(tmp_path / "models")
-    monkeypatch.setattr("sana_deploy.hub._download", reached)
+    monkeypatch.setattr("sana_deploy.facts.hub._download", reached)
     with pytest.raises(PlanError, match="the folder models/mine is not there"):
         load_pipeline(plan)

@@ -19,11 +19,11 @@ import pytest
 from conftest import SMALL
 from PIL import Image, ImageCms
 
-from sana_deploy.compose import compose_spec
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.control_image import check_control_image, read_control_image
+from sana_deploy.declare.spec import Workload
 from sana_deploy.errors import InputError
-from sana_deploy.inputs import check_control_image, read_control_image
-from sana_deploy.plan import Plan, digest_of
-from sana_deploy.spec import Workload
+from sana_deploy.plan.artifact import Plan, digest_of
 
 HEIGHT, WIDTH = 64, 96
 RAMP = np.tile(np.linspace(0, 1, WIDTH), (HEIGHT, 1))

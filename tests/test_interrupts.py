@@ -14,7 +14,7 @@ import pytest
 COMMAND = """
 import os, signal, sys, time
 from hydra.errors import ConfigCompositionException
-from sana_deploy import __main__ as command, deploy
+from sana_deploy import __main__ as command, stages
 
 def interrupted(*_, **__):
     try:
@@ -45,7 +45,7 @@ def test_an_interrupt_while_hydra_composes(tmp_path: Path, how: signal.Signals, 
 
 @pytest.mark.parametrize("then", BECOMES)
 def test_an_interrupt_within_a_stage(tmp_path: Path, then: str) -> None:
-    run = ended(tmp_path, signal.SIGTERM, "deploy.compile_spec", then)
+    run = ended(tmp_path, signal.SIGTERM, "stages.compile_spec", then)
     assert run.returncode == 130, run.stderr
     assert run.stderr.strip().splitlines()[-1] == "interrupted"
     (outcome,) = (tmp_path / "outputs").rglob("outcome.json")

@@ -11,13 +11,13 @@ import torch
 from PIL.Image import Image
 
 from sana_deploy import rehearse
-from sana_deploy.boundary import border_of
-from sana_deploy.compile import compile_spec
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
-from sana_deploy.generate import generate
-from sana_deploy.load import load_pipeline
-from sana_deploy.rehearsal import open_host, rehearse_request
-from sana_deploy.spec import DeploySpec
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
+from sana_deploy.run.border import border_of
+from sana_deploy.run.generate import generate
+from sana_deploy.run.load import load_pipeline
 
 Small = Callable[..., DeploySpec]
 TWO = ["machine=virtual", "machine.gpus=2xrtx4090"]

@@ -15,11 +15,11 @@ from diffusers import SanaControlNetPipeline
 from drawing import draw, encode_one_at_a_time
 
 from sana_deploy import load_pipeline, place
-from sana_deploy.boundary import BorderHook
-from sana_deploy.compile import compile_spec
+from sana_deploy.declare.spec import COMPONENTS, DeploySpec
 from sana_deploy.errors import CheckpointError, PlanError, RunError
-from sana_deploy.plan import Plan
-from sana_deploy.spec import COMPONENTS, DeploySpec
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.run.border import BorderHook
 
 Small = Callable[..., DeploySpec]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from sana_deploy import machine
-from sana_deploy.units import GIB
+from sana_deploy._units import GIB
+from sana_deploy.facts import machine
 
 
 class Driver:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
-from sana_deploy import Plan, fit, needs, rehearse
-from sana_deploy.compile import compile_spec
-from sana_deploy.compose import compose_spec
-from sana_deploy.spec import DeploySpec
+from sana_deploy import Plan, rehearse
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.plan import needs
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal import calibrate as fit
 
 
 @dataclass

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from sana_deploy.boundary import border_of, vae_settings
-from sana_deploy.compile import compile_spec
+from sana_deploy._units import MIB
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
-from sana_deploy.hints import roomier
-from sana_deploy.load import load_pipeline
-from sana_deploy.rehearsal import open_host, rehearse_request
-from sana_deploy.spec import DeploySpec
-from sana_deploy.units import MIB
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.plan.remedies import roomier
+from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
+from sana_deploy.run.border import border_of, vae_settings
+from sana_deploy.run.load import load_pipeline
 
 Small = Callable[..., DeploySpec]
 ONE = ["machine=virtual", "machine.gpus=rtx4090", "hardware=single_gpu", "precision=fp32", "machine.fidelity=shapes"]

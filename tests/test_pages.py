@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from sana_deploy.compile import compile_spec
-from sana_deploy.outcome import Failure, Outcome
-from sana_deploy.pages import plan_page, sweep_page
-from sana_deploy.rehearsal import rehearse
-from sana_deploy.spec import DeploySpec
-from sana_deploy.summary import NUMBERS, cells_of
-from sana_deploy.units import GIB, human_bytes
+from sana_deploy._units import GIB, human_bytes
+from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal.rehearse import rehearse
+from sana_deploy.report.html import plan_page, sweep_page
+from sana_deploy.report.summary import NUMBERS, cells_of
+from sana_deploy.run.outcome import Failure, Outcome
 
 Small = Callable[..., DeploySpec]
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from sana_deploy.compile import compile_spec
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InputError, PlanError
-from sana_deploy.machine import Machine
-from sana_deploy.plan import BASIS, Plan
-from sana_deploy.spec import DeploySpec
+from sana_deploy.facts.machine import Machine
+from sana_deploy.plan.artifact import BASIS, Plan
+from sana_deploy.plan.compiler import compile_spec
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_changed_or_damaged_plan_is_refused(plan: Plan, tmp_path: Path, change
 
 
 def test_a_later_minor_version_is_read(plan: Plan, tmp_path: Path) -> None:
-    from sana_deploy.plan import digest_of
+    from sana_deploy.plan.artifact import digest_of
 
     def later(values: dict[str, Any]) -> None:
         values.update(schema_version="1.7", novelty={"a": 1})

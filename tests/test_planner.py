@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sana_deploy.candidates import Objective, Rules
-from sana_deploy.compile import compile_spec
-from sana_deploy.cost import Place, bytes_per_request, home_of, is_split, phase_seconds, slot_use
+from sana_deploy._units import GIB, MIB
+from sana_deploy.declare.spec import COMPONENTS, KNOBS, Component, DeploySpec, Format, Knob
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
-from sana_deploy.known_gpus import KNOWN_GPUS
-from sana_deploy.machine import Gpu, Machine
-from sana_deploy.planner import ROOMY, placements, search_balanced
-from sana_deploy.profile import ComponentProfile, Crossing, Phase, PipelineProfile, Work
-from sana_deploy.spec import COMPONENTS, KNOBS, Component, DeploySpec, Format, Knob
-from sana_deploy.units import GIB, MIB
+from sana_deploy.facts.known_gpus import KNOWN_GPUS
+from sana_deploy.facts.machine import Gpu, Machine
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.plan.cost import Place, bytes_per_request, home_of, is_split, phase_seconds, slot_use
+from sana_deploy.plan.grid import Objective, Rules
+from sana_deploy.plan.profile import ComponentProfile, Crossing, Phase, PipelineProfile, Work
+from sana_deploy.plan.search import ROOMY, placements, search_balanced
 
 sizes = st.integers(0, 60).map(lambda n: n * 100 * MIB)
 counts = st.integers(0, 50)

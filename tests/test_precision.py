@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sana_deploy.boundary import border_of
-from sana_deploy.compile import compile_spec
-from sana_deploy.compose import compose_spec
+from sana_deploy._units import GIB
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.policies import POLICIES
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError, RunError
-from sana_deploy.generate import generate
-from sana_deploy.hints import out_of_float16
-from sana_deploy.load import load_pipeline
-from sana_deploy.machine import Gpu, Machine
-from sana_deploy.precision import POLICIES
-from sana_deploy.spec import DeploySpec
-from sana_deploy.units import GIB
+from sana_deploy.facts.machine import Gpu, Machine
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.plan.remedies import out_of_float16
+from sana_deploy.run.border import border_of
+from sana_deploy.run.generate import generate
+from sana_deploy.run.load import load_pipeline
 
 Small = Callable[..., DeploySpec]
 Describe = Callable[..., Machine]
@@ -144,8 +144,8 @@ def test_values_that_float16_cannot_hold_are_counted_at_load(
 def test_what_cures_a_flat_image_is_checked_against_the_plan(
     small: Small, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, hint: str
 ) -> None:
-    from sana_deploy import generate as module
-    from sana_deploy.deploy import deploy
+    from sana_deploy.run import generate as module
+    from sana_deploy.stages import deploy
 
     request = module.run_request
     monkeypatch.setattr(module, "run_request", lambda *given: (torch.zeros(1, 3, 64, 96), request(*given)[1]))
@@ -200,7 +200,7 @@ def test_an_audit_tells_the_error_of_every_border_and_of_the_image(
 
 
 def test_an_audit_that_does_not_fit_says_so(small: Small, machine: Describe) -> None:
-    from sana_deploy.audit import in_float32
+    from sana_deploy.run.audit import in_float32
 
     spec = small("model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024", "precision.audit=true")
     with pytest.raises(InfeasibleError, match="an audit runs the request in float32 too, and that does not fit"):

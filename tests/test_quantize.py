@@ -18,19 +18,20 @@ from diffusers import SanaControlNetPipeline
 from drawing import draw
 from torch import nn
 
-from sana_deploy import load_pipeline, place, quantize
-from sana_deploy.catalogue import NAMES
-from sana_deploy.checkpoint import open_checkpoint
-from sana_deploy.compile import compile_spec
-from sana_deploy.compose import compose_spec
+from sana_deploy import load_pipeline, place
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.policies import QUANTIZED, QUANTIZERS
+from sana_deploy.declare.spec import DeploySpec, Format, Quantization
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
-from sana_deploy.machine import Machine
-from sana_deploy.plan import Plan
-from sana_deploy.precision import QUANTIZED, QUANTIZERS
-from sana_deploy.quantize import linears_of, parts_of, stored_bytes
-from sana_deploy.rehearsal import open_host, rehearse
-from sana_deploy.spec import DeploySpec, Format, Quantization
-from sana_deploy.standin import stand_in
+from sana_deploy.facts.catalogue import NAMES
+from sana_deploy.facts.checkpoint import open_checkpoint
+from sana_deploy.facts.machine import Machine
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal.meta_modules import stand_in
+from sana_deploy.rehearsal.rehearse import open_host, rehearse
+from sana_deploy.run import quantize
+from sana_deploy.run.quantize import linears_of, parts_of, stored_bytes
 
 Small = Callable[..., DeploySpec]
 Describe = Callable[..., Machine]
@@ -251,7 +252,7 @@ def test_on_a_processor_with_avx512_bf16_nothing_is_said_of_its_kernels(
     (tmp_path / "sitecustomize.py").write_text(AVX512_BF16)
     elsewhere = {"PYTHONPATH": str(tmp_path)}
     if imported == "the quantiser":
-        script = "from sana_deploy import quantize; quantize._nf4()"
+        script = "from sana_deploy.run import quantize; quantize._nf4()"
         ended = subprocess.run([sys.executable, "-c", script], env={**os.environ, **elsewhere}, capture_output=True,
                                text=True, check=False)  # fmt: skip
     else:

@@ -14,15 +14,15 @@ import torch
 from diffusers import SanaControlNetPipeline
 
 from sana_deploy import Outcome, rehearse
-from sana_deploy.boundary import border_of
-from sana_deploy.compile import compile_spec
-from sana_deploy.describe import describe_machine
+from sana_deploy.declare.spec import COMPONENTS, DeploySpec, VirtualMachine
 from sana_deploy.errors import CheckpointError, InfeasibleError, RunError
-from sana_deploy.generate import generate, run_request
-from sana_deploy.load import load_pipeline
-from sana_deploy.rehearsal import open_host, rehearse_request
-from sana_deploy.spec import COMPONENTS, DeploySpec, VirtualMachine
-from sana_deploy.traffic import by_pair
+from sana_deploy.facts.virtual_machine import describe_machine
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
+from sana_deploy.run.border import border_of
+from sana_deploy.run.generate import generate, run_request
+from sana_deploy.run.load import load_pipeline
+from sana_deploy.run.traffic import by_pair
 
 Small = Callable[..., DeploySpec]
 EACH_ALONE = ["hardware=custom_map", "hardware.device_map={text_encoder: 0, vae: 1, transformer: 2, controlnet: 3}"]

@@ -16,9 +16,9 @@ from conftest import SMALL
 from diffusers import SanaControlNetPipeline
 from transformers import AutoTokenizer
 
-from sana_deploy.compose import compose_spec
+from sana_deploy.declare.compose import compose_spec
 from sana_deploy.errors import InvalidSpecError
-from sana_deploy.prompts import cut_prompts
+from sana_deploy.run.prompts import cut_prompts
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

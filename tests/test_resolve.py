@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sana_deploy.compile import compile_spec
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
-from sana_deploy.machine import Machine
-from sana_deploy.plan import Plan
-from sana_deploy.spec import DeploySpec
+from sana_deploy.facts.machine import Machine
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.compiler import compile_spec
 
 Describe = Callable[..., Machine]
 
@@ -75,7 +75,7 @@ def test_without_gpus_a_balanced_plan_falls_back_to_the_cpu_and_a_custom_map_doe
 def test_the_machine_is_probed_through_torch_by_default(plan: Plan) -> None:
     import torch
 
-    from sana_deploy.machine import probe_torch
+    from sana_deploy.facts.machine import probe_torch
 
     assert len(probe_torch().gpus) == torch.cuda.device_count()
 

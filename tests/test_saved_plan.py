@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_deploy.compile import compile_spec
-from sana_deploy.compose import compose_spec
-from sana_deploy.deploy import deploy
-from sana_deploy.outcome import Outcome
-from sana_deploy.plan import Plan
-from sana_deploy.spec import DeploySpec
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.run.outcome import Outcome
+from sana_deploy.stages import deploy
 
 Small = Callable[..., DeploySpec]
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
-from sana_deploy.schema import PATH, plan_schema
+from sana_deploy.plan.schema import PATH, plan_schema
 
 VALIDATOR = Draft202012Validator(plan_schema())
 
 
 def test_the_published_file_is_the_schema_of_the_code() -> None:
-    assert json.loads(PATH.read_text(encoding="utf-8")) == plan_schema(), "run python -m sana_deploy.schema"
+    assert json.loads(PATH.read_text(encoding="utf-8")) == plan_schema(), "run python -m sana_deploy.plan.schema"
     Draft202012Validator.check_schema(plan_schema())
 
 

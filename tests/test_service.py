@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sana_deploy import Plan, compile_plan
-from sana_deploy.compile import compile_spec
-from sana_deploy.spec import DeploySpec
+from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.plan.compiler import compile_spec
 
 SERVICE = Path(__file__).parent / "service"
 FIXTURE = Path(__file__).parent / "plans" / "1.1.json"
@@ -49,8 +49,8 @@ import asyncio, sys
 from pathlib import Path
 from PIL import Image
 import sana_deploy
-from sana_deploy.boundary import border_of
-from sana_deploy.load import load_pipeline
+from sana_deploy.run.border import border_of
+from sana_deploy.run.load import load_pipeline
 from lighthouse_service import Service
 
 async def main():

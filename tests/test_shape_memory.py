@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sana_deploy import shape_memory
-from sana_deploy.shape_memory import ShapeMemory
+from sana_deploy.rehearsal import shape_memory
+from sana_deploy.rehearsal.shape_memory import ShapeMemory
 
 aten = torch.ops.aten
 OPERATIONS: dict[str, tuple[Any, Callable[[str], tuple[Any, ...]]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from sana_deploy.compose import compose_spec
+from sana_deploy.declare.compose import compose_spec
 from sana_deploy.errors import InvalidSpecError
 
 

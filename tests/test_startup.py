@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sana_deploy import startup
+from sana_deploy import _startup as startup
 
 
 def test_the_collector_waits_during_imports_and_works_again_afterwards() -> None:
@@ -30,7 +30,7 @@ def test_the_collector_waits_during_imports_and_works_again_afterwards() -> None
 def test_leaving_runs_handlers_flushes_and_keeps_the_code(code: int) -> None:
     script = (
         "import atexit, sys, torch\n"
-        "from sana_deploy.startup import leave\n"
+        "from sana_deploy._startup import leave\n"
         "atexit.register(lambda: sys.stderr.write('handler ran'))\n"
         "sys.stdout.write('x' * 100_000)\n"
         f"leave({code})\n"
@@ -43,7 +43,7 @@ def test_leaving_waits_for_threads_that_python_waits_for(tmp_path: Path) -> None
     script = (
         "import threading, time, torch\n"
         "from pathlib import Path\n"
-        "from sana_deploy.startup import leave\n"
+        "from sana_deploy._startup import leave\n"
         f"threading.Thread(target=lambda: (time.sleep(0.5), Path({str(tmp_path / 'done')!r}).touch())).start()\n"
         "leave(0)\n"
     )

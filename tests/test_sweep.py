@@ -21,13 +21,13 @@ from inprocess import run_here
 from PIL import Image
 
 from sana_deploy import sweep
-from sana_deploy.compile import compile_spec
-from sana_deploy.compose import compose_spec
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import ComposeError
-from sana_deploy.jobs import NO_OUTCOME, planned_jobs, read_jobs
-from sana_deploy.outcome import Outcome, failure_of
-from sana_deploy.spec import DeploySpec
-from sana_deploy.summary import COLUMNS, cells_of, mark_front, read_rows
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.report.jobs import NO_OUTCOME, planned_jobs, read_jobs
+from sana_deploy.report.summary import COLUMNS, cells_of, mark_front, read_rows
+from sana_deploy.run.outcome import Outcome, failure_of
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SIX = ("-m", "hardware=single_gpu,multi_gpu_balanced", "precision=fp16,mixed_bf16,mixed_fp32", "machine=2xt4",
@@ -208,9 +208,9 @@ JOBS, BEFORE = 6, 3
 STALLED = f"""
 import sys, time
 from pathlib import Path
-from sana_deploy import __main__ as command, deploy
+from sana_deploy import __main__ as command, stages
 
-plain, begun = deploy.compile_spec, 0
+plain, begun = stages.compile_spec, 0
 
 def stalling(*arguments, **options):
     global begun
@@ -220,7 +220,7 @@ def stalling(*arguments, **options):
         time.sleep(600)
     return plain(*arguments, **options)
 
-deploy.compile_spec = stalling
+stages.compile_spec = stalling
 sys.argv[1:] = {LONG!r}
 command.main()
 """

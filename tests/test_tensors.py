@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sana_deploy import catalogue
-from sana_deploy.architectures import dc_ae, expected_shapes, gemma2, sana
-from sana_deploy.checkpoint import open_checkpoint
-from sana_deploy.component import CLASSES
+from sana_deploy.declare.spec import COMPONENTS, CheckpointModel, Component, Overrides
 from sana_deploy.errors import CheckpointError
-from sana_deploy.spec import COMPONENTS, CheckpointModel, Component, Overrides
+from sana_deploy.facts import catalogue
+from sana_deploy.facts.architectures import dc_ae, expected_shapes, gemma2, sana
+from sana_deploy.facts.checkpoint import open_checkpoint
+from sana_deploy.facts.component import CLASSES
 
 Cli = Callable[..., Any]
 TRANSFORMER = Path("transformer") / "diffusion_pytorch_model.safetensors"
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_torch_is_imported(co
     assert "error: model.source (transformer): the tensors of the transformer in " in " ".join(said.split())
     assert "missing (transformer_blocks.0.attn1.to_k.weight)" in " ".join(said.split())
     imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
-    assert "sana_deploy.checkpoint" in imported
+    assert "sana_deploy.facts.checkpoint" in imported
     assert "torch" not in imported
 
 

@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sana_deploy import compile_plan
-from sana_deploy.compose import compose_spec
-from sana_deploy.deploy import _saved_plan
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.texts import as_typed, command_texts, literal
 from sana_deploy.errors import InputError, InvalidSpecError, UsageError
-from sana_deploy.texts import as_typed, command_texts, literal
+from sana_deploy.stages import _saved_plan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ORDINARY = [

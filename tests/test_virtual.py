@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from sana_deploy.errors import RunError
-from sana_deploy.virtual import SMALL_ELEMENTS, VirtualHost, VirtualTensor, register_device_type
+from sana_deploy.rehearsal.virtual import SMALL_ELEMENTS, VirtualHost, VirtualTensor, register_device_type
 
 MIB = 2**20
 

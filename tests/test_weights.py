@@ -16,13 +16,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sana_deploy import weights
-from sana_deploy.compile import compile_spec
-from sana_deploy.component import CLASSES, component_facts
+from sana_deploy.declare.spec import COMPONENTS, Component, DeploySpec
 from sana_deploy.errors import CheckpointError, RunError
-from sana_deploy.load import load_pipeline
-from sana_deploy.spec import COMPONENTS, Component, DeploySpec
-from sana_deploy.weights import Wanted, load_components
+from sana_deploy.facts.component import CLASSES, component_facts
+from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.run import weights
+from sana_deploy.run.load import load_pipeline
+from sana_deploy.run.weights import Wanted, load_components
 
 Small = Callable[..., DeploySpec]
 

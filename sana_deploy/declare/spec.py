@@ -1,0 +1,314 @@
+"""What a user declares: frozen pydantic models, one per config group, and `DeploySpec` over them.
+
+Groups with variants are discriminated unions: `model` by `kind`, `hardware` by `strategy`, `machine` by `kind`.
+Sizes are pixels, counts are counts, times are not declared here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from .._models import FrozenModel
+from .explain import first_error
+
+Component = Literal["text_encoder", "vae", "transformer", "controlnet"]
+COMPONENTS: tuple[Component, ...] = ("text_encoder", "vae", "transformer", "controlnet")
+Dtype = Literal["float16", "bfloat16", "float32"]
+DTYPE_BYTES: dict[Dtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+Quantization = Literal["int8", "nf4"]
+"""How the weights of linear layers are kept, where not in the component's dtype; see `quantize.py`."""
+Stage = Literal["compile", "resolve", "apply", "generate"]
+STAGES: tuple[Stage, ...] = ("compile", "resolve", "apply", "generate")
+Knob = Literal["encode_once", "vae_slicing", "split_controlnet", "text_encoder_offload", "vae_tiling"]
+KNOBS: tuple[Knob, ...] = ("encode_once", "vae_slicing", "split_controlnet", "text_encoder_offload", "vae_tiling")
+"""Memory savers, cheapest first. `encode_once`: the VAE encodes a control image once that guidance or several images of
+a request repeat, which saves seconds too. `vae_slicing`: the VAE takes one image at a time. `split_controlnet`:
+ControlNet apart from the transformer. `text_encoder_offload`: its weights wait on the CPU and are on the GPU only
+during encode. `vae_tiling`: the VAE takes one tile at a time, which can change pixels."""
+VAE_FACTOR = 32
+"""Pixels per latent cell and side: DC-AE f32, the only VAE of the SANA ControlNet pipeline."""
+
+
+class Format(NamedTuple):
+    """What a component computes in, and what the weights of its linear layers are kept in (None: the same)."""
+
+    dtype: Dtype
+    quantization: Quantization | None = None
+
+    def __str__(self) -> str:
+        return f"{self.dtype} + {self.quantization}" if self.quantization else self.dtype
+
+
+GpuIndex = Annotated[int, Field(ge=0, le=1023)]
+Side = Annotated[int, Field(ge=VAE_FACTOR, le=8192, multiple_of=VAE_FACTOR)]
+"""Height or width in pixels."""
+
+
+class Declared(FrozenModel):
+    """Base of every declared model: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Overrides(Declared):
+    """Other sources for single components, e.g. a ControlNet published apart: a folder, or OWNER/NAME[@REVISION]."""
+
+    controlnet: str | None = None
+
+
+class TinyModel(Declared):
+    """The generated checkpoint: same architecture, small seeded random weights.
+
+    `resolution`, here and below, is the side in pixels that the workload defaults to.
+    """
+
+    kind: Literal["tiny"]
+    cache_dir: str | None = None
+    resolution: Side = 1024
+    components: Overrides = Overrides()
+
+
+class CatalogueModel(Declared):
+    """A published architecture whose configs ship with this package; `source` says where the weights are."""
+
+    kind: Literal["catalogue"]
+    name: Literal["sana_600m_controlnet", "sana_1600m_controlnet"]
+    source: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    allow_pickle: bool = False
+    resolution: Side = 1024
+    components: Overrides = Overrides()
+
+
+class CheckpointModel(Declared):
+    """Any diffusers folder or hub repository with the components of a SANA ControlNet pipeline."""
+
+    kind: Literal["checkpoint"]
+    source: str
+    revision: str | None = None
+    variant: str | None = None
+    allow_pickle: bool = False
+    resolution: Side = 1024
+    components: Overrides = Overrides()
+
+
+class Placed(Declared):
+    """What all strategies share.
+
+    Attributes:
+        on_decode_oom: when the VAE runs out of memory in decode, decode once more in tiles and say so, or give up.
+        force: go on where memory is expected to run out: on the GPUs of a map of the user's own, or on the host.
+    """
+
+    on_decode_oom: Literal["tile", "raise"] = "tile"
+    force: bool = False
+
+
+class Planned(Placed):
+    """What strategies share that choose places themselves.
+
+    Attributes:
+        use: indices of the GPUs that may be taken; None means all.
+        keep_free: what stays free on every GPU for others, e.g. `1GiB`.
+        allow: knobs that may be turned on; tiling can change pixels and must be asked for.
+        objective: `balance` (no knob without need; then the fewest seconds where the fullest GPU is at most 70 % full,
+            else the emptiest fullest GPU), `latency` (seconds per image), `fit` (fewest knobs, then fewest GPUs).
+        on_shortfall: without any GPU, run on the CPU with a warning, or refuse.
+    """
+
+    use: Annotated[list[GpuIndex], Field(min_length=1)] | None = None
+    keep_free: str = "0GiB"
+    on_shortfall: Literal["cpu", "error"] = "cpu"
+    allow: list[Knob] = ["encode_once", "vae_slicing", "split_controlnet", "text_encoder_offload"]
+    objective: Literal["balance", "latency", "fit"] = "balance"
+
+
+class SingleGpu(Planned):
+    """All components on one GPU: the one named by `gpu`, or the best one that fits."""
+
+    strategy: Literal["single_gpu"]
+    gpu: GpuIndex | None = None
+
+
+class MultiGpuBalanced(Planned):
+    """Whole components dealt over all GPUs: fast while no GPU is crowded, else so that the fullest is the emptiest.
+
+    `pin` fixes single components to a GPU index; None leaves one free.
+    """
+
+    strategy: Literal["multi_gpu_balanced"]
+    pin: dict[Component, GpuIndex | None] = {}
+
+
+class CustomMap(Placed):
+    """Exactly what the user wrote: each component's GPU index, or `cpu`.
+
+    Attributes:
+        knobs: memory savers to turn on; one that has nothing to do in the request stays off.
+    """
+
+    strategy: Literal["custom_map"]
+    knobs: list[Literal["encode_once", "vae_slicing", "text_encoder_offload", "vae_tiling"]] = ["encode_once"]
+    device_map: dict[Component, GpuIndex | Literal["cpu"]]
+
+    @model_validator(mode="after")
+    def _complete(self) -> CustomMap:
+        missing = [name for name in COMPONENTS if name not in self.device_map]
+        if missing:
+            raise ValueError(f"device_map has no entry for {', '.join(missing)}; every component needs one")
+        if "text_encoder_offload" in self.knobs and self.device_map["text_encoder"] == "cpu":
+            raise ValueError("text_encoder_offload needs the text encoder on a GPU, device_map keeps it on the CPU")
+        return self
+
+
+class Precision(Declared):
+    """The dtype of each component, which keep quantised weights, and what to do about risky or emulated dtypes.
+
+    `audit` compares every component, and the image, with a float32 run of the same request.
+
+    The policy named `auto` may leave components open; compiling fills them in.
+    """
+
+    name: str
+    components: dict[Component, Dtype]
+    quantization: dict[Component, Quantization | None] = {}
+    allow_emulated: bool = False
+    strict: bool = False
+    audit: bool = False
+
+    @field_validator("components", mode="before")
+    @classmethod
+    def _left_open(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("name") != "auto" or not isinstance(value, Mapping):
+            return value
+        return {name: dtype for name, dtype in value.items() if dtype is not None}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Precision:
+        missing = [name for name in COMPONENTS if name not in self.components]
+        if missing and self.name != "auto":
+            raise ValueError(f"components has no dtype for {', '.join(missing)}; every component needs one")
+        if self.quantization.get("vae"):
+            raise ValueError("the vae is convolutions, quantization is of linear layers: leave quantization.vae out")
+        return self
+
+    @property
+    def formats(self) -> dict[Component, Format]:
+        """Dtype and quantization of each component that has a dtype."""
+        return {name: Format(dtype, self.quantization.get(name)) for name, dtype in self.components.items()}
+
+
+class PresentMachine(Declared):
+    """The GPUs of this host, as CUDA_VISIBLE_DEVICES shows them."""
+
+    kind: Literal["present"]
+
+
+class VirtualMachine(Declared):
+    """GPUs that are not there, by name or by memory; see `describe.py` for the words.
+
+    Attributes:
+        memory: another size for every GPU, e.g. `8GiB`.
+        used: what other programs hold, for all GPUs alike or one size per GPU.
+        fidelity: `shapes` (no data), `numbers` (real arithmetic on the CPU), or `auto` by the model's size.
+    """
+
+    kind: Literal["virtual"]
+    gpus: str | list[str]
+    memory: str | None = None
+    used: str | list[str] | None = None
+    fidelity: Literal["auto", "shapes", "numbers"] = "auto"
+
+
+class Workload(Declared):
+    """One request. Height and width are pixels and multiples of the VAE's factor, 32.
+
+    `control_fit` says what becomes of a control image of other proportions: stretch it, crop its middle, or pad it with
+    black, which is empty in an edge map.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    control_image: str | None = None
+    control_fit: Literal["stretch", "crop", "pad"] = "stretch"
+    conditioning_scale: Annotated[float, Field(ge=0, le=10)] = 1.0
+    height: Side
+    width: Side
+    batch: Annotated[int, Field(ge=1, le=256)] = 1
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    guidance_scale: Annotated[float, Field(ge=0, le=100)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance doubles the batch of the denoiser."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def rows(self) -> int:
+        """Images that the denoiser takes, and copies of the control image: the batch, doubled by guidance."""
+        return self.batch * (2 if self.guided else 1)
+
+
+class Resolve(Declared):
+    """How a plan is bound to the GPUs present; nothing of it is planned.
+
+    Attributes:
+        allow: staleness to accept, by name: `library_versions`, or `checkpoint_content` (other values in weights,
+            tokenizer or scheduler of the same architecture).
+        bind: slot index -> UUID of the GPU that it must get; None leaves the choice.
+        machine: virtual GPUs to rehearse a saved plan on, in the words of `machine.gpus`; None takes the plan's.
+        verify: read every byte of weights that lie in folders, to keep or to compare; else samples of every tensor.
+    """
+
+    allow: list[Literal["library_versions", "checkpoint_content"]] = []
+    bind: dict[str, str] | None = None
+    machine: str | None = None
+    verify: bool = False
+
+    @field_validator("bind", mode="before")
+    @classmethod
+    def _plain_keys(cls, value: Any) -> Any:
+        return {str(key): uuid for key, uuid in value.items()} if isinstance(value, Mapping) else value
+
+
+Model = Annotated[TinyModel | CatalogueModel | CheckpointModel, Field(discriminator="kind")]
+MachineSpec = Annotated[PresentMachine | VirtualMachine, Field(discriminator="kind")]
+Hardware = Annotated[SingleGpu | MultiGpuBalanced | CustomMap, Field(discriminator="strategy")]
+
+
+class DeploySpec(Declared):
+    """Everything a user declares for one deployment."""
+
+    model: Model
+    hardware: Hardware
+    precision: Precision
+    machine: MachineSpec
+    workload: Workload
+    resolve: Resolve = Resolve()
+    until: Stage = "generate"
+    output: Literal["text", "json"] = "text"
+    plan_file: str | None = None
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> DeploySpec:
+        """Validate a composed configuration.
+
+        Raises:
+            InvalidSpecError: naming the first offending key, the rule it breaks, and the nearest known word.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as problem:
+            raise first_error(problem) from None

@@ -1,0 +1,175 @@
+"""One component seen from outside: its class, config, tensors and sizes, read without loading a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from ..declare.spec import DTYPE_BYTES, Component, Format
+from ..errors import CheckpointError
+from .allocator import unsplit_bytes
+from .architectures import expected_shapes
+from .headers import FLOATING, ITEM_BYTES, TensorFacts, read_header, weight_files
+from .shapes import Linears, buffers, digest, linears, shapes_digest, tensor_bytes
+from .tensors import taken
+
+CLASSES: dict[Component, str] = {
+    "text_encoder": "Gemma2Model",
+    "vae": "AutoencoderDC",
+    "transformer": "SanaTransformer2DModel",
+    "controlnet": "SanaControlNetModel",
+}
+_DENOISER_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "mlp_ratio", "sample_size", "patch_size")
+NEEDED: dict[Component, tuple[str, ...]] = {
+    "text_encoder": ("hidden_size", "intermediate_size", "head_dim", "vocab_size"),
+    "vae": ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels"),
+    "transformer": _DENOISER_KEYS,
+    "controlnet": _DENOISER_KEYS,
+}
+"""Config keys that planning reads."""
+_ALIASES = {"Gemma2ForCausalLM": "Gemma2Model"}
+"""Gemma's own config names the class with the (tied, unstored) language head; the pipeline loads the body."""
+_VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version", "_class_name", "torch_dtype", "dtype")
+
+
+@dataclass(frozen=True)
+class ComponentFacts:
+    """What one component is: class, config, and the size of what it stores.
+
+    Attributes:
+        parameters: floating-point elements (buffers too) that are cast to the policy's dtype at load.
+        fixed_bytes: bytes whatever the dtype: integer tensors, and buffers that stay float32.
+        linears: the part of `parameters` that can be quantised.
+        stored: safetensors dtype word -> bytes in the files; empty when the weights are not here.
+    """
+
+    name: Component
+    class_name: str
+    config: Mapping[str, Any]
+    parameters: int
+    fixed_bytes: int
+    shapes_digest: str
+    linears: Linears
+    stored: Mapping[str, int] = field(default_factory=dict)
+    folder: Path | None = None
+    variant: str | None = None
+    allow_pickle: bool = False
+
+    def weights_bytes(self, form: Format) -> int:
+        """Bytes of all parameters and buffers once loaded in `form`; exact."""
+        size = self.parameters * DTYPE_BYTES[form.dtype] + self.fixed_bytes
+        if form.quantization is None:
+            return size
+        return size - self.linears.elements * DTYPE_BYTES[form.dtype] + self.linears.quantized_bytes(form.quantization)
+
+    def unsplit_bytes(self, form: Format) -> int:
+        """Bytes that blocks of a GPU's memory have beyond the weights in `form`; see `allocator.py`.
+
+        A hundredth of the weights where the config does not tell their shapes.
+        """
+        shapes = expected_shapes(self.class_name, self.config)
+        if shapes is None:
+            return self.weights_bytes(form) // 100
+        return unsplit_bytes(size for key, shape in shapes.items() for size in tensor_bytes(key, shape, form))
+
+    @property
+    def identity(self) -> list[Any]:
+        """Class, config without bookkeeping, and tensor shapes."""
+        return [self.class_name, _stable(self.config), self.shapes_digest]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of `identity`."""
+        return "sha256:" + digest(self.identity)
+
+
+Remote = Callable[[str], Mapping[str, TensorFacts]]
+"""Reads the headers of files that are not on this host; takes the place for messages."""
+
+
+def component_facts(
+    name: Component,
+    folder: Path,
+    variant: str | None,
+    where: str,
+    remote: Remote | None = None,
+    allow_pickle: bool = False,
+) -> ComponentFacts:
+    """Read one component's config and the headers of its files, which `remote` tells where they are not here.
+
+    Raises:
+        CheckpointError: the folder, its config or a weight file is missing, damaged or of another class, or the files
+            do not hold exactly the tensors that the config declares.
+    """
+    config = read_json(folder / "config.json", where)
+    class_name = str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
+    class_name = _ALIASES.get(class_name, class_name)
+    if class_name != CLASSES[name]:
+        raise CheckpointError(
+            f"{folder} holds a {class_name}, but the {name} of a SANA ControlNet pipeline is a {CLASSES[name]}",
+            where=where,
+        )
+    headers = _headers(folder, variant, where, remote, allow_pickle)
+    missing = [key for key in NEEDED[name] if config.get(key) is None]
+    if missing:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is incomplete: it lacks {', '.join(missing)}",
+            where=where,
+            hint="save the component anew with save_pretrained, which writes every key",
+        )
+    tensors = taken(class_name, config, headers, name, str(folder), where)
+    stored: dict[str, int] = {}
+    for facts in tensors.values():
+        stored[facts.dtype] = stored.get(facts.dtype, 0) + facts.numel * ITEM_BYTES[facts.dtype]
+    parameters = sum(facts.numel for facts in tensors.values() if facts.dtype in FLOATING)
+    cast, kept = buffers(name, config)
+    integers = sum(size for dtype, size in stored.items() if dtype not in FLOATING)
+    return ComponentFacts(
+        name=name,
+        class_name=class_name,
+        config=config,
+        parameters=parameters + cast,
+        fixed_bytes=integers + kept,
+        shapes_digest=shapes_digest({key: facts.shape for key, facts in headers.items()}),
+        linears=linears({key: facts.shape for key, facts in tensors.items()}),
+        stored=dict(sorted(stored.items())),
+        folder=folder,
+        variant=variant,
+        allow_pickle=allow_pickle,
+    )
+
+
+def _headers(
+    folder: Path, variant: str | None, where: str, remote: Remote | None, allow_pickle: bool
+) -> dict[str, TensorFacts]:
+    try:
+        files = weight_files(folder, variant, where, allow_pickle)
+    except CheckpointError:
+        if remote is None:
+            raise
+        return dict(remote(where))
+    tensors: dict[str, TensorFacts] = {}
+    for path in files:
+        tensors |= read_header(path, where)
+    return tensors
+
+
+def _stable(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
+
+
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing", where=where, hint="name a folder in diffusers' layout, with a model_index.json"
+        ) from None
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{path} is not readable JSON: {problem}", where=where) from problem
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object", where=where)
+    return cast("dict[str, Any]", value)

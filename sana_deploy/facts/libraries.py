@@ -1,0 +1,54 @@
+"""Versions of the libraries that decide what a component's code does; none of them is imported."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+from functools import cache
+from importlib import metadata
+
+from ..declare.policies import QUANTIZERS
+from ..declare.spec import Format
+
+LIBRARIES = ("diffusers", "torch", "transformers")
+"""Distributions whose versions decide what a component's code does."""
+
+ABSENT = "not installed"
+
+
+@cache
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name).partition("+")[0]
+    except metadata.PackageNotFoundError:  # a plan can be read where it cannot be applied
+        return ABSENT
+
+
+def install_hint(extra: str, otherwise: Iterable[str]) -> str:
+    """The command that installs what an extra of this package names, however the package itself was installed.
+
+    An extra is known by name in a registry only; its requirements are named instead.
+
+    Args:
+        otherwise: distributions to name where this package's own metadata is not here.
+    """
+    try:
+        listed = metadata.requires("sana-deploy") or []
+    except metadata.PackageNotFoundError:
+        listed = []
+    mark = re.compile(rf"""\s*;\s*extra\s*==\s*['"]{re.escape(extra)}['"]\s*$""")
+    wanted = [mark.sub("", one) for one in listed if mark.search(one)] or list(otherwise)
+    return f"pip install {' '.join(shlex.quote(one) for one in wanted)}"
+
+
+def library_versions(formats: Iterable[Format] = ()) -> dict[str, str]:
+    """Versions of LIBRARIES, and of those that quantise in `formats` if they are here, without the build's local part.
+
+    None of them is imported.
+    """
+    names = {name for form in formats if form.quantization for name in QUANTIZERS[form.quantization]}
+    quantizers = {name: _installed(name) for name in sorted(names)}
+    return {name: _installed(name) for name in LIBRARIES} | {
+        name: version for name, version in quantizers.items() if version != ABSENT
+    }

@@ -1,0 +1,218 @@
+"""The compiled artifact: models of plan.json, its digest, saving and loading. Upstream of all logic.
+
+A plan is data. Loading one reads JSON, checks version, shape and digest, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from .. import __version__
+from .._files import write_text
+from ..declare.spec import COMPONENTS, Component, DeploySpec
+from ..errors import PlanError
+from ..facts.libraries import library_versions
+from .digest import digest_of as digest_of
+from .records import CheckpointRecord as CheckpointRecord
+from .records import Considered as Considered
+from .records import Diagnostic as Diagnostic
+from .records import Estimates as Estimates
+from .records import FileContent as FileContent
+from .records import KnobPrice as KnobPrice
+from .records import Miss as Miss
+from .records import PartContent as PartContent
+from .records import Place as Place
+from .records import PlacedComponent as PlacedComponent
+from .records import Record as Record
+from .records import RejectionCount as RejectionCount
+from .records import RunnerUp as RunnerUp
+from .records import Slot as Slot
+from .records import Tile as Tile
+from .records import Transfer as Transfer
+
+if TYPE_CHECKING:
+    from ..facts.machine import Machine
+    from .bind import ResolvedPlan
+
+SCHEMA_VERSION = "1.3"
+"""Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
+
+BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
+    "checkpoint.content.*.files.*.bytes": "exact",
+    "slots.*.capacity_bytes": "measured",
+    "slots.*.available_bytes": "measured",
+    "slots.*.weights_bytes": "exact",
+    "slots.*.activation_bytes": "estimated",
+    "slots.*.overhead_bytes": "estimated",
+    "slots.*.allocator_bytes": "estimated",
+    "slots.*.peak_bytes": "estimated",
+    "components.*.weights_bytes": "exact",
+    "components.*.activation_bytes": "estimated",
+    "transfers.*.bytes_per_step": "estimated",
+    "transfers.*.bytes_per_image": "estimated",
+    "estimates.worst_utilisation": "estimated",
+    "estimates.bytes_per_step": "estimated",
+    "estimates.bytes_per_image": "estimated",
+    "estimates.seconds.*": "estimated",
+    "estimates.seconds_per_image": "estimated",
+    "knob_prices.*.bytes_saved": "estimated",
+    "knob_prices.*.bytes_per_image": "estimated",
+    "knob_prices.*.seconds_per_image": "estimated",
+    "considered.closest.shortfall_bytes": "estimated",
+    "considered.runners_up.*.worst_utilisation": "estimated",
+    "considered.runners_up.*.fullness": "estimated",
+    "considered.runners_up.*.bytes_per_image": "estimated",
+    "considered.runners_up.*.seconds_per_image": "estimated",
+    "rejections.*.closest_shortfall_bytes": "estimated",
+}
+"""How each quantity was come by; counts and indices are exact."""
+
+
+class Plan(Record):
+    """An explicit device and dtype for every component, with the reasons. See the module docstring.
+
+    A plan that is not `feasible` shows the closest miss: it can be read, not applied.
+    """
+
+    schema_version: str
+    tool_version: str
+    digest: str
+    spec: DeploySpec
+    checkpoint: CheckpointRecord
+    slots: list[Slot]
+    home: Place
+    device_map: dict[Component, Place]
+    components: dict[Component, PlacedComponent]
+    knobs: list[str]
+    transfers: list[Transfer]
+    estimates: Estimates
+    considered: Considered
+    rejections: list[RejectionCount]
+    diagnostics: list[Diagnostic]
+    basis: dict[str, str]
+    feasible: bool = True
+    knob_prices: dict[str, KnobPrice] = {}
+    vae_tile: Tile | None = None
+    libraries: dict[str, str] = {}
+
+    @property
+    def fullness(self) -> float | None:
+        """Share of the fullest GPU that is taken at its peak, by others and by the plan; None where all is on the CPU.
+
+        This is what "fullest" means wherever people read it.
+        """
+        return max((slot.fullness for slot in self.slots), default=None)
+
+    @classmethod
+    def build(cls, **fields: Any) -> Plan:
+        """Make a plan from its parts, adding version, basis and digest."""
+        draft = cls(
+            schema_version=SCHEMA_VERSION, tool_version=__version__, digest="", basis=dict(BASIS),
+            libraries=library_versions(part.format for part in fields["components"].values()), **fields,
+        )  # fmt: skip
+        return draft.model_copy(update={"digest": digest_of(draft.model_dump(mode="json"))})
+
+    def to_json(self) -> str:
+        """The text of plan.json: sorted keys, two-space indent, one newline at the end.
+
+        A plan of an earlier version keeps to the keys that it came with, which its digest covers.
+        """
+        values = self.model_dump(mode="json", exclude_unset=self.schema_version != SCHEMA_VERSION)
+        return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write plan.json under a temporary name, then rename it.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        return write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file and check version, shape and digest.
+
+        Raises:
+            PlanError: it is missing, damaged, changed by hand, or of another major version.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PlanError(f"there is no plan file {path}", where="plan_file") from None
+        except (OSError, ValueError, RecursionError) as problem:
+            raise PlanError(f"{path} is not readable JSON: {problem}", where="plan_file") from problem
+        return cls.from_values(values, str(path))
+
+    @classmethod
+    def from_values(cls, values: Any, origin: str) -> Plan:
+        """Check decoded JSON as `load` does; `origin` names it in messages."""
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if not isinstance(version, str):
+            raise PlanError(f"{origin} is no plan file: it has no schema_version", where="plan_file")
+        if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+            raise PlanError(
+                f"{origin} has schema version {version}, this sana_deploy {__version__} reads {SCHEMA_VERSION}",
+                where="plan_file",
+                hint="compile the plan again with this version",
+            )
+        try:
+            plan = cls.model_validate(values)
+        except ValidationError as problem:
+            first = problem.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise PlanError(f"{origin} is damaged at {place}: {first['msg']}", where="plan_file") from None
+        if digest_of(values) != plan.digest:
+            raise PlanError(
+                f"{origin} was changed after it was compiled: its digest does not match its content",
+                where="plan_file",
+                hint="compile it again; change the declaration, not the plan",
+            )
+        plan.verify(origin)
+        return plan
+
+    def verify(self, origin: str = "the plan") -> None:
+        """Check that the parts agree with each other.
+
+        Raises:
+            PlanError: naming the first contradiction.
+        """
+        indices = {slot.index for slot in self.slots}
+        for name in COMPONENTS:
+            place = self.device_map.get(name)
+            part = self.components.get(name)
+            if place is None or part is None or part.slot != place:
+                raise PlanError(f"{origin} contradicts itself about the place of {name}", where="plan_file")
+            if place != "cpu" and place not in indices:
+                raise PlanError(f"{origin} puts {name} on slot {place}, which it lacks", where="plan_file")
+        if self.home != self.device_map["transformer"]:
+            raise PlanError(f"{origin}: home is {self.home}, the transformer is elsewhere", where="plan_file")
+
+    def resolve(
+        self,
+        machine: Machine | None = None,
+        allow: Sequence[str] | None = None,
+        bind: Mapping[str, str] | None = None,
+        verify: bool | None = None,
+    ) -> ResolvedPlan:
+        """Bind slots to the GPUs present.
+
+        Args:
+            machine: probed through torch unless given.
+            allow: staleness to accept (`library_versions`, `checkpoint_content`); the declaration's unless given.
+            bind: slot index -> GPU UUID; the declaration's unless given.
+            verify: read every byte of the weights, where samples are compared else; the declaration's unless given.
+
+        Raises:
+            PlanError: a GPU is missing, smaller, busier or older than the plan needs, or a library or the checkpoint
+                changed.
+            InfeasibleError: a GPU of `bind` is not there.
+        """
+        from .bind import resolve_plan
+
+        return resolve_plan(self, machine, allow, bind, verify)

@@ -1,0 +1,223 @@
+"""Puts a plan's parts together from a placement that was chosen: pure bookkeeping, nothing is decided here."""
+
+from __future__ import annotations
+
+from .._units import fullness
+from ..declare.spec import COMPONENTS, DeploySpec, Knob
+from ..facts.checkpoint import Checkpoint
+from ..facts.machine import Gpu, Machine
+from .artifact import (
+    Considered,
+    Diagnostic,
+    Estimates,
+    KnobPrice,
+    Miss,
+    PlacedComponent,
+    Plan,
+    RejectionCount,
+    RunnerUp,
+    Slot,
+    Tile,
+    Transfer,
+)
+from .cost import Place, Placement, bytes_per_request, bytes_per_step, crossings_of, home_of, phase_seconds, slot_use
+from .grid import Candidate
+from .identity import record_of
+from .profile import VAE_TILE, PipelineProfile
+from .search import Search
+
+
+def assemble(
+    spec: DeploySpec,
+    checkpoint: Checkpoint,
+    profile: PipelineProfile,
+    machine: Machine,
+    chosen: Candidate,
+    search: Search,
+    diagnostics: list[Diagnostic],
+    feasible: bool = True,
+) -> Plan:
+    """Make the plan of the `chosen` candidate, with what the search considered and rejected.
+
+    Args:
+        profile: without any knob.
+        feasible: False for a closest miss, which can be read but not applied.
+    """
+    by_index = {gpu.index: gpu for gpu in machine.gpus}
+    placement, batch = chosen.placement, spec.workload.batch
+    used = sorted({place for place in placement.values() if place != "cpu"})
+    plain, profile = profile, profile.under(chosen.knobs)
+    components = {
+        name: PlacedComponent(
+            class_name=part.class_name,
+            dtype=part.format.dtype,
+            quantization=part.format.quantization,
+            weights_bytes=part.weights_bytes,
+            activation_bytes=part.activation_bytes,
+            slot=placement[name],
+        )
+        for name, part in ((name, profile.components[name]) for name in COMPONENTS)
+    }
+    remarks = [*diagnostics, *_rate_remarks([by_index[i] for i in used])]
+    return Plan.build(
+        spec=spec,
+        checkpoint=record_of(checkpoint, spec.resolve.verify),
+        slots=[_slot(profile, placement, by_index[index]) for index in used],
+        home=home_of(placement),
+        device_map={name: placement[name] for name in COMPONENTS},
+        components=components,
+        knobs=list(chosen.knobs),
+        transfers=[*_uploads(profile, placement, batch), *_transfers(profile, placement, batch)],
+        estimates=_estimates(profile, chosen, batch),
+        considered=_considered(search, batch, by_index),
+        rejections=_rejections(search),
+        diagnostics=remarks,
+        feasible=feasible,
+        knob_prices={knob: _price(knob, plain, chosen, by_index, batch) for knob in chosen.knobs},
+        vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if "vae_tiling" in chosen.knobs else None,
+    )
+
+
+def _estimates(profile: PipelineProfile, chosen: Candidate, batch: int) -> Estimates:
+    seconds: dict[str, float] = {phase: round(value, 4) for phase, value in (chosen.seconds or {}).items()}
+    return Estimates(
+        worst_utilisation=round(chosen.worst_utilisation, 6),
+        bytes_per_step=bytes_per_step(profile, chosen.placement),
+        bytes_per_image=bytes_per_request(profile, chosen.placement) // batch,
+        seconds=seconds,
+        seconds_per_image=_per_image(chosen, batch),
+    )
+
+
+def _per_image(candidate: Candidate, batch: int) -> float | None:
+    return None if candidate.seconds is None else round(sum(candidate.seconds.values()) / batch, 4)
+
+
+def _price(knob: Knob, plain: PipelineProfile, chosen: Candidate, gpus: dict[int, Gpu], batch: int) -> KnobPrice:
+    """Compare the chosen candidate with itself less one knob; without tiling, images still pass one at a time."""
+    without, placement = [one for one in chosen.knobs if one != knob], dict(chosen.placement)
+    if knob == "split_controlnet":
+        placement["controlnet"] = placement["transformer"]
+    if knob == "vae_slicing":
+        without = [one for one in without if one != "vae_tiling"]
+    before, after = plain.under(without), plain.under(chosen.knobs)
+    places: list[Place] = [*chosen.uses]
+    places += ["cpu"] if "cpu" in placement.values() else []
+    saved = [
+        slot_use(before, placement, i).peak_bytes - slot_use(after, chosen.placement, i).peak_bytes for i in places
+    ]
+    moved = bytes_per_request(after, chosen.placement) - bytes_per_request(before, placement)
+    uploaded = plain.components["text_encoder"].weights_bytes if knob == "text_encoder_offload" else 0
+    slower, faster = phase_seconds(after, chosen.placement, gpus), phase_seconds(before, placement, gpus)
+    seconds = round((sum(slower.values()) - sum(faster.values())) / batch, 4) if slower and faster else None
+    return KnobPrice(
+        bytes_saved=max(saved, default=0), bytes_per_image=(moved + uploaded) // batch, seconds_per_image=seconds
+    )
+
+
+def _slot(profile: PipelineProfile, placement: Placement, gpu: Gpu) -> Slot:
+    use = slot_use(profile, placement, gpu.index, gpu)
+    return Slot(
+        name=f"gpu{gpu.index}",
+        index=gpu.index,
+        gpu=gpu.name,
+        compute_capability=list(gpu.capability),
+        capacity_bytes=gpu.total_bytes,
+        available_bytes=gpu.free_bytes,
+        weights_bytes=use.weights_bytes,
+        activation_bytes=use.activation_bytes,
+        overhead_bytes=use.overhead_bytes + use.allocator_bytes,
+        allocator_bytes=use.allocator_bytes,
+        peak_bytes=use.peak_bytes,
+        peak_phase=use.phase,
+    )
+
+
+def _uploads(profile: PipelineProfile, placement: Placement, batch: int) -> list[Transfer]:
+    """Weights that wait on the CPU: once per request."""
+    return [
+        Transfer(
+            src="cpu",
+            dst=placement[name],
+            tensor=f"{name} weights",
+            bytes_per_step=0,
+            bytes_per_image=part.weights_bytes // batch,
+        )
+        for name, part in profile.components.items()
+        if not part.resident
+    ]
+
+
+def _transfers(profile: PipelineProfile, placement: Placement, batch: int) -> list[Transfer]:
+    return [
+        Transfer(
+            src=placement[crossing.src],
+            dst=placement[crossing.dst],
+            tensor=crossing.tensor,
+            bytes_per_step=crossing.bytes_each if crossing.per_step else 0,
+            bytes_per_image=crossing.bytes_each * (profile.steps if crossing.per_step else 1) // batch,
+        )
+        for crossing in crossings_of(profile, placement)
+    ]
+
+
+def _rate_remarks(gpus: list[Gpu]) -> list[Diagnostic]:
+    """Say whose speed was assumed for GPUs that are not in the table."""
+    scaled = dict.fromkeys(
+        f"{gpu.name} are {gpu.rates.source}" for gpu in gpus if gpu.rates.source.startswith("scaled")
+    )
+    if not scaled:
+        return []
+    message = f"seconds for {', for '.join(scaled)}"
+    return [Diagnostic(type="assumed_rates", severity="info", message=message, where="machine")]
+
+
+def _considered(search: Search, batch: int, gpus: dict[int, Gpu]) -> Considered:
+    runners_up = [
+        RunnerUp(
+            device_map={name: candidate.placement[name] for name in COMPONENTS},
+            worst_utilisation=round(candidate.worst_utilisation, 6),
+            bytes_per_image=candidate.bytes_per_request // batch,
+            knobs=list(candidate.knobs),
+            seconds_per_image=_per_image(candidate, batch),
+            fullness=_fullness(candidate, gpus),
+        )
+        for candidate in search.ranked[1:]
+    ]
+    return Considered(
+        placements=search.placements,
+        feasible=search.feasible,
+        runners_up=runners_up,
+        settings=search.settings,
+        closest=_miss(search),
+    )
+
+
+def _fullness(candidate: Candidate, gpus: dict[int, Gpu]) -> float | None:
+    shares = [fullness(use.peak_bytes, gpus[i].free_bytes, gpus[i].total_bytes) for i, use in candidate.uses.items()]
+    return round(max(shares), 6) if shares else None
+
+
+def _miss(search: Search) -> Miss | None:
+    nearest = search.nearest()
+    if search.closest is None or nearest is None:
+        return None
+    return Miss(
+        device_map={name: search.closest.placement[name] for name in COMPONENTS},
+        knobs=list(search.closest.knobs),
+        shortfall_bytes=nearest.shortfall_bytes,
+        message=nearest.message,
+    )
+
+
+def _rejections(search: Search) -> list[RejectionCount]:
+    return [
+        RejectionCount(
+            reason=rejection.reason,
+            gpu=rejection.gpu,
+            count=rejection.count,
+            closest=rejection.message,
+            closest_shortfall_bytes=rejection.shortfall_bytes,
+        )
+        for rejection in search.rejections
+    ]

@@ -1,0 +1,205 @@
+"""Pure arithmetic: a profile, GPUs and a placement give bytes per GPU, bytes moved, and seconds. Imports no torch.
+
+A profile given here has its knobs applied (`PipelineProfile.under`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ..declare.spec import Component, Dtype
+from ..facts.allocator import context_bytes, workspace_bytes
+from ..facts.known_gpus import KnownGpu
+from ..facts.machine import Gpu
+from .profile import PHASES, ComponentProfile, Crossing, Phase, PipelineProfile, Work
+
+Place = int | Literal["cpu"]
+"""A slot index, or the host."""
+Placement = Mapping[Component, Place]
+
+HEADROOM = 0.02
+"""Fraction of a GPU left free for allocator rounding and fragmentation."""
+
+PRODUCT_EFFICIENCY = 0.5
+"""Share of a GPU's TFLOPS that SANA's matrix products and convolutions reach. Fitted to an H200 (docs/measured.md)."""
+BANDWIDTH_EFFICIENCY = 0.3
+"""Share of a GPU's memory bandwidth that its other operations reach in eager PyTorch. Fitted likewise."""
+LAUNCH_SECONDS = 40e-6
+"""Host time to launch one kernel from eager PyTorch, its Python included; the floor for small images. Likewise."""
+REFILL_SECONDS = 8e-6
+"""What each kernel of one more call loses while the GPU drains and fills again: slicing, tiles. Fitted likewise."""
+LINK_EFFICIENCY = 0.8
+"""Share of a link's bandwidth that a large copy reaches."""
+LINK_SECONDS = 20e-6
+"""Fixed cost of one copy between devices."""
+
+
+@dataclass(frozen=True)
+class SlotUse:
+    """What one slot holds at its fullest moment, in bytes; `peak_bytes` includes context and headroom.
+
+    `allocator_bytes` are what PyTorch's allocator counts beyond tensors: unsplit blocks and cuBLAS's workspace.
+    """
+
+    weights_bytes: int
+    activation_bytes: int
+    allocator_bytes: int
+    overhead_bytes: int
+    phase: Phase
+
+    @property
+    def peak_bytes(self) -> int:
+        """Weights, activations of the fullest phase, what the allocator adds, and overhead."""
+        return self.weights_bytes + self.activation_bytes + self.allocator_bytes + self.overhead_bytes
+
+
+@dataclass(frozen=True)
+class Link:
+    """How two GPUs exchange bytes, and how many per second in one direction."""
+
+    kind: Literal["nvlink", "pcie", "host"]
+    bytes_per_second: float
+
+
+def home_of(placement: Placement) -> Place:
+    """Return where the denoising loop lives: with the transformer."""
+    return placement["transformer"]
+
+
+def is_split(placement: Placement) -> bool:
+    """Whether ControlNet sits apart from the transformer."""
+    return placement["controlnet"] != placement["transformer"]
+
+
+def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: Gpu | None = None) -> SlotUse:
+    """Work out what `slot` holds under `placement`, in bytes.
+
+    peak = max over phases of (weights there with their blocks + activations) + workspace + context + headroom x
+    capacity. Weights stay, but for an offloaded component's, which are there only while it works. Components of one
+    phase work one after the other, so that the largest counts; what waits at home outside the denoising loop (prompt
+    embeddings, the control image) is listed under the transformer and adds to whoever works there.
+
+    Args:
+        gpu: the one that the slot is; without it workspace, context and headroom are left out.
+    """
+    parts = [profile.components[name] for name, place in placement.items() if place == slot]
+    weights: dict[Phase, int] = {}
+    unsplit: dict[Phase, int] = {}
+    activations: dict[Phase, int] = {}
+    for phase in PHASES:
+        there = [part for part in parts if part.resident or phase in part.activations]
+        working = [part.activations.get(phase, 0) for part in parts if part.name != "transformer" or phase == "denoise"]
+        waiting = [
+            part.activations.get(phase, 0) for part in parts if part.name == "transformer" and phase != "denoise"
+        ]
+        weights[phase] = sum(part.weights_bytes for part in there)
+        unsplit[phase] = 0 if slot == "cpu" else sum(p.unsplit_bytes + p.workspaces.get(phase, 0) for p in there)
+        activations[phase] = max(working, default=0) + sum(waiting)
+    phase = max(PHASES, key=lambda name: weights[name] + unsplit[name] + activations[name])
+    workspace = workspace_bytes(gpu.capability) if gpu else 0
+    return SlotUse(weights[phase], activations[phase], unsplit[phase] + workspace, overhead(gpu) if gpu else 0, phase)
+
+
+def host_bytes(profile: PipelineProfile, placement: Placement) -> int:
+    """Bytes of host memory that `placement` takes: what runs on the CPU, and offloaded weights that wait there."""
+    parts = [profile.components[name] for name, place in placement.items() if place != "cpu"]
+    return slot_use(profile, placement, "cpu").peak_bytes + sum(p.weights_bytes for p in parts if not p.resident)
+
+
+def overhead(gpu: Gpu) -> int:
+    """Bytes of a used GPU that its allocator cannot have: the CUDA context + HEADROOM x capacity."""
+    return context_bytes(gpu.capability) + int(HEADROOM * gpu.total_bytes)
+
+
+def crossings_of(profile: PipelineProfile, placement: Placement) -> list[Crossing]:
+    """Return the tensors that change devices under `placement`."""
+    return [c for c in profile.crossings if placement[c.src] != placement[c.dst]]
+
+
+def bytes_per_step(profile: PipelineProfile, placement: Placement) -> int:
+    """Bytes that cross between devices in one denoising step."""
+    return sum(c.bytes_each for c in crossings_of(profile, placement) if c.per_step)
+
+
+def bytes_per_request(profile: PipelineProfile, placement: Placement) -> int:
+    """Bytes that cross between devices in one whole request; offloaded weights are not among them."""
+    return sum(c.times(profile.steps) * c.bytes_each for c in crossings_of(profile, placement))
+
+
+def link_between(one: KnownGpu, other: KnownGpu) -> Link:
+    """Return the link of two GPUs of one host.
+
+    NVLink where both are wired to a fabric of it (SXM boards); a bridge that may or may not be there is not counted.
+    Else PCIe peer copies at the slower card's rate, but not between GeForce cards: their driver has no peer access
+    over PCIe, copies are staged in host memory and each byte passes PCIe twice.
+    """
+    pcie = min(one.pcie_gbps, other.pcie_gbps) * 1e9 * LINK_EFFICIENCY
+    if one.fabric and other.fabric:
+        return Link("nvlink", min(one.nvlink_gbps, other.nvlink_gbps) * 1e9 * LINK_EFFICIENCY)
+    if "GeForce" in one.name or "GeForce" in other.name:
+        return Link("host", pcie / 2)
+    return Link("pcie", pcie)
+
+
+def work_seconds(work: Work, dtype: Dtype, rates: KnownGpu) -> float:
+    """Seconds of `work` on a GPU, by the roofline (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785).
+
+    max(launches, products + the rest), where launches = operations x LAUNCH_SECONDS, products = max(FLOPs / (rate x
+    PRODUCT_EFFICIENCY), their bytes / bandwidth), the rest = other bytes / bandwidth, bandwidth = the card's x
+    BANDWIDTH_EFFICIENCY. Work cut into calls takes REFILL_SECONDS more for each kernel of every call but the first. A
+    dtype that is not native runs at the float32 rate.
+    """
+    tflops = {"float16": rates.tflops_float16, "bfloat16": rates.tflops_bfloat16, "float32": rates.tflops_float32}
+    rate = (tflops[dtype] or rates.tflops_float32) * 1e12 * PRODUCT_EFFICIENCY
+    bandwidth = rates.memory_gbps * 1e9 * BANDWIDTH_EFFICIENCY
+    products = max(work.flops / rate, work.product_bytes / bandwidth)
+    refills = work.operations * (1 - 1 / work.calls) * REFILL_SECONDS
+    return max(work.operations * LAUNCH_SECONDS, products + work.other_bytes / bandwidth + refills)
+
+
+def upload_seconds(weights_bytes: int, rates: KnownGpu) -> float:
+    """Seconds to copy offloaded weights from the host to a GPU, once per request: bytes / (PCIe x LINK_EFFICIENCY)."""
+    return weights_bytes / (rates.pcie_gbps * 1e9 * LINK_EFFICIENCY)
+
+
+def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
+    """Seconds of one crossing between two GPUs: LINK_SECONDS + bytes / the link's rate."""
+    return LINK_SECONDS + crossing.bytes_each / link_between(src, dst).bytes_per_second
+
+
+def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
+    """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
+    seconds = {
+        phase: (steps if phase == "denoise" else 1) * work_seconds(work, part.format.dtype, rates)
+        for phase, work in part.work.items()
+    }
+    if not part.resident:
+        seconds["encode"] = seconds.get("encode", 0.0) + upload_seconds(part.weights_bytes, rates)
+    return seconds
+
+
+def component_seconds(part: ComponentProfile, steps: int, rates: KnownGpu) -> float:
+    """Seconds of one component on one GPU in a whole request."""
+    return sum(component_phases(part, steps, rates).values())
+
+
+def phase_seconds(profile: PipelineProfile, placement: Placement, gpus: Mapping[int, Gpu]) -> dict[Phase, float] | None:
+    """Seconds of one request per phase: the work of its components, one after the other, and the crossings into it.
+
+    None where a component sits on the host: CPUs are not in the table of rates.
+    """
+    rates: dict[Component, KnownGpu] = {}
+    for name, place in placement.items():
+        if place == "cpu":
+            return None
+        rates[name] = gpus[place].rates
+    seconds = dict.fromkeys(PHASES, 0.0)
+    for name, part in profile.components.items():
+        for phase, value in component_phases(part, profile.steps, rates[name]).items():
+            seconds[phase] += value
+    for crossing in crossings_of(profile, placement):
+        each = crossing_seconds(crossing, rates[crossing.src], rates[crossing.dst])
+        seconds[crossing.phase] += crossing.times(profile.steps) * each
+    return seconds

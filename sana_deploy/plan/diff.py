@@ -1,0 +1,126 @@
+"""Compares two plans: what moved, and what it costs. `sana-deploy diff A.json B.json [--json] [--exit-code]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .._units import human_bytes
+from ..errors import SanaDeployError
+from .artifact import Place, Plan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One value that differs: where it is in the plan, what it was and is; `kind` is declared, decided or cost."""
+
+    kind: str
+    where: str
+    was: Any
+    now: Any
+
+
+def compare(was: Plan, now: Plan) -> list[Difference]:
+    """List what differs: declared (spec, checkpoint), decided (places, dtypes, knobs), cost (bytes, seconds)."""
+    specs = [dict(_leaves(plan.spec.model_dump(mode="json"))) for plan in (was, now)]
+    found = [
+        Difference("declared", key, specs[0].get(key), specs[1].get(key))
+        for key in sorted({*specs[0], *specs[1]})
+        if specs[0].get(key) != specs[1].get(key)
+    ]
+    if was.checkpoint.fingerprint != now.checkpoint.fingerprint:
+        found.append(Difference("declared", "checkpoint", was.checkpoint.fingerprint, now.checkpoint.fingerprint))
+    files = [dict(_files(plan)) for plan in (was, now)]
+    found += [
+        Difference("declared", key, files[0].get(key), files[1].get(key))
+        for key in sorted({*files[0], *files[1]})
+        if files[0].get(key) != files[1].get(key)
+    ]
+    decided = [dict(_decisions(plan)) for plan in (was, now)]
+    costs = [dict(_costs(plan)) for plan in (was, now)]
+    for kind, (before, after) in (("decided", decided), ("cost", costs)):
+        for key in [*before, *(key for key in after if key not in before)]:
+            if before.get(key) != after.get(key):
+                found.append(Difference(kind, key, before.get(key), after.get(key)))
+    return found
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif path not in ("until", "output", "plan_file"):
+        yield path, value
+
+
+def _files(plan: Plan) -> Iterator[tuple[str, str]]:
+    for part, one in plan.checkpoint.content.items():
+        for name, file in one.files.items():
+            yield f"checkpoint.content.{part}/{name}", file.sampled
+
+
+def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
+    yield "feasible", plan.feasible
+    for name, part in plan.components.items():
+        yield f"components.{name}.slot", part.slot
+        yield f"components.{name}.dtype", part.dtype
+        yield f"components.{name}.quantization", part.quantization
+    yield "knobs", ", ".join(plan.knobs)
+
+
+def _costs(plan: Plan) -> Iterator[tuple[str, Any]]:
+    for slot in plan.slots:
+        yield f"slots.{slot.index}.peak_bytes", slot.peak_bytes
+    for key in ("bytes_per_step", "bytes_per_image", "seconds_per_image"):
+        yield f"estimates.{key}", getattr(plan.estimates, key)
+
+
+def render(differences: Sequence[Difference]) -> str:
+    """One line per difference: place, was, is, and the change of bytes and seconds."""
+    if not differences:
+        return "no difference"
+    return "\n".join(f"{one.kind:<9} {one.where}: {_shown(one, one.was)} -> {_shown(one, one.now)}{_change(one)}"
+                     for one in differences)  # fmt: skip
+
+
+def _shown(one: Difference, value: Any) -> str:
+    if value is None or value == "":
+        return "none"
+    if one.kind == "cost":
+        return human_bytes(value) if "bytes" in one.where else f"{value:.2f} s"
+    if one.where.endswith(".slot"):
+        return _place(value)
+    return str(value)
+
+
+def _place(place: Place) -> str:
+    return "CPU" if place == "cpu" else f"GPU {place}"
+
+
+def _change(one: Difference) -> str:
+    if one.kind != "cost" or one.was is None or one.now is None:
+        return ""
+    delta = one.now - one.was
+    sign = "+" if delta > 0 else "-"
+    return f" ({sign}{human_bytes(abs(delta))})" if "bytes" in one.where else f" ({sign}{abs(delta):.2f} s)"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; 0, with `--exit-code` 1 if places, dtypes or knobs differ, or an error's own code."""
+    parser = argparse.ArgumentParser(prog="sana-deploy diff", description="Compare two plan files.")
+    parser.add_argument("was")
+    parser.add_argument("now")
+    parser.add_argument("--json", action="store_true", help="print the differences as JSON on stdout")
+    parser.add_argument("--exit-code", action="store_true", help="exit with 1 if places, dtypes or knobs differ")
+    options = parser.parse_args(arguments)
+    try:
+        differences = compare(Plan.load(options.was), Plan.load(options.now))
+    except SanaDeployError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
+    print(json.dumps([asdict(one) for one in differences]) if options.json else render(differences))
+    return int(options.exit_code and any(one.kind == "decided" for one in differences))

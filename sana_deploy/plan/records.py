@@ -1,0 +1,186 @@
+"""What a plan is made of: frozen records of slots, components, transfers, estimates and reasons. No logic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from .._models import FrozenModel
+from .._units import fullness
+from ..declare.spec import Component, Dtype, Format, Quantization
+
+Place = int | Literal["cpu"]
+
+
+class Record(FrozenModel):
+    """Base of the artifact's models: frozen; unknown keys of a later minor version are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class Diagnostic(Record):
+    """One remark: a warning or a note, with the place and a hint."""
+
+    type: str
+    severity: Literal["info", "warning"]
+    message: str
+    where: str = ""
+    hint: str = ""
+
+
+class FileContent(Record):
+    """What one file holds: its size, a digest of samples of it, and of the whole file where that was asked for."""
+
+    bytes: int
+    sampled: str
+    whole: str | None = None
+
+
+class PartContent(Record):
+    """One folder of a checkpoint: file name -> content; for a component, class, config and shapes as `fingerprint`."""
+
+    fingerprint: str | None = None
+    files: dict[str, FileContent]
+
+
+class CheckpointRecord(Record):
+    """Which weights the plan was made for.
+
+    What identifies their content is the commit (`revision`) of a hub repository, and `content` by folder for those
+    that lie in a folder.
+    """
+
+    kind: str
+    source: str
+    revision: str | None
+    fingerprint: str
+    content: dict[str, PartContent] = {}
+
+
+class Slot(Record):
+    """A logical GPU and what it must offer; bytes.
+
+    `overhead_bytes` are the CUDA context, headroom, and `allocator_bytes`: what PyTorch's allocator counts beyond
+    tensors (unsplit blocks, cuBLAS's workspace).
+    """
+
+    name: str
+    index: int
+    gpu: str
+    compute_capability: list[int]
+    capacity_bytes: int
+    available_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    overhead_bytes: int
+    allocator_bytes: int = 0
+    peak_bytes: int
+    peak_phase: str
+
+    @property
+    def others_bytes(self) -> int:
+        """What others use of the GPU, or `hardware.keep_free` keeps for them."""
+        return self.capacity_bytes - self.available_bytes
+
+    @property
+    def fullness(self) -> float:
+        """Share of the GPU that is taken at the peak, by others and by the plan; see `units.fullness`."""
+        return fullness(self.peak_bytes, self.available_bytes, self.capacity_bytes)
+
+
+class PlacedComponent(Record):
+    """One component: class, dtype, what its linear layers are quantised to, bytes and place."""
+
+    class_name: str
+    dtype: Dtype
+    quantization: Quantization | None = None
+    weights_bytes: int
+    activation_bytes: int
+    slot: Place
+
+    @property
+    def format(self) -> Format:
+        """What it computes in and keeps its linear layers in."""
+        return Format(self.dtype, self.quantization)
+
+
+class Transfer(Record):
+    """A tensor that crosses from one place to another; bytes per denoising step and per image."""
+
+    src: Place
+    dst: Place
+    tensor: str
+    bytes_per_step: int
+    bytes_per_image: int
+
+
+class Estimates(Record):
+    """Totals over the whole plan; `seconds` of one request by phase, empty where a component is on the CPU.
+
+    `worst_utilisation` is the largest peak over what its GPU offers, by which the planner compares; people are shown
+    `Plan.fullness`.
+    """
+
+    worst_utilisation: float
+    bytes_per_step: int
+    bytes_per_image: int
+    seconds: dict[str, float] = {}
+    seconds_per_image: float | None = None
+
+
+class KnobPrice(Record):
+    """What a knob that is on saves on the GPU that it helps most, and what it costs; None where that is not known."""
+
+    bytes_saved: int
+    bytes_per_image: int
+    seconds_per_image: float | None
+
+
+class Tile(Record):
+    """Tiles of the VAE in pixels, as `AutoencoderDC.enable_tiling` takes them."""
+
+    height: int
+    width: int
+    stride_height: int
+    stride_width: int
+
+
+class RunnerUp(Record):
+    """A placement that also fits, and what it would cost; `fullness` as `Plan.fullness`, since schema 1.3."""
+
+    device_map: dict[Component, Place]
+    worst_utilisation: float
+    bytes_per_image: int
+    knobs: list[str] = []
+    seconds_per_image: float | None = None
+    fullness: float | None = None
+
+
+class Miss(Record):
+    """A candidate that does not fit, by the fewest bytes."""
+
+    device_map: dict[Component, Place]
+    knobs: list[str]
+    shortfall_bytes: int
+    message: str
+
+
+class Considered(Record):
+    """How many placements were looked at, each under `settings` sets of knobs, and how many of these candidates fit."""
+
+    placements: int
+    feasible: int
+    runners_up: list[RunnerUp]
+    settings: int = 1
+    closest: Miss | None = None
+
+
+class RejectionCount(Record):
+    """How many candidates one reason ruled out on one GPU; the closest miss in words and bytes."""
+
+    reason: str
+    gpu: int
+    count: int
+    closest: str
+    closest_shortfall_bytes: int

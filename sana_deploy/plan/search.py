@@ -1,0 +1,203 @@
+"""The search: every placement under every allowed set of knobs; nothing is guessed, the best of all is taken."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..declare.spec import COMPONENTS, Component, Knob
+from ..facts.machine import Gpu
+from .cost import Place, Placement
+from .grid import CPU, FITS, Board, Candidate, Integers, Objective, Rejection, Rows, Rules, ordered
+from .profile import PipelineProfile
+
+
+@dataclass
+class Search:
+    """The outcome of a search.
+
+    Attributes:
+        ranked: the best candidates that fit, best first, four at most.
+        closest: of those that do not fit, the one that misses by least memory.
+        placements: how many placements were looked at, each under `settings` sets of knobs.
+        feasible: how many of these candidates fit.
+        rejections: the others by reason and GPU, most frequent first.
+    """
+
+    ranked: list[Candidate] = field(default_factory=list)
+    closest: Candidate | None = None
+    placements: int = 0
+    settings: int = 1
+    feasible: int = 0
+    rejections: list[Rejection] = field(default_factory=list)
+
+    @property
+    def best(self) -> Candidate | None:
+        """The chosen candidate, or None when nothing fits."""
+        return self.ranked[0] if self.ranked else None
+
+    @property
+    def considered(self) -> int:
+        """How many candidates were looked at."""
+        return self.placements * self.settings
+
+    def nearest(self) -> Rejection | None:
+        """The rejection that misses by least memory, or any other one when no memory was short."""
+        short = [rejection for rejection in self.rejections if rejection.reason in ("memory", "host memory")]
+        return (
+            min(short, key=lambda rejection: rejection.shortfall_bytes) if short else next(iter(self.rejections), None)
+        )
+
+
+def search_balanced(
+    profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, pins: Mapping[Component, int] | None = None
+) -> Search:
+    """Search all placements of whole components over `gpus`, GPUs that are alike counted once; `pins` are kept to.
+
+    `balance` takes the fewest seconds, then the fewest bytes moved, among placements whose fullest GPU is at most ROOMY
+    full, and the emptiest fullest GPU where none is. Before that it wants, one after the other: no tiling, no offload,
+    ControlNet beside the transformer, and no slicing; slicing goes on where otherwise nothing fits, or where keeping
+    ControlNet with the transformer would fill a GPU beyond ROOMY, and more than splitting it off. `latency` takes the
+    fewest seconds per request, `fit` the fewest knobs, then the fewest GPUs. Ties go to a faster denoiser (for
+    `balance` before emptier GPUs) and to lower indices, so that the result is deterministic.
+    """
+    return _search(profile, gpus, rules, placements(gpus, pins or {}), _settings(profile, rules.allow), _balanced_key)
+
+
+def search_single(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, gpu: int | None) -> Search:
+    """Search the placements that put everything on one GPU: fewest knobs, then the fastest GPU, then the emptiest."""
+    options = [[i] * len(COMPONENTS) for i, one in enumerate(gpus) if gpu in (None, one.index)]
+    return _search(profile, gpus, rules, np.array(options, np.int64), _settings(profile, rules.allow), _single_key)
+
+
+def search_custom(
+    profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, placement: Placement, knobs: Iterable[Knob] = ()
+) -> Search:
+    """Check the one placement the user wrote, with the knobs that are to be on."""
+    position: dict[Place, int] = {"cpu": CPU, **{gpu.index: i for i, gpu in enumerate(gpus)}}
+    options = np.array([[position[placement[name]] for name in COMPONENTS]], np.int64)
+    return _search(profile, gpus, rules, options, [useful(profile, knobs)], _balanced_key)
+
+
+def search_host(profile: PipelineProfile, rules: Rules) -> Search:
+    """Put everything on the CPU; where that is short of memory, under every set of knobs but offload."""
+    options = np.full((1, len(COMPONENTS)), CPU, np.int64)
+    sets = _settings(profile, set(rules.allow) - {"text_encoder_offload"})
+    plain = _search(profile, (), rules, options, sets[:1], _balanced_key)
+    return plain if plain.best else _search(profile, (), rules, options, sets, _balanced_key)
+
+
+def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Integers:
+    """Return every assignment that keeps to `pins`, without those that only rename GPUs that are alike.
+
+    Returns:
+        Positions in `gpus`, one row per placement, one column per component: (placements, components).
+    """
+    position = {gpu.index: i for i, gpu in enumerate(gpus)}
+    choices = [[position[pins[name]]] if name in pins else range(len(gpus)) for name in COMPONENTS]
+    rows = np.stack(np.meshgrid(*choices, indexing="ij"), axis=-1).reshape(-1, len(COMPONENTS)).astype(np.int64)
+    pinned = {position[index] for index in pins.values()}
+    kinds: dict[Any, list[int]] = {}
+    for i, gpu in enumerate(gpus):
+        kinds.setdefault(i if i in pinned else replace(gpu, index=-1, uuid=""), []).append(i)
+    # The first column where each GPU is used: alike GPUs must come into use in their order.
+    first = np.stack(
+        [np.where((rows == i).any(1), (rows == i).argmax(1), len(COMPONENTS)) for i in range(len(gpus))], 1
+    )
+    in_order = [
+        first[:, one] <= first[:, other] for alike in kinds.values() for one, other in itertools.pairwise(alike)
+    ]
+    return rows[np.logical_and.reduce(in_order)] if in_order else rows
+
+
+def useful(profile: PipelineProfile, knobs: Iterable[Knob]) -> tuple[Knob, ...]:
+    """Those of `knobs` that have something to do in the request: `encode_once` wants a control image that repeats."""
+    return tuple(knob for knob in ordered(knobs) if knob != "encode_once" or profile.control_rows > 1)
+
+
+def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[tuple[Knob, ...]]:
+    """Every set of knobs to try, none first, but those that change nothing in the request. Tiling takes one image at a
+    time too; splitting belongs to placements.
+
+    `encode_once` costs nothing, so that it is on in every set where it is allowed and has something to do.
+    """
+    allowed = set(allow)
+    always = [knob for knob in useful(profile, allowed) if knob == "encode_once"]
+    modes: list[set[Knob]] = [set(), {"vae_slicing"}, {"vae_slicing", "vae_tiling"}]
+    places: list[set[Knob]] = [set(), {"text_encoder_offload"}]
+    if "vae_tiling" in allowed:
+        allowed.add("vae_slicing")
+    sets = [ordered([*always, *mode, *place]) for place in places for mode in modes if mode | place <= allowed]
+    under = [profile.under(knobs) for knobs in sets]
+    return [knobs for i, knobs in enumerate(sets) if under[i] not in under[:i]]
+
+
+ROOMY = 0.7
+"""Share of its free memory up to which a GPU's fullness does not matter: evenness is worth nothing there."""
+Key = list[NDArray[Any]]
+"""Columns to sort by, the most important one first; smaller is better."""
+
+
+def _balanced_key(rows: Rows, objective: Objective) -> Key:
+    ties: Key = [rows.worst, rows.moved, rows.home_rank, *rows.places.T]
+    if objective == "latency":
+        return [rows.seconds, rows.count_knobs(), *ties]
+    if objective == "fit":
+        return [rows.count_knobs(), rows.count_further_places(), *ties]
+    tiling, offload, slicing = (rows.knobs[k] for k in ("vae_tiling", "text_encoder_offload", "vae_slicing"))
+    plain = ~(tiling | offload | slicing)
+    crowd = np.maximum(rows.worst, ROOMY)
+    fuller = crowd > crowd[plain].min(initial=np.inf)
+    knobs: Key = [tiling, offload, rows.knobs["split_controlnet"], fuller, slicing]
+    return [*knobs, crowd, rows.seconds, rows.moved, rows.home_rank, *ties]
+
+
+def _single_key(rows: Rows, objective: Objective) -> Key:
+    ties: Key = [rows.home_rank, -rows.free[rows.places[:, 0]], rows.places[:, 0]]
+    if objective == "latency":
+        return [rows.seconds, rows.count_knobs(), *ties]
+    if objective == "fit":
+        return [rows.count_knobs(), *ties]
+    return [*(rows.knobs[k] for k in ("vae_tiling", "text_encoder_offload", "vae_slicing")), *ties]
+
+
+def _search(
+    profile: PipelineProfile,
+    gpus: Sequence[Gpu],
+    rules: Rules,
+    options: Integers,
+    settings: Sequence[tuple[Knob, ...]],
+    key: Callable[[Rows, Objective], Key],
+) -> Search:
+    if not len(options):
+        return Search()
+    board = Board(profile, gpus, rules, options)
+    sheets = [board.cost(knobs) for knobs in settings]
+    found = Search(placements=len(options), settings=len(settings), rejections=board.rejections(sheets))
+    fits = [np.flatnonzero(sheet.code == FITS) for sheet in sheets]
+    found.feasible = sum(len(rows) for rows in fits)
+    found.closest = board.closest(sheets)
+    if found.feasible:
+        rows = board.rows(sheets, fits)
+        found.ranked = [
+            board.candidate(rows.places[i], settings[rows.setting[i]]) for i in _first(key(rows, rules.objective), 4)
+        ]
+    return found
+
+
+def _first(key: Key, count: int) -> list[int]:
+    """The first `count` rows of the order that `key` gives, without sorting all."""
+    left, found = np.arange(len(key[0])), []
+    for _ in range(min(count, len(left))):
+        rows = left
+        for column in key:
+            values = column[rows]
+            rows = rows[values == values.min()]
+        found.append(int(rows[0]))
+        left = left[left != rows[0]]
+    return found

@@ -1,0 +1,128 @@
+"""Fits what components need as functions of the request.
+
+`python -m sana_deploy.rehearsal.calibrate` writes the shipped needs anew.
+
+SANA's parts are linear in batch and in batch x pixels, so that four measured points (`measure.py`) determine each
+quantity, with and without guidance (which doubles the batch everywhere but in decode):
+
+    quantity = constant + per_image x batch + per_pixel x pixels + per_image_pixel x batch x pixels
+
+Quantities are `activation_bytes`, and per step of the phase `flops`, `product_bytes` and `other_bytes`; `operations`
+do not change with size. The VAE has two more: `sliced_bytes` is the peak when images pass one at a time, and
+`tiling_bytes` what collecting tiles adds to a tile's own peak, as constant + per_pixel + per_image_pixel of the
+pixels that tiles cover.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+
+from ..declare.compose import compose_spec
+from ..declare.spec import COMPONENTS, Component, Dtype, Format, Quantization
+from ..facts.catalogue import FOLDER, NAMES
+from ..facts.checkpoint import Checkpoint, open_checkpoint
+from ..plan.needs import Told, measured_as
+from ..plan.profile import VAE_TILE, Phase, covered_pixels, linear
+from .measure import Bench, Measurements, Point
+
+PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
+SLICED = tuple(Point(side, batch, "vae_slicing") for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
+TILED = tuple(Point(side, batch, "vae_tiling") for side, batch in ((1280, 1), (2304, 1), (1280, 2)))
+GUIDANCE = {"guided": True, "unguided": False}
+MODELS = ("tiny", *NAMES)
+_ALL = (Format(dtype, kept) for dtype in get_args(Dtype) for kept in (None, *get_args(Quantization)))
+FORMATS = tuple(dict.fromkeys(measured_as(form) for form in _ALL))
+"""What shipped components are measured in."""
+
+
+def fit(
+    checkpoint: Checkpoint, formats: Mapping[Component, Format], guided: bool, told: Told = lambda done, of: None
+) -> dict[Component, dict[Phase, dict[str, Any]]]:
+    """Measure and solve all quantities of every component in the given formats; see the module docstring.
+
+    The VAE is never quantised: in a format that is, its needs are those of the dtype.
+
+    Raises:
+        CheckpointError: a config is incomplete.
+        RunError: this PyTorch has no virtual GPUs.
+    """
+    points = (*PLAIN, *SLICED, *TILED)
+    found: dict[Point, Measurements] = {}
+    formats = {**formats, "vae": Format(formats["vae"].dtype)}
+    bench = Bench(checkpoint, formats)
+    for point in points:
+        if point is SLICED[0]:
+            bench = Bench(checkpoint, formats, vae_only=True)
+        found[point] = bench.run(point, guided)
+        told(len(found), len(points))
+    fitted: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in COMPONENTS}
+    for name, phase in found[PLAIN[0]]:
+        measured = [found[point][name, phase] for point in PLAIN]
+        fitted[name][phase] = {
+            "activation_bytes": _solve(PLAIN, [m.activation_bytes for m in measured]),
+            "operations": measured[0].work.operations,
+            **{
+                key: _solve(PLAIN, [getattr(m.work, key) for m in measured])
+                for key in ("flops", "product_bytes", "other_bytes")
+            },
+        }
+    for phase, entry in fitted["vae"].items():
+        sliced = _solve(SLICED, [found[point]["vae", phase].activation_bytes for point in SLICED])
+        entry["sliced_bytes"] = sliced
+        entry["tiling_bytes"] = _solve_tiling(entry, [found[point]["vae", phase].activation_bytes for point in TILED],
+                                              doubled=guided and phase == "prepare")  # fmt: skip
+    return fitted
+
+
+def _solve(points: Sequence[Point], values: Sequence[int]) -> list[float]:
+    terms = [[1, p.batch, p.pixels, p.batch * p.pixels] for p in points]
+    return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(values, float))]
+
+
+def _solve_tiling(entry: Mapping[str, Any], values: Sequence[int], doubled: bool) -> list[float]:
+    """Solve what exceeds the peak of one tile; a single image passes unsliced."""
+    tile = VAE_TILE[0] * VAE_TILE[1]
+    alone = [entry["sliced_bytes" if p.batch > 1 or doubled else "activation_bytes"] for p in TILED]
+    excess = [value - linear(of, p.batch, tile) for value, of, p in zip(values, alone, TILED, strict=True)]
+    covered = [covered_pixels(p.side, p.width or p.side) for p in TILED]
+    terms = [[1, pixels, p.batch * pixels] for p, pixels in zip(TILED, covered, strict=True)]
+    return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(excess, float))]
+
+
+def shipped(checkpoint: Checkpoint, known: set[str]) -> dict[str, Any]:
+    """Fit all dtypes, with and without guidance, of the components whose shapes are not in `known` yet."""
+    entries: dict[str, Any] = {
+        name: {"shapes_digest": facts.shapes_digest, "needs": {}}
+        for name, facts in checkpoint.components.items()
+        if facts.shapes_digest not in known
+    }
+    for form in FORMATS:
+        for key, guided in GUIDANCE.items():
+            for name, phases in fit(checkpoint, dict.fromkeys(COMPONENTS, form), guided).items():
+                for phase, entry in phases.items() if name in entries and _differs(name, form) else ():
+                    entries[name]["needs"].setdefault(phase, {}).setdefault(str(form), {})[key] = entry
+    return entries
+
+
+def _differs(name: Component, form: Format) -> bool:
+    return name != "vae" or form.quantization is None
+
+
+def main() -> None:
+    """Fit every shipped architecture anew; one that several models share is kept once."""
+    known: set[str] = set()
+    for name in MODELS:
+        checkpoint = open_checkpoint(compose_spec([f"model={name}"]).model)
+        entries = shipped(checkpoint, known)
+        known |= {entry["shapes_digest"] for entry in entries.values()}
+        text = json.dumps(entries, indent=1, sort_keys=True) + "\n"
+        (FOLDER / f"{name}.needs.json").write_text(text, encoding="utf-8")
+        print(f"fitted {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

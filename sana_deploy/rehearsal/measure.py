@@ -1,0 +1,147 @@
+"""Measures what components need by rehearsing them: every component on a virtual GPU of its own, in shapes.
+
+One pipeline is laid out from configs alone and run at a few points (image size, batch, the VAE's mode); the ledger
+tells each component's activation peak and work per phase. What waits on the transformer's GPU (prompt embeddings, the
+control image, residuals) counts as the transformer's, and so does the pipeline's own arithmetic between components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import SanaControlNetPipeline
+
+from .._units import GIB
+from ..declare.spec import COMPONENTS, Component, Format, Workload
+from ..facts.checkpoint import Checkpoint
+from ..facts.component import ComponentFacts
+from ..plan.profile import PHASES, VAE_TILE, Phase, VaeMode
+from ..run.border import Border, attach
+from ..run.generate import run_request
+from ..run.load import load_helpers
+from .ledger import Ledger, Tally
+from .meta_modules import stand_in
+from .rehearse import LedgerClock
+from .virtual import VirtualHost
+
+ENDLESS = 1 << 22
+"""Memory of the virtual GPUs, in GiB."""
+STEPS = 2
+"""Denoising steps of a run: from the second on, every step is like the last."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A request to measure: height in pixels (and width, unless it is square), images, and how the VAE works."""
+
+    side: int
+    batch: int
+    mode: VaeMode = "plain"
+    width: int | None = None
+
+    @property
+    def pixels(self) -> int:
+        """Height x width."""
+        return self.side * (self.width or self.side)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One component in one phase: activation peak in bytes, and the work of one step of it."""
+
+    activation_bytes: int
+    work: Tally
+
+
+Measurements = dict[tuple[Component, Phase], Measurement]
+
+
+class Bench:
+    """A pipeline of stand-ins, each component alone on a virtual GPU, ready to run at any point.
+
+    Args:
+        checkpoint: classes and configs.
+        formats: dtype and quantisation of each component.
+        vae_only: give all others a single layer, which changes nothing for the VAE and is faster.
+
+    Raises:
+        CheckpointError: a config is incomplete.
+        RunError: this PyTorch has no virtual GPUs.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, formats: Mapping[Component, Format], vae_only: bool = False) -> None:
+        self.host = VirtualHost([ENDLESS * GIB] * len(COMPONENTS), "shapes")
+        parts: dict[str, Any] = {}
+        for index, name in enumerate(COMPONENTS):
+            facts = checkpoint.components[name]
+            module = stand_in(_single_layer(facts) if vae_only else facts, formats[name])
+            parts[name] = self.host.place_module(module, name, torch.device("vgpu", index))
+        self.pipeline = SanaControlNetPipeline(**parts, **load_helpers(checkpoint))
+        border = Border(home=torch.device("vgpu", COMPONENTS.index("transformer")))
+        for index, name in enumerate(COMPONENTS):
+            attach(parts[name], name, torch.device("vgpu", index), border)
+        self.pipeline.hf_device_map = {name: f"vgpu:{index}" for index, name in enumerate(COMPONENTS)}
+        border.observers.append(LedgerClock(self.host.ledger))
+
+    def run(self, point: Point, guided: bool) -> Measurements:
+        """Run one request and return what every component needed, on a scheduler that remembers nothing."""
+        self.pipeline.scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        ledger = self.host.ledger
+        ledger.enter("load", "pipeline")
+        ledger.phase_peaks.clear()
+        ledger.work.clear()
+        workload = Workload(
+            prompt="a small lighthouse", height=point.side, width=point.width or point.side, batch=point.batch,
+            steps=STEPS, guidance_scale=4.5 if guided else 1.0,
+        )  # fmt: skip
+        with self._mode(point.mode), self.host:
+            run_request(self.pipeline, workload)
+        return {key: value for key, value in _collect(ledger) if value.activation_bytes}
+
+    @contextmanager
+    def _mode(self, mode: VaeMode) -> Iterator[None]:
+        vae = self.pipeline.vae
+        if mode != "plain":
+            vae.enable_slicing()
+        if mode == "vae_tiling":
+            vae.enable_tiling(*VAE_TILE)
+        try:
+            yield
+        finally:
+            vae.disable_slicing()
+            vae.disable_tiling()
+
+
+def _single_layer(facts: ComponentFacts) -> ComponentFacts:
+    config = dict(facts.config)
+    for key in ("num_layers", "num_hidden_layers"):
+        if key in config:
+            config[key] = 1
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:1]
+    return replace(facts, config=config)
+
+
+def _collect(ledger: Ledger) -> Iterator[tuple[tuple[Component, Phase], Measurement]]:
+    for (index, phase), peak in ledger.phase_peaks.items():
+        if phase not in PHASES:
+            continue
+        name = COMPONENTS[index]
+        work = [ledger.work.get((phase, name), Tally())]
+        if name == "transformer":
+            work.append(ledger.work.get((phase, "pipeline"), Tally()))
+        steps = STEPS if phase == "denoise" else 1
+        yield (name, phase), Measurement(peak.activation_bytes, _per_step(work, steps))
+
+
+def _per_step(parts: list[Tally], steps: int) -> Tally:
+    return Tally(
+        operations=sum(work.operations for work in parts) // steps,
+        flops=sum(work.flops for work in parts) // steps,
+        product_bytes=sum(work.product_bytes for work in parts) // steps,
+        other_bytes=sum(work.other_bytes for work in parts) // steps,
+    )

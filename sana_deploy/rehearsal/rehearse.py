@@ -1,0 +1,222 @@
+"""Rehearsal: a deployment on virtual GPUs through the same code as on real ones, and what it tells."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from diffusers import SanaControlNetPipeline
+from PIL.Image import Image
+
+from .._units import MIB, human_bytes, parse_bytes
+from ..declare.spec import CustomMap, Hardware, VirtualMachine
+from ..errors import InfeasibleError
+from ..facts.allocator import context_bytes
+from ..plan.artifact import Plan, Slot
+from ..plan.bind import ResolvedPlan
+from ..run.border import Event, border_of
+from ..run.generate import PHASE_OF, StepDone, host_peak, run_request, to_images
+from ..run.load import load_pipeline, resolved_plan
+from ..run.outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
+from ..run.traffic import Movement, by_pair
+from .ledger import Ledger
+from .virtual import Fidelity, VirtualHost
+
+NUMBERS_LIMIT = 256 * MIB
+"""Up to this many bytes of weights, `fidelity=auto` does real arithmetic."""
+SHAPE_STEPS = 2
+"""Denoising steps that a rehearsal in shapes runs: every later one repeats the last, byte for byte."""
+
+
+def fidelity_of(plan: Plan) -> Fidelity:
+    """Choose shapes or numbers: what the user asked for, else numbers for small models only."""
+    machine = plan.spec.machine
+    wanted = machine.fidelity if isinstance(machine, VirtualMachine) else "auto"
+    if wanted == "auto":
+        weights = sum(part.weights_bytes for part in plan.components.values())
+        return "numbers" if weights <= NUMBERS_LIMIT and plan.checkpoint.kind != "catalogue" else "shapes"
+    if wanted == "numbers" and plan.checkpoint.kind == "catalogue":
+        raise InfeasibleError(
+            "numbers need weights, and a catalogued model has none here",
+            where="machine.fidelity",
+            hint="machine.fidelity=shapes, or model=checkpoint model.source=FOLDER",
+        )
+    return wanted
+
+
+def open_host(resolved: ResolvedPlan, fidelity: Fidelity | None = None) -> VirtualHost:
+    """Make the virtual GPUs that a plan was resolved to.
+
+    What a CUDA context takes is taken off the memory of each, and what the plan says that the allocator takes.
+
+    Raises:
+        InfeasibleError: the plan is not for virtual GPUs, or a GPU is smaller than a CUDA context.
+    """
+    if resolved.machine.kind != "virtual":
+        raise InfeasibleError(
+            "the plan is for this host's GPUs, a rehearsal needs virtual ones",
+            where="machine",
+            hint="compile it with machine=virtual machine.gpus=2xt4",
+        )
+    capacities = []
+    for gpu in resolved.machine.gpus:
+        context = context_bytes(gpu.capability)
+        if gpu.free_bytes <= context:
+            raise InfeasibleError(
+                f"GPU {gpu.index} offers {human_bytes(gpu.free_bytes)}, a CUDA context alone takes "
+                f"{human_bytes(context)}",
+                where="machine",
+            )
+        slot = _slot_of(resolved, gpu.index)
+        capacities.append(max(0, gpu.free_bytes - context - (slot.allocator_bytes if slot else 0)))
+    return VirtualHost(capacities, fidelity or fidelity_of(resolved.plan))
+
+
+def _slot_of(resolved: ResolvedPlan, index: int) -> Slot | None:
+    """The slot that was bound to a virtual GPU."""
+    bound = [slot for slot in resolved.plan.slots if resolved.slot_devices.get(slot.index) == f"vgpu:{index}"]
+    return bound[0] if bound else None
+
+
+class LedgerClock:
+    """Border observer that tells the ledger which component works in which phase."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def __call__(self, event: Event, place: str) -> None:
+        if event == "enter":
+            self.ledger.enter(PHASE_OF[place], place.partition(".")[0])
+        else:
+            self.ledger.leave()
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A finished rehearsal: the report, what `outcome.json` measures, and the images where it was done in numbers."""
+
+    report: Rehearsal
+    measured: Measured
+    images: list[Image]
+
+
+def rehearse(plan: Plan | ResolvedPlan, fidelity: Fidelity | None = None) -> Rehearsed:
+    """Deploy `plan` on the virtual GPUs that it was compiled for and run its request once.
+
+    Args:
+        plan: compiled with `machine=virtual`.
+        fidelity: overrides the plan's choice of `shapes` or `numbers`.
+
+    Raises:
+        RunError: a virtual GPU runs out of memory, or devices are mixed.
+        InfeasibleError: the plan is not for virtual GPUs.
+    """
+    resolved = resolved_plan(plan, "rehearse(plan)")
+    host = open_host(resolved, fidelity)
+    return rehearse_request(load_pipeline(resolved, host=host), resolved, host)
+
+
+def rehearse_request(
+    pipeline: SanaControlNetPipeline, resolved: ResolvedPlan, host: VirtualHost, on_step: StepDone | None = None
+) -> Rehearsed:
+    """Run the plan's request on a pipeline that was loaded onto `host`.
+
+    Raises:
+        RunError: see `rehearse`.
+    """
+    border, workload = border_of(pipeline), resolved.plan.spec.workload
+    assert border is not None
+    steps = min(workload.steps, SHAPE_STEPS) if host.fidelity == "shapes" else workload.steps
+    clock, started = LedgerClock(host.ledger), time.perf_counter()
+    border.observers.append(clock)
+    try:
+        with host:
+            pixels, per_step = run_request(pipeline, workload.model_copy(update={"steps": steps}), on_step)
+            images = to_images(pipeline, pixels.cpu()) if host.fidelity == "numbers" else []
+    finally:
+        border.observers.remove(clock)
+    moved = Counter({key: n + (workload.steps - steps) * per_step[key] for key, n in border.traffic.moved.items()})
+    report = report_of(host, resolved, moved, per_step, steps)
+    measured = Measured(
+        peak_bytes={gpu.device: gpu.peak_bytes for gpu in report.gpus},
+        seconds={"rehearse": round(time.perf_counter() - started, 6)},
+        bytes_moved=by_pair(moved),
+        bytes_per_step=by_pair(per_step),
+        host_peak_bytes=host_peak(),
+    )
+    return Rehearsed(report, measured, images)
+
+
+def report_of(
+    host: VirtualHost,
+    resolved: ResolvedPlan,
+    moved: Counter[Movement],
+    per_step: Counter[Movement],
+    rehearsed_steps: int,
+) -> Rehearsal:
+    """Sum up a rehearsal: peaks against the plan's estimate, traffic by tensor, timeline, work."""
+    plan, ledger = resolved.plan, host.ledger
+    used = sorted({int(place.partition(":")[2]) for place in resolved.device_map.values() if ":" in place})
+    workload = plan.spec.workload
+    transfers = [
+        RehearsedTransfer(
+            src=src,
+            dst=dst,
+            tensor=tensor,
+            bytes_per_step=per_step[src, dst, tensor],
+            bytes_per_image=total // workload.batch,
+        )
+        for (src, dst, tensor), total in sorted(moved.items())
+    ]
+    return Rehearsal(
+        fidelity=host.fidelity,
+        steps=workload.steps,
+        steps_rehearsed=rehearsed_steps,
+        gpus=[_gpu(index, resolved, ledger) for index in used],
+        transfers=transfers,
+        timeline=[
+            RehearsedMoment(
+                phase=m.phase, component=m.component, live_bytes={f"vgpu:{i}": m.live_bytes[i] for i in used}
+            )
+            for m in ledger.timeline
+        ],
+        work=_work_by_component(ledger),
+    )
+
+
+def _work_by_component(ledger: Ledger) -> dict[str, RehearsedWork]:
+    found: dict[str, RehearsedWork] = {}
+    for (_, name), work in ledger.work.items():
+        before = found.get(name, RehearsedWork(operations=0, flops=0))
+        found[name] = RehearsedWork(operations=before.operations + work.operations, flops=before.flops + work.flops)
+    return found
+
+
+def _gpu(index: int, resolved: ResolvedPlan, ledger: Ledger) -> RehearsedGpu:
+    gpu, peak = resolved.machine.gpus[index], ledger.peaks[index]
+    slot, context = _slot_of(resolved, index), context_bytes(gpu.capability)
+    assert slot is not None
+    planned = slot.weights_bytes + slot.activation_bytes
+    return RehearsedGpu(
+        device=f"vgpu:{index}",
+        gpu=gpu.name,
+        capacity_bytes=gpu.total_bytes,
+        context_bytes=context,
+        allocator_bytes=slot.allocator_bytes,
+        peak_bytes=peak.total_bytes + context + slot.allocator_bytes,
+        weights_bytes=peak.weights_bytes,
+        activation_bytes=peak.activation_bytes,
+        phase=peak.phase,
+        component=peak.component,
+        planned_bytes=planned,
+        planned_error=round(planned / max(peak.total_bytes, 1) - 1, 4),
+        phase_peaks={phase: p.total_bytes for (i, phase), p in ledger.phase_peaks.items() if i == index},
+        phase_activations={phase: p.activation_bytes for (i, phase), p in ledger.phase_peaks.items() if i == index},
+        others_bytes=gpu.total_bytes - gpu.free_bytes + _kept_free(resolved.plan.spec.hardware),
+    )
+
+
+def _kept_free(hardware: Hardware) -> int:
+    """What the declaration keeps free on every GPU, in bytes; a map of the user's own keeps nothing."""
+    return 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")

@@ -1,0 +1,247 @@
+"""Pages for a browser: `report.html` of one plan and `summary.html` of a sweep, each one file that loads nothing.
+
+Pure renderers: the numbers are those of the plan and the outcome, the layout is in `templates/`, which escape every
+text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from .. import __version__
+from .._units import MIB, human_bytes
+from ..declare.spec import COMPONENTS, VirtualMachine
+from ..plan.artifact import Place, Plan, Slot
+from ..run.outcome import Outcome
+from .drawings import chart, flow, timeline
+from .wording import (
+    KNOB_WORDS,
+    OTHERS_WORDS,
+    considered_sentence,
+    image_words,
+    knob_sentence,
+    place_words,
+    rejection_words,
+    taken_words,
+)
+
+_LONG = ("dtypes", "knobs")
+"""Columns of a sweep whose text may wrap."""
+
+
+@cache
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(f"{name}.html.j2")
+
+
+def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str] = ()) -> str:
+    """Render one plan and what became of it.
+
+    Args:
+        command: the command line of the run.
+        pictures: images as data URLs.
+    """
+    spec, work = plan.spec, plan.spec.workload
+    return _template("plan").render(
+        title=f"{plan.checkpoint.source}, {spec.hardware.strategy}, {spec.precision.name}",
+        status=outcome.status,
+        error=outcome.error,
+        workload=f"{work.width} x {work.height} px, batch {work.batch}, {work.steps} steps, guidance "
+        f"{work.guidance_scale:g}",
+        digest=plan.digest[7:19],
+        version=__version__,
+        command=command,
+        legend=_legend(plan),
+        gpus=[_gpu(plan, slot) for slot in plan.slots],
+        components=_components(plan),
+        seconds=_seconds(plan),
+        knobs=[f"{knob_sentence(plan, knob)}: {KNOB_WORDS.get(knob, '')}" for knob in plan.knobs],
+        timelines=[timeline(gpu, outcome.rehearsal) for gpu in outcome.rehearsal.gpus] if outcome.rehearsal else [],
+        rehearse=_rehearse(plan),
+        measured=_measured(outcome),
+        pictures=list(pictures),
+        transfers=_transfers(plan),
+        considered=considered_sentence(plan),
+        runners=_runners(plan),
+        rejections=[f"{rejection_words(row)}; closest: {row.closest}" for row in plan.rejections],
+        remarks=[
+            {"severity": one.severity, "text": f"{one.where}: {one.message}" if one.where else one.message,
+             "hint": one.hint}
+            for one in (*plan.diagnostics, *outcome.diagnostics)
+        ],
+        **flow(plan),
+    )  # fmt: skip
+
+
+def thumbnail(path: Path) -> str:
+    """An image file as a small JPEG in a data URL."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        small = picture.convert("RGB")
+    small.thumbnail((384, 384))
+    drawn = io.BytesIO()
+    small.save(drawn, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(drawn.getvalue()).decode()
+
+
+def _legend(plan: Plan) -> list[tuple[str, str]]:
+    """What the colours of the bars mean; others only where they take any."""
+    others = [("others", OTHERS_WORDS)] if any(slot.others_bytes for slot in plan.slots) else []
+    parts = [("activations", "activations ~"), ("overhead", "context and headroom ~"), *others, ("free", "free")]
+    return [*((name, name) for name in COMPONENTS), *parts]
+
+
+def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:
+    """The bar of one GPU: weights of each component that is there at the peak, activations, overhead, others, free."""
+    here: dict[str, int] = {
+        name: part.weights_bytes for name, part in plan.components.items() if part.slot == slot.index
+    }
+    if sum(here.values()) > slot.weights_bytes:  # the peak is in a phase when offloaded weights wait on the CPU
+        here.pop("text_encoder", None)
+    sizes: dict[str, int] = {**here, "activations": slot.activation_bytes, "overhead": slot.overhead_bytes,
+                             "others": slot.others_bytes}  # fmt: skip
+    total = max(slot.capacity_bytes, sum(sizes.values()))
+    sizes["free"] = total - sum(sizes.values())
+    parts = [
+        {"name": name, "percent": round(100 * size / total, 3), "words": f"{name} {human_bytes(size)}"}
+        for name, size in sizes.items()
+        if size or name != "others"
+    ]
+    taken = taken_words(slot.peak_bytes, slot.others_bytes, slot.capacity_bytes, slot.fullness)
+    summary = f"{slot.gpu}: ~{taken}, fullest in {slot.peak_phase}"
+    words = f"GPU {slot.index}, {summary}: {', '.join(str(part['words']) for part in parts)}"
+    return {"name": f"GPU {slot.index}", "summary": summary, "parts": parts, "words": words}
+
+
+def _components(plan: Plan) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{name} (home)" if name == "transformer" else name,
+            place_words(part.slot),
+            str(part.format),
+            human_bytes(part.weights_bytes),
+            human_bytes(part.activation_bytes),
+        )
+        for name, part in plan.components.items()
+    ]
+
+
+def _seconds(plan: Plan) -> str:
+    if plan.estimates.seconds_per_image is None:
+        return ""
+    phases = ", ".join(f"{phase} {value:.2f}" for phase, value in plan.estimates.seconds.items())
+    return f"{plan.estimates.seconds_per_image:.2f} s per image ({phases})"
+
+
+def _rehearse(plan: Plan) -> str:
+    """The command that rehearses a plan; none where it does not fit or uses no GPU."""
+    if not plan.feasible or not plan.slots:
+        return ""
+    machine = ",".join(f"{slot.capacity_bytes // MIB}MiB" for slot in plan.slots)
+    elsewhere = "" if isinstance(plan.spec.machine, VirtualMachine) else f" 'resolve.machine=\"{machine}\"'"
+    return f"python -m sana_deploy plan_file=plan.json{elsewhere}"
+
+
+def _measured(outcome: Outcome) -> list[str]:
+    measured = outcome.measured
+    lines = [f"peak on {device}: {human_bytes(size)}" for device, size in measured.peak_bytes.items()]
+    lines += [f"moved {pair}: {human_bytes(size)}, {human_bytes(measured.bytes_per_step.get(pair, 0))} per step"
+              for pair, size in measured.bytes_moved.items()]  # fmt: skip
+    if measured.seconds:
+        lines.append("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in measured.seconds.items()))
+    if outcome.audit:
+        lines.append(f"image against float32: {image_words(outcome.audit)}")
+        lines += [f"{row.component} in {row.phase}, {row.dtype}: relative error {row.relative_error:.1e}"
+                  for row in outcome.audit.borders]  # fmt: skip
+    return lines
+
+
+def _transfers(plan: Plan) -> list[tuple[str, ...]]:
+    return [
+        (
+            place_words(one.src),
+            place_words(one.dst),
+            one.tensor,
+            human_bytes(one.bytes_per_step),
+            human_bytes(one.bytes_per_image),
+        )
+        for one in plan.transfers
+    ]
+
+
+def _runners(plan: Plan) -> list[tuple[str, ...]]:
+    """The chosen placement and those that came next, as the table of what was considered shows them."""
+    made = plan.estimates
+    chosen = _runner(plan.device_map, plan.fullness, plan.knobs, made.bytes_per_image, made.seconds_per_image, True)
+    rest = [_runner(one.device_map, one.fullness, one.knobs, one.bytes_per_image, one.seconds_per_image)
+            for one in plan.considered.runners_up]  # fmt: skip
+    return [chosen, *rest] if plan.feasible and plan.considered.placements else rest
+
+
+def _runner(
+    device_map: Mapping[Any, Place], full: float | None, knobs: Sequence[str], moved: int, seconds: float | None,
+    chosen: bool = False,
+) -> tuple[str, ...]:  # fmt: skip
+    places = ", ".join(f"{name} {place_words(place)}" for name, place in device_map.items())
+    return (
+        f"{places} (chosen)" if chosen else places,
+        ", ".join(knobs),
+        "" if full is None else f"{full:.0%}",
+        human_bytes(moved),
+        "" if seconds is None else f"{seconds:.2f}",
+    )
+
+
+def sweep_page(title: str, rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, str]],
+               numbers: Mapping[str, str]) -> str:  # fmt: skip
+    """Render a sweep.
+
+    Args:
+        title: what was swept.
+        rows: as `summary.read_rows` gives them.
+        cells: the same as people read them, title -> text.
+        numbers: titles whose column sorts by number -> the row's key.
+    """
+    titles = [title for title in cells[0] if title != "reason"] if cells else []
+    statuses = list(dict.fromkeys(str(row["status"]) for row in rows))
+    counts = ", ".join(f"{sum(row['status'] == status for row in rows)} {status}" for status in statuses)
+    return _template("sweep").render(
+        title=title,
+        version=__version__,
+        counts=f"{len(rows)} jobs: {counts}",
+        statuses=statuses,
+        titles=titles,
+        numbers=set(numbers),
+        rows=[_sweep_row(row, shown, titles, numbers) for row, shown in zip(rows, cells, strict=True)],
+        **chart(rows),
+    )
+
+
+def _sweep_row(
+    row: Mapping[str, Any], shown: Mapping[str, str], titles: Sequence[str], numbers: Mapping[str, str]
+) -> Any:
+    cells = []
+    for title in titles:
+        value = row[numbers[title]] if title in numbers else None
+        cells.append({
+            "text": shown[title],
+            "title": title,
+            "kind": "n" if title in numbers else "wide" if title in _LONG else "",
+            "value": ("" if value is None else value) if title in numbers else None,
+            "link": row["report"] if title == "job" else "",
+            "badge": row["status"] if title == "status" else "",
+        })  # fmt: skip
+    return {key: row[key] for key in ("job", "status", "front", "reason")} | {"cells": cells}

@@ -1,0 +1,78 @@
+"""Sentences that the terminal and the pages share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .._units import GIB, human_bytes
+from ..declare.spec import Component
+from ..plan.artifact import Place, Plan, RejectionCount
+from ..run.outcome import Audit
+
+KNOB_WORDS: Mapping[str, str] = {
+    "encode_once": "the VAE encodes the control image once; bits as with slicing, a batch of two may round otherwise",
+    "vae_slicing": "the VAE takes one image at a time",
+    "split_controlnet": "ControlNet apart from the transformer",
+    "text_encoder_offload": "the text encoder is on its GPU only during encode",
+    "vae_tiling": "the VAE takes tiles of 1024 px; can change pixels",
+}
+"""What each knob does."""
+OTHERS_WORDS = "for others (used, or kept free)"
+"""What is drawn of a GPU that is not the plan's to take."""
+
+
+def place_words(place: Place) -> str:
+    """`GPU 1` or `CPU`."""
+    return "CPU" if place == "cpu" else f"GPU {place}"
+
+
+def groups_words(device_map: Mapping[Component, Place]) -> str:
+    """Which components are together: `text_encoder | vae, transformer, controlnet`, by place."""
+    places = sorted(set(device_map.values()), key=lambda place: -1 if place == "cpu" else place)
+    return " | ".join(", ".join(name for name, at in device_map.items() if at == place) for place in places)
+
+
+def knob_sentence(plan: Plan, knob: str) -> str:
+    """What a knob that is on saves on the GPU that it helps most, and what it costs; seconds may be either."""
+    price = plan.knob_prices.get(knob)
+    if not price:
+        return knob
+    seconds = price.seconds_per_image
+    saved = [f"~{human_bytes(price.bytes_saved)}"] if price.bytes_saved > 0 else []
+    costs = []
+    if price.bytes_per_image > 0:
+        costs.append(f"moves ~{human_bytes(price.bytes_per_image)} per image")
+    if seconds is not None and seconds < 0:
+        saved.append(f"~{-seconds:.2g} s")
+    elif seconds is not None:
+        costs.append(f"costs ~{seconds:.2g} s")
+    effects = [f"saves {' and '.join(saved)}"] if saved else []
+    return f"{knob} {', '.join([*effects, *costs])}".rstrip()
+
+
+def taken_words(peak_bytes: int, others_bytes: int, capacity_bytes: int, share: float) -> str:
+    """`7.12 + 1.50 for others of 8.00 GiB (108%)`: the share counts both, others are named where they take any."""
+    others = f" + {others_bytes / GIB:.2f} for others" if others_bytes else ""
+    return f"{peak_bytes / GIB:.2f}{others} of {human_bytes(capacity_bytes)} ({share:.0%})"
+
+
+def rejection_words(row: RejectionCount) -> str:
+    """How many candidates were rejected, why and where."""
+    return f"{row.count} for {row.reason}{f' on GPU {row.gpu}' if row.gpu >= 0 else ''}"
+
+
+def image_words(audit: Audit) -> str:
+    """How close the image is to float32's."""
+    if audit.identical:
+        return "identical"
+    return "not a number" if audit.psnr is None else f"PSNR {audit.psnr:.1f} dB"
+
+
+def considered_sentence(plan: Plan) -> str:
+    """How many placements were looked at, and how many fit."""
+    seen = plan.considered
+    if not seen.placements:
+        return "the map is the user's own: nothing else was considered"
+    under = f" under {seen.settings} sets of knobs" if seen.settings > 1 else ""
+    placements = f"{seen.placements} placement{'s' if seen.placements != 1 else ''}"
+    return f"considered {placements}{under}: {seen.feasible} of {seen.placements * seen.settings} fit"

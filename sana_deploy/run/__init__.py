@@ -1,0 +1,1 @@
+"""A plan on devices: components are loaded, placed, and asked for pictures."""

@@ -1,0 +1,291 @@
+"""Runs one request on a placed pipeline: progress, phases in seconds, peaks and traffic, and the images."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SanaControlNetPipeline
+from PIL.Image import Image
+
+from .._files import write_bytes
+from .._units import human_bytes
+from ..declare.control_image import read_control_image
+from ..declare.spec import COMPONENTS, Component, Workload
+from ..errors import RunError
+from ..plan.profile import PHASES, Phase
+from .border import Border, Event, border_of
+from .outcome import Measured
+from .traffic import Movement, by_pair
+
+StepDone = Callable[[int, int], None]
+"""Called after each denoising step with the steps done and the steps in all."""
+
+PHASE_OF: dict[str, Phase] = {
+    "text_encoder.forward": "encode",
+    "vae.encode": "prepare",
+    "controlnet.forward": "denoise",
+    "transformer.forward": "denoise",
+    "vae.decode": "decode",
+}
+
+
+@dataclass
+class PhaseClock:
+    """Border observer: seconds from a phase's first entry to the next phase's first entry."""
+
+    devices: list[torch.device]
+    seconds: dict[str, float] = field(default_factory=dict)
+    current: Phase | None = None
+    since: float = 0.0
+
+    def __call__(self, event: Event, place: str) -> None:
+        phase = PHASE_OF.get(place)
+        if event == "enter" and phase and phase != self.current:
+            self.switch(phase)
+
+    def switch(self, phase: Phase | None) -> None:
+        """End the current phase, wait for its GPUs, and begin `phase`."""
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if self.current:
+            self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self.since
+        self.current, self.since = phase, now
+
+
+@dataclass
+class StepTraffic:
+    """Border observer: bytes moved in one denoising step, from its first border or the end of the step before."""
+
+    border: Border
+    before: Counter[Movement] | None = None
+    per_step: Counter[Movement] = field(default_factory=Counter)
+
+    def __call__(self, event: Event, place: str) -> None:
+        if self.before is None and PHASE_OF.get(place) == "denoise":
+            self.before = Counter(self.border.traffic.moved)
+
+    def step_done(self) -> None:
+        """A step has ended: what moved since the last note is its own."""
+        now = Counter(self.border.traffic.moved)
+        self.per_step = now - (self.before or Counter())
+        self.before = now
+
+
+def generate(
+    pipeline: SanaControlNetPipeline, workload: Workload, on_step: StepDone | None = None
+) -> tuple[list[Image], Measured]:
+    """Run `workload` once.
+
+    Args:
+        pipeline: a placed pipeline.
+        workload: prompt, sizes, steps, seed.
+        on_step: told after every denoising step.
+
+    Returns:
+        `workload.batch` images of (height, width), and what was measured.
+
+    Raises:
+        RunError: out of memory, a failed operation, a component whose result is NaN or infinite, or an image that is
+            NaN or one flat colour.
+    """
+    from .nan_guard import NumericsGuard
+
+    border = _border(pipeline)
+    guard = NumericsGuard({name: _dtype_name(pipeline, name) for name in COMPONENTS})
+
+    def stepped(done: int, of: int) -> None:
+        guard.step_done()
+        if on_step:
+            on_step(done, of)
+
+    devices = [torch.device(place) for place in sorted(set(pipeline.hf_device_map.values())) if "cuda" in place]
+    clock = PhaseClock(devices)
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    border.observers.append(clock)
+    border.inspectors.append(guard)
+    started = time.perf_counter()
+    try:
+        pixels, per_step = run_request(pipeline, workload, stepped)
+        guard.check()
+    finally:
+        clock.switch(None)
+        border.observers.remove(clock)
+        border.inspectors.remove(guard)
+    elapsed = time.perf_counter() - started
+    return to_images(pipeline, pixels), _measured(clock, border, per_step, devices, elapsed)
+
+
+def run_request(
+    pipeline: SanaControlNetPipeline, workload: Workload, on_step: StepDone | None = None
+) -> tuple[torch.Tensor, Counter[Movement]]:
+    """Call a placed pipeline once.
+
+    Returns:
+        Pixels of (batch, 3, height, width) in 0..1 on the VAE's device, and the bytes that one step moved.
+
+    Raises:
+        RunError: out of memory, or a failed operation.
+    """
+    border = _border(pipeline)
+    border.traffic.moved.clear()
+    border.failure = None
+    border.remarks.clear()
+    steps = StepTraffic(border)
+    border.observers.append(steps)
+    try:
+        pixels = _call(pipeline, workload, steps, on_step)
+    except (torch.OutOfMemoryError, UnboundLocalError) as problem:
+        # In decode the pipeline only warns of an OutOfMemoryError, then trips over the image that it never got.
+        cause = problem if isinstance(problem, torch.OutOfMemoryError) else border.failure
+        if cause is None:
+            raise RunError(f"the request failed: {problem}", where="generate") from problem
+        raise _out_of_memory(pipeline, border, cause) from problem
+    except (RuntimeError, ValueError) as problem:
+        raise RunError(f"the request failed: {problem}", where="generate") from problem
+    finally:
+        border.observers.remove(steps)
+    return pixels, steps.per_step
+
+
+def _out_of_memory(pipeline: SanaControlNetPipeline, border: Border, problem: torch.OutOfMemoryError) -> RunError:
+    """Say where memory ran out, what the plan expected there, and what the allocator says."""
+    name, method = border.inside
+    phase = PHASE_OF.get(f"{name}.{method}", "generate")
+    device = pipeline.hf_device_map.get(name, str(border.home))
+    planned = ""
+    if device in border.expected:
+        peak, free = (human_bytes(size) for size in border.expected[device])
+        planned = f"; the plan expected {peak} there at most, of {free} that were free"
+    return RunError(
+        f"out of memory on {device}, in {name} during {phase}{planned} ({str(problem).splitlines()[0]})",
+        where="generate",
+        hint="a smaller height, width or batch, or more GPUs",
+        out_of_memory=True,
+        device=device,
+        component=name,
+        phase=phase,
+    )
+
+
+def to_images(pipeline: SanaControlNetPipeline, pixels: torch.Tensor) -> list[Image]:
+    """Turn pixels of (batch, 3, height, width) into pictures.
+
+    Raises:
+        RunError: one of them holds NaN or is one flat colour.
+    """
+    _check_pixels(pixels, {name: _dtype_name(pipeline, name) for name in COMPONENTS})
+    images: list[Image] = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
+    return images
+
+
+def _border(pipeline: SanaControlNetPipeline) -> Border:
+    border = border_of(pipeline)
+    if border is None:
+        raise RunError("the pipeline is not placed", hint="use load_pipeline(plan) or place(pipeline, resolved)")
+    return border
+
+
+def _call(
+    pipeline: SanaControlNetPipeline, workload: Workload, steps: StepTraffic, on_step: StepDone | None
+) -> torch.Tensor:
+    done = 0
+
+    def step_end(_: Any, __: int, ___: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        nonlocal done
+        done += 1
+        steps.step_done()
+        if on_step:
+            on_step(done, workload.steps)
+        return kwargs
+
+    pipeline.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Try to use VAE tiling", category=UserWarning)
+        result = pipeline(
+            prompt=workload.prompt,
+            negative_prompt=workload.negative_prompt,
+            control_image=read_control_image(workload),
+            controlnet_conditioning_scale=workload.conditioning_scale,
+            height=workload.height,
+            width=workload.width,
+            num_images_per_prompt=workload.batch,
+            num_inference_steps=workload.steps,
+            guidance_scale=workload.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(workload.seed),
+            use_resolution_binning=False,
+            callback_on_step_end=step_end,
+            output_type="pt",
+        )
+    pixels: torch.Tensor = result.images
+    return pixels
+
+
+def _measured(
+    clock: PhaseClock, border: Border, per_step: Counter[Movement], devices: list[torch.device], elapsed: float
+) -> Measured:
+    seconds: dict[str, float] = {phase: round(clock.seconds[phase], 6) for phase in PHASES if phase in clock.seconds}
+    return Measured(
+        peak_bytes={str(device): torch.cuda.max_memory_allocated(device) for device in devices},
+        seconds={**seconds, "generate": round(elapsed, 6)},
+        bytes_moved=by_pair(border.traffic.moved),
+        bytes_per_step=by_pair(per_step),
+        host_peak_bytes=host_peak(),
+    )
+
+
+def host_peak() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system cannot tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _dtype_name(pipeline: SanaControlNetPipeline, name: Component) -> str:
+    return str(getattr(pipeline, name).dtype).removeprefix("torch.")
+
+
+def _check_pixels(pixels: torch.Tensor, dtypes: dict[Component, str]) -> None:
+    """Refuse images (batch, 3, height, width) that hold NaN or infinity, or are one flat colour."""
+    from .nan_guard import image_cure
+
+    hint = image_cure(dtypes)
+    for number, image in enumerate(pixels):
+        broken = int((~torch.isfinite(image)).sum())
+        if broken:
+            raise RunError(
+                f"image {number} has {broken} of {image.numel()} values that are NaN or infinite",
+                where="generate",
+                hint=hint,
+                image=number,
+                broken_values=broken,
+            )
+        if bool((image == image[:, :1, :1]).all()):
+            raise RunError(f"image {number} is one flat colour", where="generate", hint=hint, image=number)
+
+
+def save_images(images: list[Image], folder: Path) -> list[Path]:
+    """Write `image-000.png`, ... into `folder`, each under a temporary name first.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    paths = []
+    for number, image in enumerate(images):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        paths.append(write_bytes(folder / f"image-{number:03d}.png", buffer.getvalue()))
+    return paths

@@ -1,0 +1,351 @@
+"""The stages of one run in order, and the files each leaves in the run folder. Never raises: returns an `Outcome`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import _interrupts
+from ._files import write_text
+from ._startup import Laps, quick_imports, read_ahead, start_gpus
+from .declare.control_image import check_control_image, drawn_seed
+from .declare.policies import fragile_components
+from .declare.spec import COMPONENTS, STAGES, DeploySpec, Stage, VirtualMachine, Workload
+from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
+from .facts.headers import weight_files
+from .facts.virtual_machine import describe_machine
+from .plan.artifact import Diagnostic, Plan
+from .plan.bind import ResolvedPlan
+from .plan.compiler import compile_spec
+from .plan.remedies import out_of_float16, roomier
+from .report import terminal as report
+from .report.progress import progress, progress_each
+from .run.outcome import Audit, Measured, Outcome, Rehearsal, failure_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """State of one run as it passes the stages."""
+
+    spec: DeploySpec
+    folder: Path
+    brief: bool = False
+    overrides: Sequence[str] = ()
+    stage: Stage = "compile"
+    plan: Plan | None = None
+    resolved: ResolvedPlan | None = None
+    host: Any = None
+    pipeline: Any = None
+    rehearsal: Rehearsal | None = None
+    audit: Audit | None = None
+    measured: Measured = field(default_factory=Measured)
+    images: list[str] = field(default_factory=list)
+    remarks: list[Diagnostic] = field(default_factory=list)
+
+    def outcome(self, problem: BaseException | None = None) -> Outcome:
+        """Describe where the run stands; with `problem`, why it ended there."""
+        status, code, error = ("done", 0, None) if problem is None else failure_of(problem)
+        return Outcome(
+            status=status,  # type: ignore[arg-type]
+            exit_code=code,
+            stage=self.stage,
+            plan_digest=self.plan.digest if self.plan else None,
+            device_map={str(k): v for k, v in self.resolved.device_map.items()} if self.resolved else {},
+            measured=self.measured,
+            rehearsal=self.rehearsal,
+            audit=self.audit,
+            images=self.images,
+            seed=self.spec.workload.seed,
+            error=error,
+            diagnostics=self.remarks,
+            overrides=list(self.overrides),
+        )
+
+
+def deploy(
+    spec: DeploySpec, folder: Path, overrides: Sequence[str] = (), brief: bool = False
+) -> tuple[Outcome, Plan | None]:
+    """Run the stages up to `spec.until`, write plan.json and outcome.json, and report on stderr.
+
+    Args:
+        spec: the declaration.
+        folder: the run folder.
+        overrides: the command line's, to tell what the user set beside a `plan_file`.
+        brief: one line for the whole run, as in a sweep.
+    """
+    run = Run(spec, folder, brief, overrides)
+    if not brief:
+        return _deploy(run)
+    from .run.gpu_locks import claimed
+
+    with claimed(spec):
+        return _deploy(run)
+
+
+def _deploy(run: Run) -> tuple[Outcome, Plan | None]:
+    spec, folder = run.spec, run.folder
+    try:
+        if spec.plan_file:
+            run.plan, run.spec = _saved_plan(spec, run.overrides)
+        for stage in STAGES[: STAGES.index(spec.until) + 1]:
+            run.stage = stage
+            _STEPS[stage](run)
+        outcome = run.outcome()
+    except (Exception, KeyboardInterrupt) as problem:
+        if _interrupts.caused(problem):
+            write_text(folder / "outcome.json", run.outcome(KeyboardInterrupt()).to_json())
+            raise KeyboardInterrupt from problem
+        outcome = run.outcome(problem)
+        log.info("stage %s ended", run.stage, exc_info=problem)
+    write_text(folder / "outcome.json", outcome.to_json())
+    _write_page(run, outcome)
+    (report.show_brief if run.brief else report.show_outcome)(outcome, spec, folder)
+    return outcome, run.plan
+
+
+def _write_page(run: Run, outcome: Outcome) -> None:
+    """Write report.html beside the plan."""
+    if run.plan is None:
+        return
+    from .report.html import plan_page, thumbnail
+
+    command = shlex.join(["python", "-m", "sana_deploy", *run.overrides])
+    pictures = [thumbnail(run.folder / image) for image in run.images[:4]]
+    write_text(run.folder / "report.html", plan_page(run.plan, outcome, command, pictures))
+
+
+def reject(problem: SanaDeployError, folder: Path, overrides: Sequence[str] = ()) -> Outcome:
+    """Write and report the outcome of a declaration that is not valid."""
+    status, code, error = failure_of(problem)
+    outcome = Outcome(status=status, exit_code=code, stage="compile", error=error, overrides=list(overrides))
+    write_text(folder / "outcome.json", outcome.to_json())
+    report.show_error(problem)
+    return outcome
+
+
+def _compile(run: Run) -> None:
+    run.remarks += [*drawn_seed(run.spec.workload, run.overrides), *check_control_image(run.spec.workload)]
+    if run.plan is None:
+        with progress("profiling", run.brief) as advance:
+            try:
+                run.plan = compile_spec(run.spec, told=lambda done, of: advance(f"point {done}/{of}", done, of))
+            except InfeasibleError as problem:
+                run.plan = problem.plan
+                if run.plan:
+                    run.plan.save(run.folder / "plan.json")
+                raise
+        run.spec = run.spec.model_copy(update={"precision": run.plan.spec.precision})
+    run.plan.save(run.folder / "plan.json")
+    if not run.brief:
+        report.show_plan(run.plan)
+
+
+def _resolve(run: Run) -> None:
+    assert run.plan is not None
+    wanted = run.spec.resolve
+    machine = describe_machine(VirtualMachine(kind="virtual", gpus=wanted.machine)) if wanted.machine else None
+    verify = wanted.verify and run.spec.plan_file is not None  # else it has just been read to be compiled
+    run.resolved = run.plan.resolve(machine, allow=wanted.allow, bind=wanted.bind, verify=verify)
+    if not run.brief:
+        report.show_resolved(run.resolved)
+
+
+def _apply(run: Run) -> None:
+    assert run.resolved is not None
+    virtual, seconds, clock = run.resolved.machine.kind == "virtual", {}, Laps()
+    starting = None if virtual else _ahead_of_load(run.resolved)
+    with progress_each("loading", run.brief) as advance:
+        with quick_imports():
+            from .rehearsal.rehearse import open_host
+            from .run import generate  # noqa: F401  with all that it imports, so that no later stage waits for it
+            from .run.border import border_of
+            from .run.load import load_pipeline
+        seconds["import"] = clock.lap()
+        if starting is not None:
+            starting.join()
+            seconds["start"] = clock.lap()
+        if virtual:
+            run.host = open_host(run.resolved)
+        run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of), run.host)
+        seconds["load"] = clock.lap()
+    border = border_of(run.pipeline)
+    assert border is not None
+    run.remarks += [_out_of_range(text, run.resolved.plan) for text in border.notes]
+    loaded = 0 if virtual else sum(part.weights_bytes for part in run.resolved.plan.components.values())
+    run.measured = Measured(seconds=seconds, loaded_bytes=loaded)
+
+
+def _ahead_of_load(resolved: ResolvedPlan) -> threading.Thread | None:
+    """Have the weights read and the GPUs started while libraries are imported; return what starts the GPUs."""
+    model = resolved.plan.spec.model
+    folder = Path(getattr(model, "source", None) or "").expanduser()
+    with contextlib.suppress(SanaDeployError):  # loading will say it
+        variant = getattr(model, "variant", None)
+        parts = [folder / name for name in COMPONENTS if (folder / name / "config.json").is_file()]
+        read_ahead([file for part in parts for file in weight_files(part, variant, part.name)])
+    return start_gpus(set(resolved.device_map.values()))
+
+
+def _out_of_range(text: str, plan: Plan) -> Diagnostic:
+    """Values of a component, which `text` names, that its dtype cannot hold."""
+    hint = out_of_float16(plan, [name for name in COMPONENTS if f" {name} " in text], compile_spec)
+    return Diagnostic(type="out_of_range", severity="warning", message=text, where="precision.components", hint=hint)
+
+
+def _generate(run: Run) -> None:
+    from .run.border import border_of
+    from .run.prompts import cut_prompts
+
+    border = border_of(run.pipeline)
+    assert border is not None
+    if run.host is None or run.host.fidelity == "numbers":  # in shapes, the tokenizer may be a stand-in
+        run.remarks += cut_prompts(run.pipeline, run.spec.workload)
+    try:
+        (_rehearse if run.host is not None else _run)(run)
+    except RunError as problem:
+        if run.plan:
+            problem.hint = _checked_hint(problem, run.plan)
+        raise
+    finally:
+        hint = "hardware.on_decode_oom=raise makes this an error"
+        run.remarks += [
+            Diagnostic(type="decoded_in_tiles", severity="warning", message=text, where="generate", hint=hint)
+            for text in border.remarks
+        ]
+
+
+def _checked_hint(problem: RunError, plan: Plan) -> str:
+    """The failure's own hint, or in its place a change that was planned on this machine."""
+    facts = problem.facts
+    if facts.get("out_of_memory"):
+        return roomier(plan, compile_spec) or problem.hint
+    if facts.get("dtype") == "float16":
+        return out_of_float16(plan, [facts["component"]], compile_spec)
+    if "image" in facts:
+        fragile = fragile_components({name: part.dtype for name, part in plan.components.items()})
+        return out_of_float16(plan, fragile or COMPONENTS, compile_spec)
+    return problem.hint
+
+
+def _run(run: Run) -> None:
+    from .run.generate import generate, save_images
+
+    with progress("denoising", run.brief) as advance, _recording(run) as recorder:
+        images, measured = generate(
+            run.pipeline, run.spec.workload, lambda done, of: advance(f"step {done}/{of}", done, of)
+        )
+    seconds = {**run.measured.seconds, **measured.seconds}
+    run.measured = measured.model_copy(update={"seconds": seconds, "loaded_bytes": run.measured.loaded_bytes})
+    run.images = [path.name for path in save_images(images, run.folder)]
+    if recorder is not None:
+        _audit(run, recorder, images)
+
+
+@contextlib.contextmanager
+def _recording(run: Run) -> Iterator[Any]:
+    """Record what passes the borders while the block runs, if an audit is wanted."""
+    if not run.spec.precision.audit:
+        yield None
+        return
+    from .run.audit import Recorder
+    from .run.border import border_of
+
+    recorder, border = Recorder(), border_of(run.pipeline)
+    assert border is not None
+    recorder.attach(border)
+    try:
+        yield recorder
+    finally:
+        recorder.detach(border)
+
+
+def _audit(run: Run, recorder: Any, images: list[Any]) -> None:
+    """Compare with float32; the planned pipeline leaves its GPUs first."""
+    from .run.audit import audit, in_float32
+
+    assert run.plan is not None
+    reference = in_float32(run.spec, compile_spec)
+    run.pipeline = None
+    with progress("auditing", run.brief):
+        run.audit = audit(recorder, images, run.plan, reference, run.spec.workload)
+
+
+def _rehearse(run: Run) -> None:
+    from .rehearsal.rehearse import rehearse_request
+    from .run.generate import save_images
+
+    assert run.resolved is not None
+    resolved = replace(run.resolved, plan=run.resolved.plan.model_copy(update={"spec": run.spec}))
+    with progress("rehearsing", run.brief) as advance:
+        ended = rehearse_request(
+            run.pipeline, resolved, run.host, lambda done, of: advance(f"step {done}/{of}", done, of)
+        )
+    run.rehearsal = ended.report
+    if run.spec.precision.audit:
+        message = "an audit computes on this host's devices, a rehearsal does not: nothing was compared"
+        run.remarks.append(Diagnostic(type="no_audit", severity="info", message=message, where="precision.audit"))
+    seconds = {**run.measured.seconds, **ended.measured.seconds}
+    run.measured = ended.measured.model_copy(update={"seconds": seconds})
+    run.images = [path.name for path in save_images(ended.images, run.folder)]
+
+
+_STEPS = {"compile": _compile, "resolve": _resolve, "apply": _apply, "generate": _generate}
+
+
+_REQUEST = ("prompt", "prompt_file", "negative_prompt", "seed", "control_image", "control_fit", "conditioning_scale")
+"""Keys of the workload that a saved plan leaves open; `_keeps_plan` names those that it bounds."""
+
+
+def _keeps_plan(name: str, given: Workload, planned: Workload) -> bool:
+    """Whether a key of the request leaves bytes and places as planned: fewer steps, another value of guidance."""
+    if name == "steps":
+        return given.steps <= planned.steps
+    return name in _REQUEST or (name == "guidance_scale" and given.guided == planned.guided)
+
+
+def _saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, DeploySpec]:
+    """Return the saved plan, and its declaration with what was given of the request.
+
+    Raises:
+        UsageError: an override would plan anew; all of them are named.
+    """
+    assert spec.plan_file is not None
+    plan = Plan.load(spec.plan_file)
+    given: dict[str, Any] = {}
+    clashing = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        group, _, name = key.partition(".")
+        if group == "workload" and _keeps_plan(name, spec.workload, plan.spec.workload):
+            name = "prompt" if name == "prompt_file" else name  # a file is read when the declaration is composed
+            given[name] = getattr(spec.workload, name)
+        elif group.partition("@")[0] in ("model", "hardware", "precision", "machine", "workload"):
+            clashing.append(override)
+    if clashing:
+        bounds = plan.spec.workload
+        guided = "above 1" if bounds.guided else "up to 1"
+        raise UsageError(
+            f"plan_file applies a saved plan exactly; {', '.join(clashing)} would change it",
+            where="plan_file",
+            hint=f"leave them out, or compile a new plan without plan_file; this one leaves {', '.join(_REQUEST)}, "
+            f"workload.steps up to {bounds.steps} and workload.guidance_scale {guided} open",
+        )
+    planned = plan.spec
+    workload = planned.workload.model_copy(update=given)
+    return plan, spec.model_copy(
+        update={
+            "workload": workload,
+            "model": planned.model,
+            "hardware": planned.hardware,
+            "precision": planned.precision,
+            "machine": planned.machine,
+        }
+    )
