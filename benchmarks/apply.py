@@ -39,8 +39,8 @@ def traffic() -> list[str]:
     import diffusers
     from placement import accelerated
 
+    from sana_deploy.api import compile_spec
     from sana_deploy.declare.compose import compose_spec
-    from sana_deploy.plan.compiler import compile_spec
     from sana_deploy.rehearsal.rehearse import rehearse
 
     diffusers.utils.logging.set_verbosity_error()
@@ -65,11 +65,11 @@ def hooks(rounds: int) -> list[str]:
     from accelerate import dispatch_model
     from diffusers import SanaControlNetPipeline
 
+    from sana_deploy.api import compile_spec
     from sana_deploy.declare.compose import compose_spec
     from sana_deploy.declare.control_image import read_control_image
-    from sana_deploy.declare.spec import COMPONENTS
+    from sana_deploy.declare.pipelines import COMPONENTS
     from sana_deploy.facts.tiny import ensure_tiny
-    from sana_deploy.plan.compiler import compile_spec
     from sana_deploy.run.load import place
 
     spec = compose_spec(["precision=fp32", "workload.height=256", "workload.width=256"])
@@ -77,7 +77,7 @@ def hooks(rounds: int) -> list[str]:
     place(sides["ours"], compile_spec(spec).resolve())
     for name in COMPONENTS:
         dispatch_model(getattr(sides["theirs"], name), device_map={"": "cpu"}, force_hooks=True)
-    picture = read_control_image(spec.workload)
+    picture = read_control_image(spec.workload, spec.workload.bounds)
 
     def run(pipeline: Any) -> tuple[float, Any]:
         times: list[float] = []

@@ -33,13 +33,13 @@ from lively import liveliness
 from make_checkpoint import make_checkpoint
 
 from sana_deploy._units import GIB
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.control_image import read_control_image
 from sana_deploy.declare.policies import QUANTIZED
 from sana_deploy.errors import InvalidSpecError
 from sana_deploy.facts.allocator import context_bytes
 from sana_deploy.facts.machine import probe_torch
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.rehearsal.rehearse import rehearse
 from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import PHASE_OF, PhaseClock, run_request
@@ -113,7 +113,7 @@ def measure(source: Path, precision: str, side: int, batch: int, knobs: str) -> 
     assert border is not None
     torch.cuda.reset_peak_memory_stats()
     border.observers.append(peaks)
-    run_request(pipeline, plan.spec.workload)
+    run_request(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)
     peaks.close()
     border.observers.remove(peaks)
     free, total = torch.cuda.mem_get_info()
@@ -130,10 +130,11 @@ def measure(source: Path, precision: str, side: int, batch: int, knobs: str) -> 
     }  # fmt: skip
     clock = PhaseClock([torch.device("cuda:0")])
     border.observers.append(clock)
-    pixels, _ = run_request(pipeline, plan.spec.workload)
+    pixels, _ = run_request(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)
     clock.switch(None)
     border.observers.remove(clock)
-    uncontrolled, _ = run_request(pipeline, plan.spec.workload.model_copy(update={"conditioning_scale": 0.0}))
+    asked = plan.spec.workload
+    uncontrolled, _ = run_request(pipeline, asked.bounds, asked.request.model_copy(update={"conditioning_scale": 0.0}))
     row["picture"] = liveliness(pixels, uncontrolled)
     row["seconds"] = {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()}
     pipeline.reset_device_map()
@@ -227,7 +228,7 @@ def slicing_cost(vae: Any) -> dict[str, Any]:
 def hook_cost(pipeline: Any, plan: Any) -> dict[str, float]:
     """Median seconds of a denoising step with the border hooks and without, rounds interleaved."""
     resolved, steps = plan.resolve(), plan.spec.workload.steps
-    picture, found = read_control_image(plan.spec.workload), {"hooked": [], "bare": []}
+    picture, found = read_control_image(plan.spec.workload, plan.spec.workload.bounds), {"hooked": [], "bare": []}
 
     def run() -> float:
         times: list[float] = []
@@ -257,11 +258,12 @@ def guard_cost(pipeline: Any, plan: Any, rounds: int = 7) -> float:
     border, workload, ratios = border_of(pipeline), plan.spec.workload, []
 
     def seconds(inspected: bool) -> float:
-        guard = NumericsGuard(dict.fromkeys(plan.components, ""))
+        guard = NumericsGuard(plan.pipeline, dict.fromkeys(plan.components, ""))
         border.inspectors[:] = [guard] if inspected else []
         torch.cuda.synchronize()
         started = time.perf_counter()
-        run_request(pipeline, workload, (lambda done, of: guard.step_done()) if inspected else None)
+        on_step = (lambda done, of: guard.step_done()) if inspected else None
+        run_request(pipeline, workload.bounds, workload.request, on_step)
         guard.check()
         torch.cuda.synchronize()
         border.inspectors.clear()

@@ -28,11 +28,11 @@ from accelerate import dispatch_model
 from diffusers import SanaControlNetPipeline
 from lively import liveliness
 
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.control_image import read_control_image
-from sana_deploy.declare.spec import COMPONENTS
+from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.facts.tiny import ensure_tiny
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.rehearsal.rehearse import open_host
 from sana_deploy.run.border import border_of
 from sana_deploy.run.load import load_pipeline
@@ -121,7 +121,7 @@ class Bench:
         with self.working():
             started = time.perf_counter()
             result = side.pipeline(
-                work.prompt, control_image=read_control_image(work), height=work.height, width=work.width,
+                work.prompt, control_image=read_control_image(work, work.bounds), height=work.height, width=work.width,
                 num_inference_steps=work.steps, guidance_scale=work.guidance_scale, output_type="pt",
                 use_resolution_binning=False, generator=torch.Generator().manual_seed(0),
                 callback_on_step_end=step_end, **options,

@@ -20,7 +20,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from sana_deploy.declare.spec import CatalogueModel, Dtype, Format
+from sana_deploy.declare.formats import Dtype, Format
+from sana_deploy.declare.spec import CatalogueModel
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.rehearsal.meta_modules import stand_in
 

@@ -81,8 +81,8 @@ def cell(arguments: tuple[str, str, int]) -> Cell:
 
 def ours(spec: Any) -> Side:
     """Compile and rehearse our plan."""
+    from sana_deploy.api import compile_spec
     from sana_deploy.errors import InfeasibleError, RunError
-    from sana_deploy.plan.compiler import compile_spec
     from sana_deploy.rehearsal.rehearse import rehearse
 
     try:
@@ -122,7 +122,7 @@ def theirs(spec: Any) -> Side:
     """Place with diffusers' map and hooks, and run the same request."""
     import torch
 
-    from sana_deploy.declare.spec import COMPONENTS
+    from sana_deploy.declare.pipelines import COMPONENTS
     from sana_deploy.facts.virtual_machine import describe_machine
 
     dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
@@ -140,7 +140,7 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
     from diffusers import DPMSolverMultistepScheduler, SanaControlNetPipeline
 
     from sana_deploy.declare.control_image import read_control_image
-    from sana_deploy.declare.spec import COMPONENTS
+    from sana_deploy.declare.pipelines import COMPONENTS
     from sana_deploy.facts.allocator import context_bytes, workspace_bytes
     from sana_deploy.facts.checkpoint import open_checkpoint
     from sana_deploy.facts.virtual_machine import describe_machine
@@ -171,8 +171,9 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
         )
         pipeline.set_progress_bar_config(disable=True)
         work = spec.workload
+        picture = read_control_image(work, work.bounds)
         with host:
-            pipeline(work.prompt, control_image=read_control_image(work), height=work.height, width=work.width,
+            pipeline(work.prompt, control_image=picture, height=work.height, width=work.width,
                      num_inference_steps=work.steps, guidance_scale=work.guidance_scale, output_type="pt",
                      use_resolution_binning=False, callback_on_step_end=step_end)  # fmt: skip
     except (torch.OutOfMemoryError, UnboundLocalError, RuntimeError) as problem:

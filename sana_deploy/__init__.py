@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .api import compile_plan as compile_plan
     from .declare.spec import DeploySpec as DeploySpec
     from .errors import SanaDeployError as SanaDeployError
     from .plan.artifact import Plan as Plan
     from .plan.bind import ResolvedPlan as ResolvedPlan
-    from .plan.compiler import compile_plan as compile_plan
     from .rehearsal.rehearse import rehearse as rehearse
     from .run.load import load_pipeline as load_pipeline
     from .run.load import place as place
@@ -31,7 +31,7 @@ _HOMES = {
     "Plan": "plan.artifact",
     "ResolvedPlan": "plan.bind",
     "SanaDeployError": "errors",
-    "compile_plan": "plan.compiler",
+    "compile_plan": "api",
     "load_pipeline": "run.load",
     "place": "run.load",
     "rehearse": "rehearsal.rehearse",

@@ -1,12 +1,13 @@
-"""Models that stay as they were validated: their lists and mappings refuse changes too.
+"""Models that stay as they were validated, the base of all others, and remarks on a run.
 
-They are still a `list` and a `dict`: they compare equal to plain ones and are serialised as such, to the same bytes.
+Lists and mappings of a model refuse changes too. They are still a `list` and a `dict`: they compare equal to plain ones
+and are serialised as such, to the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -61,3 +62,25 @@ class FrozenModel(BaseModel):
         """Copy, with other fields; what is given is frozen too."""
         changed = {name: frozen(value) for name, value in (update or {}).items()}
         return super().model_copy(update=changed, deep=deep)
+
+
+class Record(FrozenModel):
+    """Base of the artifact's models: frozen; unknown keys of a later minor version are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class Diagnostic(Record):
+    """One remark: a warning or a note, with the place and a hint."""
+
+    type: str
+    severity: Literal["info", "warning"]
+    message: str
+    where: str = ""
+    hint: str = ""
+
+
+class Declared(FrozenModel):
+    """Base of every declared model: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from . import __version__, sweep
+from . import sweep
+from ._version import __version__
 from .declare.compose import command_error
 from .errors import UsageError, did_you_mean
 from .plan import diff

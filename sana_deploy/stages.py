@@ -13,16 +13,19 @@ from typing import Any
 
 from . import _interrupts
 from ._files import write_text
+from ._models import Diagnostic
 from ._startup import Laps, quick_imports, read_ahead, start_gpus
+from .api import compile_spec
 from .declare.control_image import check_control_image, drawn_seed
+from .declare.pipelines import COMPONENTS
 from .declare.policies import fragile_components
-from .declare.spec import COMPONENTS, STAGES, DeploySpec, Stage, VirtualMachine, Workload
+from .declare.spec import STAGES, DeploySpec, Stage, VirtualMachine
+from .declare.workload import DeclaredWorkload
 from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
 from .facts.headers import weight_files
 from .facts.virtual_machine import describe_machine
-from .plan.artifact import Diagnostic, Plan
+from .plan.artifact import Plan
 from .plan.bind import ResolvedPlan
-from .plan.compiler import compile_spec
 from .plan.remedies import out_of_float16, roomier
 from .report import terminal as report
 from .report.progress import progress, progress_each
@@ -132,11 +135,12 @@ def reject(problem: SanaDeployError, folder: Path, overrides: Sequence[str] = ()
 
 
 def _compile(run: Run) -> None:
-    run.remarks += [*drawn_seed(run.spec.workload, run.overrides), *check_control_image(run.spec.workload)]
+    asked = run.spec.workload
+    run.remarks += [*drawn_seed(asked, run.overrides), *check_control_image(asked, asked.bounds)]
     if run.plan is None:
         with progress("profiling", run.brief) as advance:
             try:
-                run.plan = compile_spec(run.spec, told=lambda done, of: advance(f"point {done}/{of}", done, of))
+                run.plan = compile_spec(run.spec, on_progress=lambda done, of: advance(f"point {done}/{of}", done, of))
             except InfeasibleError as problem:
                 run.plan = problem.plan
                 if run.plan:
@@ -230,7 +234,7 @@ def _checked_hint(problem: RunError, plan: Plan) -> str:
     if facts.get("dtype") == "float16":
         return out_of_float16(plan, [facts["component"]], compile_spec)
     if "image" in facts:
-        fragile = fragile_components({name: part.dtype for name, part in plan.components.items()})
+        fragile = fragile_components({name: part.dtype for name, part in plan.components.items()}, plan.pipeline)
         return out_of_float16(plan, fragile or COMPONENTS, compile_spec)
     return problem.hint
 
@@ -238,9 +242,10 @@ def _checked_hint(problem: RunError, plan: Plan) -> str:
 def _run(run: Run) -> None:
     from .run.generate import generate, save_images
 
+    asked = run.spec.workload
     with progress("denoising", run.brief) as advance, _recording(run) as recorder:
         images, measured = generate(
-            run.pipeline, run.spec.workload, lambda done, of: advance(f"step {done}/{of}", done, of)
+            run.pipeline, asked.bounds, asked, lambda done, of: advance(f"step {done}/{of}", done, of)
         )
     seconds = {**run.measured.seconds, **measured.seconds}
     run.measured = measured.model_copy(update={"seconds": seconds, "loaded_bytes": run.measured.loaded_bytes})
@@ -304,7 +309,7 @@ _REQUEST = ("prompt", "prompt_file", "negative_prompt", "seed", "control_image",
 """Keys of the workload that a saved plan leaves open; `_keeps_plan` names those that it bounds."""
 
 
-def _keeps_plan(name: str, given: Workload, planned: Workload) -> bool:
+def _keeps_plan(name: str, given: DeclaredWorkload, planned: DeclaredWorkload) -> bool:
     """Whether a key of the request leaves bytes and places as planned: fewer steps, another value of guidance."""
     if name == "steps":
         return given.steps <= planned.steps

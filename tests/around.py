@@ -14,9 +14,9 @@ from drawing import encode_one_at_a_time
 from PIL import Image
 
 from sana_deploy import load_pipeline
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.plan.bind import ResolvedPlan
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.rehearsal.rehearse import open_host
 from sana_deploy.rehearsal.virtual import Fidelity, VirtualHost
 

@@ -17,7 +17,7 @@ def draw(pipeline: SanaControlNetPipeline, spec: DeploySpec, **options: Any) -> 
     pipeline.set_progress_bar_config(disable=True)
     arguments = dict(
         max_sequence_length=32, complex_human_instruction=[],  # the text encoder takes most of the time on a CPU
-        prompt=work.prompt, control_image=read_control_image(work), height=work.height, width=work.width,
+        prompt=work.prompt, control_image=read_control_image(work, work.bounds), height=work.height, width=work.width,
         num_inference_steps=work.steps, guidance_scale=work.guidance_scale, use_resolution_binning=False,
         generator=torch.Generator().manual_seed(work.seed), output_type="np",
     )  # fmt: skip

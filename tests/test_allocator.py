@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from sana_deploy._units import KIB, MIB
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
-from sana_deploy.declare.spec import Component, DeploySpec, Dtype, Format
+from sana_deploy.declare.formats import Dtype, Format
+from sana_deploy.declare.pipelines import Component
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.allocator import context_bytes, unsplit_bytes, workspace_bytes
 from sana_deploy.facts.checkpoint import open_checkpoint
-from sana_deploy.plan.compiler import compile_spec
 
 MEASURED: list[tuple[dict[Component, Dtype], float]] = [
     ({"text_encoder": "bfloat16"}, 1.0),

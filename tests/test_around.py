@@ -17,9 +17,9 @@ from around import EACH_ALONE, FOUR, STRIPES, Placed, Small, call, diffusers_own
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaControlNetPipeline
 
 from sana_deploy import load_pipeline, place, unplace
-from sana_deploy.declare.spec import COMPONENTS
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.errors import RunError
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.rehearsal.rehearse import open_host
 from sana_deploy.run.border import border_of
 from sana_deploy.run.traffic import by_pair

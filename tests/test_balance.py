@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
-from sana_deploy.declare.spec import COMPONENTS, DeploySpec
+from sana_deploy.declare.pipelines import COMPONENTS
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.virtual_machine import describe_machine
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.plan.cost import slot_use
 from sana_deploy.plan.profile import profile_pipeline
 from sana_deploy.plan.search import ROOMY
+from sana_deploy.rehearsal.calibrate import calibrate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from placement import MACHINES, MODELS, balanced_map
@@ -75,7 +77,7 @@ def test_no_gpu_is_fuller_than_diffusers_fullest_where_that_is_crowded(model: st
         size = (f"workload.height={side}", f"workload.width={side}")
         spec = on(gpus, f"model={model}", f"precision={precision}", *size)
         machine = describe_machine(spec.machine)  # type: ignore[arg-type]
-        profile = profile_pipeline(open_checkpoint(spec.model), spec.workload, spec.precision.formats)
+        profile = profile_pipeline(open_checkpoint(spec.model), spec.workload.bounds, spec.precision.formats, calibrate)
         fullest = max(
             slot_use(profile, theirs, gpu.index, gpu).peak_bytes / gpu.free_bytes
             for gpu in machine.gpus

@@ -1,4 +1,4 @@
-"""What components need, as fitted, agrees with rehearsals at points that it was not fitted to."""
+"""What components need, as calibrated, agrees with rehearsals at points that it was not calibrated with."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import pytest
 
 from sana_deploy._units import MIB
 from sana_deploy.declare.compose import compose_spec
-from sana_deploy.declare.spec import COMPONENTS, Dtype, Format
+from sana_deploy.declare.formats import Dtype, Format
+from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.facts import catalogue
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.plan.profile import profile_pipeline
-from sana_deploy.rehearsal.calibrate import MODELS, PLAIN, SLICED, TILED
+from sana_deploy.rehearsal.calibrate import MODELS, PLAIN, SLICED, TILED, calibrate
 from sana_deploy.rehearsal.measure import Bench, Point
 
 ELSEWHERE = [
@@ -46,7 +47,9 @@ def test_memory_is_within_2_percent_and_work_within_5_elsewhere(
     spec = compose_spec(
         [f"model={model}", *size, f"workload.batch={point.batch}", f"workload.guidance_scale={4.5 if guided else 1.0}"]
     )
-    profile = profile_pipeline(open_checkpoint(spec.model), spec.workload, dict.fromkeys(COMPONENTS, Format(dtype)))
+    profile = profile_pipeline(
+        open_checkpoint(spec.model), spec.workload.bounds, dict.fromkeys(COMPONENTS, Format(dtype)), calibrate
+    )
     if point.mode != "plain":
         profile = profile.under({point.mode})
     for (name, phase), measured in bench(model, dtype).run(point, guided).items():
@@ -63,10 +66,11 @@ def test_memory_is_within_2_percent_and_work_within_5_elsewhere(
             assert work.product_bytes + work.other_bytes == pytest.approx(touched, rel=0.05), (name, phase)
 
 
-def test_every_shipped_architecture_has_its_fits(tiny: object) -> None:
+def test_every_shipped_architecture_has_its_needs(tiny: object) -> None:
     for model in MODELS:
-        for name, facts in open_checkpoint(compose_spec([f"model={model}"]).model).components.items():
-            assert facts.shapes_digest in catalogue.fitted(), (model, name)
+        checkpoint = open_checkpoint(compose_spec([f"model={model}"]).model)
+        for name in checkpoint.components:
+            assert checkpoint.needs_key(name) in catalogue.calibrated(), (model, name)
 
 
 @pytest.mark.slow

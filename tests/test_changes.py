@@ -21,9 +21,9 @@ from diffusers import SanaControlNetPipeline
 from drawing import encode_one_at_a_time
 
 from sana_deploy import load_pipeline, place, unplace
-from sana_deploy.declare.spec import COMPONENTS
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.errors import RunError
-from sana_deploy.plan.compiler import compile_spec
 
 Change = Callable[[SanaControlNetPipeline], object]
 

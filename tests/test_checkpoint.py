@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2Model
 
 from sana_deploy import load_pipeline
-from sana_deploy.declare.spec import CheckpointModel, DeploySpec, Dtype, Format, Overrides, TinyModel
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.formats import Dtype, Format
+from sana_deploy.declare.pipelines import SANA_CONTROLNET
+from sana_deploy.declare.spec import CheckpointModel, DeploySpec, Overrides, TinyModel
 from sana_deploy.errors import CheckpointError
 from sana_deploy.facts import catalogue
 from sana_deploy.facts.checkpoint import Checkpoint, open_checkpoint
 from sana_deploy.facts.component import component_facts
 from sana_deploy.facts.machine import Machine
 from sana_deploy.facts.tiny import ensure_tiny
-from sana_deploy.plan.compiler import compile_spec
 
 CLASSES = {
     "text_encoder": Gemma2Model,
@@ -53,7 +55,7 @@ def test_weight_bytes_count_the_position_buffer_of_2k_models(tmp_path: Path) -> 
     config = dict(num_attention_heads=2, attention_head_dim=8, num_layers=1, num_cross_attention_heads=2,
                   cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8, sample_size=8)  # fmt: skip
     SanaTransformer2DModel(**config, interpolation_scale=1.0).save_pretrained(tmp_path)
-    facts = component_facts("transformer", tmp_path, None, "test")
+    facts = component_facts(SANA_CONTROLNET.by_name["transformer"], tmp_path, None, "test")
     module = SanaTransformer2DModel.from_pretrained(tmp_path, dtype=torch.float16)
     loaded = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     assert facts.weights_bytes(Format("float16")) == loaded

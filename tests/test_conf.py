@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sana_deploy.declare.compose import compose_spec, conf_dir
-from sana_deploy.declare.policies import POLICIES, QUANTIZED, QUANTIZED_DTYPES
+from sana_deploy.declare.pipelines import SANA_CONTROLNET
+from sana_deploy.declare.policies import POLICIES, QUANTIZED, dtypes_of, quantization_of
 from sana_deploy.errors import ComposeError
 
 GROUPS = ("model", "hardware", "precision", "machine", "workload")
@@ -70,9 +71,10 @@ def test_composing_inside_another_hydra_app_leaves_it_as_it_was(tmp_path: Path) 
 def test_the_policies_that_hints_offer_are_those_of_the_config_group() -> None:
     options = {option for group, option in OPTIONS if group == "precision"}
     assert {*POLICIES, *QUANTIZED, "auto"} == options
-    for name, components in POLICIES.items():
-        assert compose_spec([f"precision={name}"]).precision.components == components
-    for name, quantization in QUANTIZED.items():
+    for name in POLICIES:
+        assert compose_spec([f"precision={name}"]).precision.components == dtypes_of(name, SANA_CONTROLNET)
+    for name, policy in QUANTIZED.items():
         precision = compose_spec([f"precision={name}"]).precision
-        assert precision.components == POLICIES[QUANTIZED_DTYPES[name]]
-        assert {key: kept for key, kept in precision.quantization.items() if kept} == quantization
+        assert precision.components == dtypes_of(policy.dtypes, SANA_CONTROLNET)
+        kept = {key: word for key, word in precision.quantization.items() if word}
+        assert kept == quantization_of(name, SANA_CONTROLNET)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.plan.diff import compare, main, render
 
 LARGE = ["model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024"]

@@ -15,14 +15,16 @@ from PIL import Image
 
 from sana_deploy import load_pipeline, place, rehearse, unplace
 from sana_deploy._units import GIB, MIB
-from sana_deploy.declare.spec import COMPONENTS, DeploySpec
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.pipelines import COMPONENTS
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.plan.cost import bytes_per_request, phase_seconds
 from sana_deploy.plan.profile import profile_pipeline
+from sana_deploy.rehearsal.calibrate import calibrate
 from sana_deploy.report.wording import knob_sentence
 from sana_deploy.run.copies import Copies
 
@@ -185,7 +187,7 @@ def test_slicing_costs_what_an_h200_measured(small: Small) -> None:
     placement = dict.fromkeys(COMPONENTS, 0)
     for batch, phase, low, high in ((1, "prepare", 0.03, 0.07), (4, "prepare", 0.06, 0.14), (4, "decode", 0.04, 0.11)):
         spec = small(*LARGE, f"workload.batch={batch}", "precision=mixed_bf16")
-        profile = profile_pipeline(open_checkpoint(spec.model), spec.workload, spec.precision.formats)
+        profile = profile_pipeline(open_checkpoint(spec.model), spec.workload.bounds, spec.precision.formats, calibrate)
         whole, sliced = (phase_seconds(profile.under(on), placement, gpus) for on in ((), ["vae_slicing"]))
         assert whole is not None
         assert sliced is not None

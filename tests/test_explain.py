@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from sana_deploy._units import MIB, parse_bytes
+from sana_deploy.api import compile_plan
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.keys import known_keys
 from sana_deploy.errors import ComposeError, InfeasibleError, InvalidSpecError, SanaDeployError
-from sana_deploy.plan.compiler import compile_plan
 
 MAP = "hardware=custom_map"
 

@@ -13,14 +13,19 @@ from diffusers import SanaControlNetPipeline
 from PIL import Image
 
 from sana_deploy import load_pipeline
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.control_image import check_control_image, read_control_image
 from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.declare.workload import Request, Workload
 from sana_deploy.errors import InputError, RunError
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.run.generate import generate, save_images
 
 Small = Callable[..., DeploySpec]
 pytestmark = pytest.mark.usefixtures("short_prompts")
+
+
+def asked(spec: DeploySpec) -> tuple[Workload, Request]:
+    return spec.workload.bounds, spec.workload.request
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def pipeline(tiny: Path) -> SanaControlNetPipeline:
 def test_a_request_gives_images_phases_and_steps(pipeline: SanaControlNetPipeline, small: Small) -> None:
     steps: list[tuple[int, int]] = []
     spec = small("workload.batch=2", "workload.steps=3")
-    images, measured = generate(pipeline, spec.workload, lambda done, of: steps.append((done, of)))
+    images, measured = generate(pipeline, *asked(spec), lambda done, of: steps.append((done, of)))
     assert [image.size for image in images] == [(96, 64)] * 2
     assert steps == [(1, 3), (2, 3), (3, 3)]
     phases = ("encode", "prepare", "denoise", "decode")
@@ -47,7 +52,7 @@ def test_the_same_seed_gives_the_same_image_and_another_seed_another(
     pipeline: SanaControlNetPipeline, small: Small
 ) -> None:
     def image(seed: int) -> bytes:
-        return generate(pipeline, small(f"workload.seed={seed}").workload)[0][0].tobytes()
+        return generate(pipeline, *asked(small(f"workload.seed={seed}")))[0][0].tobytes()
 
     assert image(1) == image(1) != image(2)
 
@@ -62,7 +67,7 @@ def test_nan_and_flat_images_are_failures(
     decoder = pipeline.vae.decoder
     monkeypatch.setattr(decoder, "forward", lambda z: torch.full((1, 3, 64, 96), value))
     with pytest.raises(RunError, match=says) as caught:
-        generate(pipeline, small().workload)
+        generate(pipeline, *asked(small()))
     assert caught.value.exit_code == 6
 
 
@@ -74,15 +79,15 @@ def test_out_of_memory_in_decode_is_named(
 
     monkeypatch.setattr(pipeline.vae.decoder, "forward", full)
     with pytest.raises(RunError, match=r"out of memory on cpu, in vae during decode \(tried to allocate\)"):
-        generate(pipeline, small().workload)
+        generate(pipeline, *asked(small()))
     monkeypatch.undo()
-    assert generate(pipeline, small().workload)[0], "the pipeline stays usable"
+    assert generate(pipeline, *asked(small()))[0], "the pipeline stays usable"
 
 
 def test_an_unplaced_pipeline_is_refused(tiny: Path, small: Small) -> None:
     plain = SanaControlNetPipeline.from_pretrained(tiny)
     with pytest.raises(RunError, match="not placed"):
-        generate(plain, small().workload)
+        generate(plain, *asked(small()))
 
 
 def test_images_are_written_whole(tmp_path: Path) -> None:
@@ -95,16 +100,16 @@ def test_images_are_written_whole(tmp_path: Path) -> None:
 
 def test_the_drawn_control_image_is_deterministic_and_of_the_size_asked(small: Small) -> None:
     workload = small().workload
-    picture = read_control_image(workload)
+    picture = read_control_image(workload, workload.bounds)
     assert picture.size == (96, 64)
-    assert picture.tobytes() == read_control_image(workload).tobytes()
+    assert picture.tobytes() == read_control_image(workload, workload.bounds).tobytes()
     assert len(set(picture.convert("L").tobytes())) > 1
 
 
 def test_a_control_image_file_is_read_upright_and_resized(small: Small, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.new("L", (30, 10), 128).save(path)
-    picture = read_control_image(small(f"workload.control_image={path}").workload)
+    picture = read_control_image(*reversed(asked(small(f"workload.control_image={path}"))))
     assert (picture.size, picture.mode) == ((96, 64), "RGB")
 
 
@@ -121,5 +126,5 @@ def test_a_control_image_that_cannot_be_read_is_named(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=says) as caught:
-        check_control_image(small(f"workload.control_image={path}").workload)
+        check_control_image(*reversed(asked(small(f"workload.control_image={path}"))))
     assert caught.value.where == "workload.control_image"

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from sana_deploy._units import GIB
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError
 from sana_deploy.facts.machine import Machine
-from sana_deploy.plan.compiler import compile_spec
 
 Small = Callable[..., DeploySpec]
 Describe = Callable[..., Machine]

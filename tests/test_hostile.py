@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from sana_deploy.api import compile_plan
 from sana_deploy.errors import PlanError
 from sana_deploy.plan.artifact import Plan, digest_of
-from sana_deploy.plan.compiler import compile_plan
 
 RELEASED = sorted((Path(__file__).parent / "plans").glob("*.json"))
 ODD: list[Any] = [

@@ -17,12 +17,13 @@ from drawing import draw
 from safetensors.torch import load_file, save_file
 
 from sana_deploy import load_pipeline
-from sana_deploy.declare.spec import COMPONENTS, DeploySpec
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.pipelines import COMPONENTS
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import PlanError
 from sana_deploy.facts.machine import Machine
 from sana_deploy.plan import content
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.plan.content import contents
 from sana_deploy.plan.diff import compare
 from sana_deploy.stages import deploy

@@ -21,7 +21,7 @@ from PIL import Image, ImageCms
 
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.control_image import check_control_image, read_control_image
-from sana_deploy.declare.spec import Workload
+from sana_deploy.declare.workload import DeclaredWorkload, Request, Workload
 from sana_deploy.errors import InputError
 from sana_deploy.plan.artifact import Plan, digest_of
 
@@ -33,22 +33,26 @@ SIXTEEN_BIT = np.rint(RAMP * 65535).astype(np.uint16)
 
 
 @functools.cache
-def small_workload() -> Workload:
+def small_workload() -> DeclaredWorkload:
     return compose_spec(SMALL).workload
 
 
-def asked(path: Path, **changes: Any) -> Workload:
+def asked(path: Path, **changes: Any) -> DeclaredWorkload:
     return small_workload().model_copy(update={"control_image": str(path), **changes})
 
 
+def both(asked: DeclaredWorkload) -> tuple[Request, Workload]:
+    return asked.request, asked.bounds
+
+
 def pixels(path: Path, **changes: Any) -> np.ndarray:
-    picture = read_control_image(asked(path, **changes))
+    picture = read_control_image(*both(asked(path, **changes)))
     assert picture.mode == "RGB"
     return np.asarray(picture).astype(int)
 
 
 def remarks(path: Path, **changes: Any) -> dict[str, str]:
-    return {remark.type: remark.message for remark in check_control_image(asked(path, **changes))}
+    return {remark.type: remark.message for remark in check_control_image(*both(asked(path, **changes)))}
 
 
 def saved(values: np.ndarray, path: Path, **options: Any) -> Path:
@@ -117,7 +121,7 @@ def test_values_of_unknown_range_are_refused_with_the_values_found(
 ) -> None:
     path = saved(values, tmp_path / "depth.tiff")
     with pytest.raises(InputError) as caught:
-        read_control_image(asked(path))
+        read_control_image(*both(asked(path)))
     assert says in caught.value.message
     assert (caught.value.exit_code, caught.value.where) == (3, "workload.control_image")
     assert "grey of 16 bits, 0 for black and 65535 for white" in caught.value.hint
@@ -184,7 +188,7 @@ def test_an_animation_is_refused_with_a_command_that_takes_one_frame(tmp_path: P
     path = tmp_path / f"it's a walk.{suffix}"
     frames[0].save(path, save_all=True, append_images=frames[1:])
     with pytest.raises(InputError, match="it has 3 frames, a control image is one picture") as caught:
-        read_control_image(asked(path))
+        read_control_image(*both(asked(path)))
     command = caught.value.hint.partition(": ")[2]
     subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=tmp_path, check=True)
     assert np.abs(pixels(tmp_path / "frame.png") - [255, 0, 0]).max() <= 2
@@ -264,7 +268,7 @@ def test_a_decompression_bomb_is_refused_with_a_sentence(tmp_path: Path) -> None
     path = tmp_path / "bomb.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     with pytest.raises(InputError, match=r"it unpacks to 900,000,000 pixels, more than the [0-9,]+ that are read"):
-        check_control_image(asked(path))
+        check_control_image(*both(asked(path)))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "gif", "webp", "bmp", "ppm"])
@@ -276,11 +280,11 @@ def test_a_damaged_file_is_refused_or_read_and_nothing_else(tmp_path: Path, suff
         start = chance.randrange(len(content))
         path.write_bytes(content[:start] + chance.randbytes(chance.choice((0, 1, 8))) + content[start + 3 :])
         with contextlib.suppress(InputError):  # code 3; anything else fails the test
-            read_control_image(asked(path))
+            read_control_image(*both(asked(path)))
             read += 1
     assert 0 < read < 150
 
 
 def test_a_folder_is_no_control_image(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be used: Is a directory"):
-        check_control_image(asked(tmp_path))
+        check_control_image(*both(asked(tmp_path)))

@@ -11,9 +11,9 @@ import torch
 from PIL.Image import Image
 
 from sana_deploy import rehearse
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
 from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import generate
@@ -136,11 +136,11 @@ def test_an_error_while_weights_visit_leaves_the_pipeline_usable(small: Small, t
 def test_sliced_latents_are_equal_to_the_last_places(small: Small) -> None:
     spec = small("precision=fp32", "workload.batch=2")
     pipeline = load_pipeline(compile_spec(spec))
-    plain, _ = generate(pipeline, spec.workload)
+    plain, _ = generate(pipeline, spec.workload.bounds, spec.workload.request)
     pixels = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = pipeline.vae.encode(pixels).latent
         pipeline.vae.enable_slicing()
         torch.testing.assert_close(pipeline.vae.encode(pixels).latent, whole, rtol=1e-4, atol=1e-4)
-    sliced, _ = generate(pipeline, spec.workload)
+    sliced, _ = generate(pipeline, spec.workload.bounds, spec.workload.request)
     assert most_levels(sliced, plain) <= 1

@@ -15,10 +15,11 @@ from diffusers import SanaControlNetPipeline
 from drawing import draw, encode_one_at_a_time
 
 from sana_deploy import load_pipeline, place
-from sana_deploy.declare.spec import COMPONENTS, DeploySpec
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.pipelines import COMPONENTS
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import CheckpointError, PlanError, RunError
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.run.border import BorderHook
 
 Small = Callable[..., DeploySpec]

@@ -12,10 +12,10 @@ import pytest
 from conftest import SMALL
 
 from sana_deploy import Plan, rehearse
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.plan import needs
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.rehearsal import calibrate as fit
 
 
@@ -43,7 +43,7 @@ def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[M
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SANA_DEPLOY_CACHE", str(root / "cache"))
         needs._read.cache_clear()
-        plan = compile_spec(spec, told=lambda done, of: told.append((done, of)))
+        plan = compile_spec(spec, on_progress=lambda done, of: told.append((done, of)))
         yield Measured(spec, plan, told, root / "cache")
     needs._read.cache_clear()
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from sana_deploy._units import MIB
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.plan.remedies import roomier
 from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
 from sana_deploy.run.border import border_of, vae_settings

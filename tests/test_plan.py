@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InputError, PlanError
 from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.artifact import BASIS, Plan
-from sana_deploy.plan.compiler import compile_spec
 
 
 @pytest.fixture

@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sana_deploy._units import GIB, MIB
-from sana_deploy.declare.spec import COMPONENTS, KNOBS, Component, DeploySpec, Format, Knob
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.formats import Format
+from sana_deploy.declare.pipelines import COMPONENTS, SANA_CONTROLNET, Component, Crossing, Phase
+from sana_deploy.declare.spec import KNOBS, DeploySpec, Knob
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu, Machine
-from sana_deploy.plan.compiler import compile_spec
-from sana_deploy.plan.cost import Place, bytes_per_request, home_of, is_split, phase_seconds, slot_use
+from sana_deploy.plan.cost import Place, bytes_per_request, is_split, phase_seconds, slot_use
 from sana_deploy.plan.grid import Objective, Rules
-from sana_deploy.plan.profile import ComponentProfile, Crossing, Phase, PipelineProfile, Work
+from sana_deploy.plan.profile import ComponentProfile, PipelineProfile, Work
 from sana_deploy.plan.search import ROOMY, placements, search_balanced
 
 sizes = st.integers(0, 60).map(lambda n: n * 100 * MIB)
@@ -45,14 +47,14 @@ def profiles(draw: st.DrawFn) -> PipelineProfile:
     ways: tuple[tuple[Knob, ...], ...] = ((), ("vae_slicing",), ("vae_slicing", "vae_tiling"))
     once: tuple[tuple[Knob, ...], ...] = ((), ("encode_once",))
     crossings = (
-        Crossing("prompt_embeds", "text_encoder", "transformer", draw(sizes) // 100, False),
-        Crossing("control_image", "transformer", "vae", draw(sizes) // 100, False),
+        Crossing("prompt_embeds", "text_encoder", "transformer", draw(sizes) // 100, False, "encode"),
+        Crossing("control_image", "transformer", "vae", draw(sizes) // 100, False, "prepare"),
         Crossing("controlnet_block_samples", "controlnet", "transformer", draw(sizes) // 100, True),
-        Crossing("latents", "transformer", "vae", draw(sizes) // 100, False),
+        Crossing("latents", "transformer", "vae", draw(sizes) // 100, False, "decode"),
     )
     vae = components["vae"].weights_bytes
     under = {frozenset(one + way): component("vae", vae) for one in once for way in ways}
-    return PipelineProfile(components, crossings, 20, draw(st.sampled_from([1, 2])), under)
+    return PipelineProfile(SANA_CONTROLNET, components, crossings, 20, draw(st.sampled_from([1, 2])), under)
 
 
 @st.composite
@@ -82,7 +84,7 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
         for places in itertools.product(by_index, repeat=4):
             placement: dict[Component, Place] = dict(zip(COMPONENTS, places, strict=True))
             uses = {i: slot_use(under, placement, i, by_index[i]) for i in set(places)}
-            split = is_split(placement)
+            split = is_split(SANA_CONTROLNET, placement)
             if any(use.peak_bytes > by_index[i].free_bytes for i, use in uses.items()):
                 continue
             if split and "split_controlnet" not in allowed:
@@ -91,7 +93,7 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
             seconds = phase_seconds(under, placement, by_index)
             assert seconds is not None
             moved, count = bytes_per_request(under, placement), len(knobs) + split
-            speed = tuple(-part for part in by_index[home_of(placement)].speed)  # type: ignore[index]
+            speed = tuple(-part for part in by_index[placement["transformer"]].speed)  # type: ignore[index]
             found.append(
                 (tiling, offload, split, slicing, worst, moved, speed, sum(seconds.values()), count, len(uses))
             )
@@ -130,7 +132,7 @@ def test_the_chosen_candidate_is_the_best_of_all(
     assert expected is not None
     assert best.seconds is not None
     on = {knob: knob in best.knobs for knob in KNOBS}
-    home = next(gpu for gpu in gpus if gpu.index == home_of(best.placement))
+    home = next(gpu for gpu in gpus if gpu.index == best.placement["transformer"])
     speed = tuple(-part for part in home.speed)
     ties = (best.worst_utilisation, best.bytes_per_request, speed)
     if objective == "balance":

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sana_deploy._units import GIB
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
-from sana_deploy.declare.policies import POLICIES
+from sana_deploy.declare.pipelines import SANA_CONTROLNET
+from sana_deploy.declare.policies import dtypes_of
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError, RunError
 from sana_deploy.facts.machine import Gpu, Machine
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.plan.remedies import out_of_float16
 from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import generate
@@ -45,7 +46,7 @@ def test_auto_takes_the_best_legal_policy_and_says_why(
 ) -> None:  # fmt: skip
     plan = compile_spec(small(*LARGE[:3], *asked), machine(*sizes, capability=capability))
     assert plan.spec.precision.name == chosen
-    assert {name: part.dtype for name, part in plan.components.items()} == POLICIES[chosen]
+    assert {name: part.dtype for name, part in plan.components.items()} == dtypes_of(chosen, SANA_CONTROLNET)
     (remark,) = [one for one in plan.diagnostics if one.type == "auto_precision"]
     assert reason in remark.message
 
@@ -110,7 +111,7 @@ def test_the_first_component_that_breaks_is_the_one_named(small: Small, broken: 
     next(getattr(pipeline, broken).parameters()).data.fill_(float("nan"))
     steps: list[int] = []
     with pytest.raises(RunError, match=where) as caught:
-        generate(pipeline, spec.workload, lambda done, of: steps.append(done))
+        generate(pipeline, spec.workload.bounds, spec.workload.request, lambda done, of: steps.append(done))
     assert steps == [], "it ends with the first step"
     assert "the weights or the inputs are damaged" in caught.value.hint
     assert border_of(pipeline).inspectors == []  # type: ignore[union-attr]
@@ -156,7 +157,7 @@ def test_what_cures_a_flat_image_is_checked_against_the_plan(
     assert outcome.error.hint == hint
     pipeline = load_pipeline(plan)
     with pytest.raises(RunError) as caught:
-        generate(pipeline, plan.spec.workload)
+        generate(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)
     words = {"fp16": "precision=mixed_bf16, or", "mixed_bf16": "precision=bf16, or"}.get(precision, "")
     assert caught.value.hint.startswith(words)
     assert bool(caught.value.hint) == bool(words)

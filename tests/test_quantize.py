@@ -19,15 +19,17 @@ from drawing import draw
 from torch import nn
 
 from sana_deploy import load_pipeline, place
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
-from sana_deploy.declare.policies import QUANTIZED, QUANTIZERS
-from sana_deploy.declare.spec import DeploySpec, Format, Quantization
+from sana_deploy.declare.formats import Format, Quantization
+from sana_deploy.declare.pipelines import SANA_CONTROLNET
+from sana_deploy.declare.policies import QUANTIZED, QUANTIZERS, quantization_of
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
 from sana_deploy.facts.catalogue import NAMES
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.rehearsal.meta_modules import stand_in
 from sana_deploy.rehearsal.rehearse import open_host, rehearse
 from sana_deploy.run import quantize
@@ -78,8 +80,9 @@ def libraries_own(tiny: Path, spec: DeploySpec) -> SanaControlNetPipeline:
 def test_the_image_is_the_libraries_own_bit_for_bit(tiny: Path, small: Small, policy: str) -> None:
     spec = small(f"precision={policy}")
     pipeline = load_pipeline(compile_spec(spec))
-    assert set(QUANTIZED[policy]) <= {"text_encoder", "transformer", "controlnet"}, "the VAE is convolutions"
-    for name, kept in QUANTIZED[policy].items():
+    wanted = quantization_of(policy, SANA_CONTROLNET)
+    assert set(wanted) <= {"text_encoder", "transformer", "controlnet"}, "the VAE is convolutions"
+    for name, kept in wanted.items():
         module = getattr(pipeline, name)
         assert all(quantize.is_quantized(one.weight) for one in linears_of(module).values())
         assert sum(stored_bytes(one) for one in module.parameters()) < sum(one.nbytes for one in module.parameters())
@@ -138,7 +141,8 @@ def test_plans_of_the_full_model_agree_with_rehearsals(policy: str, gpus: str) -
     ]))  # fmt: skip
     for gpu in rehearse(plan, "shapes").report.gpus:
         assert abs(gpu.planned_error) < 0.02
-    assert {name: part.quantization for name, part in plan.components.items() if part.quantization} == QUANTIZED[policy]
+    kept = {name: part.quantization for name, part in plan.components.items() if part.quantization}
+    assert kept == quantization_of(policy, SANA_CONTROLNET)
 
 
 @pytest.mark.parametrize("quantization", KINDS)

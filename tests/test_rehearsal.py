@@ -14,10 +14,11 @@ import torch
 from diffusers import SanaControlNetPipeline
 
 from sana_deploy import Outcome, rehearse
-from sana_deploy.declare.spec import COMPONENTS, DeploySpec, VirtualMachine
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.pipelines import COMPONENTS
+from sana_deploy.declare.spec import DeploySpec, VirtualMachine
 from sana_deploy.errors import CheckpointError, InfeasibleError, RunError
 from sana_deploy.facts.virtual_machine import describe_machine
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
 from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import generate, run_request
@@ -37,7 +38,7 @@ def test_on_four_gpus_the_image_is_that_of_one_and_of_the_cpu_bit_for_bit(small:
     four = rehearse(compile_spec(small(chosen, *FOUR, *EACH_ALONE)))
     one = rehearse(compile_spec(small(chosen, *ONE, "hardware=single_gpu")))
     spec = small(chosen)
-    cpu, _ = generate(load_pipeline(compile_spec(spec)), spec.workload)
+    cpu, _ = generate(load_pipeline(compile_spec(spec)), spec.workload.bounds, spec.workload.request)
     assert four.images[0].tobytes() == one.images[0].tobytes() == cpu[0].tobytes()
     assert four.report.fidelity == "numbers"
     assert len(four.report.gpus) == 4
@@ -124,7 +125,7 @@ def test_memory_comes_back_and_a_twentieth_call_takes_no_more_than_the_second(sm
     live = []
     with host:
         for _ in range(20):
-            run_request(pipeline, workload)
+            run_request(pipeline, workload.bounds, workload.request)
             live.append([host.ledger.live(gpu) for gpu in range(4)])
     assert live[1] == live[-1]
     assert all(left < 2**18 for left in host.ledger.activations), "only the scheduler's few numbers stay"
@@ -162,9 +163,9 @@ def test_the_plan_s_estimate_is_compared(small: Small) -> None:
 @pytest.mark.usefixtures("short_prompts")
 def test_nothing_leaks_into_the_process(tiny: Path, small: Small) -> None:
     spec = small("precision=fp32")
-    before, _ = generate(load_pipeline(compile_spec(spec)), spec.workload)
+    before, _ = generate(load_pipeline(compile_spec(spec)), spec.workload.bounds, spec.workload.request)
     rehearse(compile_spec(small(*FOUR, *EACH_ALONE)))
-    after, _ = generate(load_pipeline(compile_spec(spec)), spec.workload)
+    after, _ = generate(load_pipeline(compile_spec(spec)), spec.workload.bounds, spec.workload.request)
     assert np.array_equal(np.asarray(before[0]), np.asarray(after[0]))
     assert torch.tensor([1, 2]).device.type == "cpu"
     assert not torch._C._only_lift_cpu_tensors()
@@ -273,7 +274,7 @@ def test_peaks_agree_with_pytorch_s_own_memory_tracker(small: Small, side: int) 
     tracker = Tracker()
     tracker.track_external(*(getattr(pipeline, name) for name in COMPONENTS))
     with tracker:
-        run_request(pipeline, spec.workload)
+        run_request(pipeline, spec.workload.bounds, spec.workload.request)
     independent = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     assert gpu.peak_bytes - gpu.context_bytes - gpu.allocator_bytes == pytest.approx(independent, rel=0.02)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
 from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.compiler import compile_spec
 
 Describe = Callable[..., Machine]
 

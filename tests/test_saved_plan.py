@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.run.outcome import Outcome
 from sana_deploy.stages import deploy
 

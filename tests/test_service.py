@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sana_deploy import Plan, compile_plan
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
-from sana_deploy.plan.compiler import compile_spec
 
 SERVICE = Path(__file__).parent / "service"
 FIXTURE = Path(__file__).parent / "plans" / "1.1.json"

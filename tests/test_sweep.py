@@ -21,10 +21,10 @@ from inprocess import run_here
 from PIL import Image
 
 from sana_deploy import sweep
+from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import ComposeError
-from sana_deploy.plan.compiler import compile_spec
 from sana_deploy.report.jobs import NO_OUTCOME, planned_jobs, read_jobs
 from sana_deploy.report.summary import COLUMNS, cells_of, mark_front, read_rows
 from sana_deploy.run.outcome import Outcome, failure_of

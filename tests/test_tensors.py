@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sana_deploy.declare.spec import COMPONENTS, CheckpointModel, Component, Overrides
+from sana_deploy.declare.pipelines import COMPONENTS, SANA_CONTROLNET, Component
+from sana_deploy.declare.spec import CheckpointModel, Overrides
 from sana_deploy.errors import CheckpointError
 from sana_deploy.facts import catalogue
 from sana_deploy.facts.architectures import dc_ae, expected_shapes, gemma2, sana
 from sana_deploy.facts.checkpoint import open_checkpoint
-from sana_deploy.facts.component import CLASSES
 
 Cli = Callable[..., Any]
 TRANSFORMER = Path("transformer") / "diffusion_pytorch_model.safetensors"
@@ -45,7 +45,8 @@ def test_the_tensors_of_every_shipped_architecture_are_known(tiny: Path, model: 
     else:
         config = catalogue.load(model)[component]["config"]
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    assert expected_shapes(CLASSES[component], config) == shapes_of(CLASSES[component], plain)
+    name = SANA_CONTROLNET.by_name[component].class_name
+    assert expected_shapes(name, config) == shapes_of(name, plain)
 
 
 @pytest.mark.parametrize(

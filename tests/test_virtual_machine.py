@@ -6,11 +6,10 @@ import pytest
 
 from sana_deploy._units import GIB
 from sana_deploy.declare.compose import compose_spec, conf_dir
-from sana_deploy.declare.policies import is_native
 from sana_deploy.declare.spec import VirtualMachine
 from sana_deploy.errors import InvalidSpecError
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
-from sana_deploy.facts.machine import Machine
+from sana_deploy.facts.machine import Machine, is_native
 from sana_deploy.facts.virtual_machine import describe_machine
 
 

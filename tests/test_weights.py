@@ -16,10 +16,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sana_deploy.declare.spec import COMPONENTS, Component, DeploySpec
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.pipelines import COMPONENTS, SANA_CONTROLNET, Component
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import CheckpointError, RunError
-from sana_deploy.facts.component import CLASSES, component_facts
-from sana_deploy.plan.compiler import compile_spec
+from sana_deploy.facts.component import component_facts
 from sana_deploy.run import weights
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.weights import Wanted, load_components
@@ -28,7 +29,10 @@ Small = Callable[..., DeploySpec]
 
 
 def wanted(folder: Path, dtype: torch.dtype) -> dict[Component, Wanted]:
-    return {name: Wanted(component_facts(name, folder / name, None, name), dtype, "cpu") for name in COMPONENTS}
+    return {
+        part.name: Wanted(component_facts(part, folder / part.name, None, part.name), dtype, "cpu")
+        for part in SANA_CONTROLNET.components
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -38,7 +42,7 @@ def test_modules_are_those_of_from_pretrained_bit_for_bit(
     monkeypatch.setattr(weights, "_by_library", None)  # the fallback is not taken
     for name, ours in load_components(wanted(tiny, dtype)).items():
         library = transformers if name == "text_encoder" else diffusers
-        theirs = getattr(library, CLASSES[name]).from_pretrained(str(tiny / name), dtype=dtype)
+        theirs = getattr(library, type(ours).__name__).from_pretrained(str(tiny / name), dtype=dtype)
         assert type(ours) is type(theirs)
         assert not ours.training
         mine = {**dict(ours.named_parameters()), **dict(ours.named_buffers())}
@@ -91,7 +95,7 @@ def rewritten(tiny: Path, folder: Path, component: Component, change: Change, pi
     copy = Path(shutil.copytree(tiny / component, folder / component))
     (path,) = copy.glob("*.safetensors")
     tensors = load_file(path)
-    facts = replace(component_facts(component, copy, None, component), allow_pickle=pickled)
+    facts = replace(component_facts(SANA_CONTROLNET.by_name[component], copy, None, component), allow_pickle=pickled)
     if pickled:
         path.unlink()
         torch.save(change(tensors), path.with_suffix(".bin"))

@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ..errors import ComposeError, InputError, InvalidSpecError, SanaDeployError, UsageError, did_you_mean
 from .keys import conf_dir as conf_dir
 from .keys import known_keys, nearest_key
-from .spec import COMPONENTS, DeploySpec
+from .pipelines import COMPONENTS
+from .spec import DeploySpec
 from .texts import as_typed, key_of, literal, prompt_of, quoted_hint
 
 _OF_COMPONENTS = ("hardware.device_map", "hardware.pin", "precision.components", "precision.quantization")

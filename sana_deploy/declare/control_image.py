@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .._models import Diagnostic
 from ..errors import InputError
-from ..plan.artifact import Diagnostic
-from .spec import Workload
+from .workload import Request, Workload
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,24 +26,24 @@ _SIXTEEN_BIT = ("PNG", "PPM")
 """Formats whose grey of more than 8 bits Pillow scales to 65535, also where it calls the mode `I`."""
 
 
-def drawn_seed(workload: Workload, overrides: Sequence[str]) -> list[Diagnostic]:
+def drawn_seed(request: Request, overrides: Sequence[str]) -> list[Diagnostic]:
     """Name the seed that `workload.seed=random` drew, with the override that draws the same picture again."""
     if "workload.seed=random" not in [one.lstrip("+") for one in overrides]:
         return []
-    message, hint = f"random drew {workload.seed}", f"workload.seed={workload.seed} draws the same picture again"
+    message, hint = f"random drew {request.seed}", f"workload.seed={request.seed} draws the same picture again"
     return [Diagnostic(type="seed_drawn", severity="info", message=message, where="workload.seed", hint=hint)]
 
 
-def check_control_image(workload: Workload) -> list[Diagnostic]:
+def check_control_image(request: Request, workload: Workload) -> list[Diagnostic]:
     """Read the control image's file once, whole, and return what was done to it.
 
     Raises:
         InputError: see `read_control_image`.
     """
-    return [] if workload.control_image is None else _read(workload)[1]
+    return [] if request.control_image is None else _read(request, workload)[1]
 
 
-def read_control_image(workload: Workload) -> Image:
+def read_control_image(request: Request, workload: Workload) -> Image:
     """Return the control image as RGB, (height, width) as the workload asks.
 
     EXIF orientation is applied, what is transparent is white, values of 16 bits and floats in 0..1 are scaled to 8
@@ -52,22 +52,22 @@ def read_control_image(workload: Workload) -> Image:
     Raises:
         InputError: the file is missing, no picture, damaged, too large or an animation, or its values tell no range.
     """
-    if workload.control_image is None:
+    if request.control_image is None:
         return _drawing(workload.width, workload.height)
-    picture, remarks = _read(workload)
+    picture, remarks = _read(request, workload)
     for remark in remarks:
         log.info("%s: %s", remark.where, remark.message)
     return picture
 
 
-def _read(workload: Workload) -> tuple[Image, list[Diagnostic]]:
+def _read(request: Request, workload: Workload) -> tuple[Image, list[Diagnostic]]:
     from PIL import Image, UnidentifiedImageError
 
-    path = Path(str(workload.control_image)).expanduser()
+    path = Path(str(request.control_image)).expanduser()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a poster is read, a bomb is an error
-            return _opened(path, workload)
+            return _opened(path, request, workload)
     except FileNotFoundError:
         raise _unreadable(path, "there is no such file") from None
     except UnidentifiedImageError:
@@ -82,7 +82,7 @@ def _read(workload: Workload) -> tuple[Image, list[Diagnostic]]:
         raise _unreadable(path, why) from problem
 
 
-def _opened(path: Path, workload: Workload) -> tuple[Image, list[Diagnostic]]:
+def _opened(path: Path, request: Request, workload: Workload) -> tuple[Image, list[Diagnostic]]:
     from PIL import Image, ImageOps
 
     with Image.open(path) as picture:
@@ -94,7 +94,7 @@ def _opened(path: Path, workload: Workload) -> tuple[Image, list[Diagnostic]]:
         greatest = _greatest_of(picture)
         upright = ImageOps.exif_transpose(picture)
     coloured, remarks = _in_colours(upright, greatest, path)
-    fitted, remark = _fitted(coloured, workload, path)
+    fitted, remark = _fitted(coloured, request, workload, path)
     return fitted, [*remarks, *([remark] if remark else [])]
 
 
@@ -148,7 +148,7 @@ def _scaled(picture: Image, greatest: int | None, path: Path) -> tuple[Image, li
     return grey.convert("RGB"), [Diagnostic(type="control_scaled", severity="info", message=message, where=_WHERE)]
 
 
-def _fitted(picture: Image, workload: Workload, path: Path) -> tuple[Image, Diagnostic | None]:
+def _fitted(picture: Image, request: Request, workload: Workload, path: Path) -> tuple[Image, Diagnostic | None]:
     """Bring the picture to the workload's size as `control_fit` says; a remark where its proportions are others."""
     from PIL import Image, ImageOps
 
@@ -159,7 +159,7 @@ def _fitted(picture: Image, workload: Workload, path: Path) -> tuple[Image, Diag
     shape, wanted = f"{path.name} of {width}x{height} px", f"{size[0]}x{size[1]} px"
     severity: Literal["info", "warning"] = "info"
     hint = ""
-    match workload.control_fit:
+    match request.control_fit:
         case "crop":
             fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
             scale = max(size[0] / width, size[1] / height)

@@ -1,58 +1,55 @@
-"""What a dtype policy promises, and what a GPU can really compute."""
+"""The dtype policies by name, what they promise, and which components do not survive float16."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from ..facts.machine import Gpu
-from .spec import Component, Dtype, Format, Quantization
+from .formats import Dtype, Format, Quantization
+from .pipelines import Component, PipelineDescription, Role
 
-NATIVE_FROM: Mapping[Dtype, tuple[int, int]] = {"float32": (0, 0), "float16": (5, 3), "bfloat16": (8, 0)}
-"""First compute capability with native arithmetic per dtype. bfloat16: CUDA C++ programming guide, arithmetic
-instructions; cuDNN has bfloat16 convolutions from 8.0 on."""
-
-FRAGILE: Mapping[Component, str] = {
-    "text_encoder": "Gemma 2's activations exceed float16's range",
-    "vae": "the decoder's activations exceed float16's range",
+POLICIES: Mapping[str, Mapping[Role, Dtype]] = {
+    "mixed_bf16": {"text_encoder": "bfloat16", "vae": "bfloat16", "denoiser": "float16", "controlnet": "float16"},
+    "mixed_fp32": {"text_encoder": "float32", "vae": "float32", "denoiser": "float16", "controlnet": "float16"},
+    "bf16": {"text_encoder": "bfloat16", "vae": "bfloat16", "denoiser": "bfloat16", "controlnet": "bfloat16"},
+    "fp32": {"text_encoder": "float32", "vae": "float32", "denoiser": "float32", "controlnet": "float32"},
+    "fp16": {"text_encoder": "float16", "vae": "float16", "denoiser": "float16", "controlnet": "float16"},
 }
-"""Components that diffusers' SANA documentation keeps out of float16, and why."""
-
-
-def _policy(codec: Dtype, denoiser: Dtype) -> dict[Component, Dtype]:
-    return {"text_encoder": codec, "vae": codec, "transformer": denoiser, "controlnet": denoiser}
-
-
-POLICIES: Mapping[str, Mapping[Component, Dtype]] = {
-    "mixed_bf16": _policy("bfloat16", "float16"),
-    "mixed_fp32": _policy("float32", "float16"),
-    "bf16": _policy("bfloat16", "bfloat16"),
-    "fp32": _policy("float32", "float32"),
-    "fp16": _policy("float16", "float16"),
-}
-"""The policies of `conf/precision/`, for hints; a test keeps both alike."""
+"""The policies of `conf/precision/` by role, for hints; a test keeps both alike."""
 
 QUANTIZERS: Mapping[Quantization, tuple[str, ...]] = {"int8": ("torchao",), "nf4": ("torchao", "bitsandbytes")}
 """Distributions that a quantisation needs, each an extra of the same name."""
 
-_DENOISER_AND_TEXT: tuple[Component, ...] = ("text_encoder", "transformer", "controlnet")
-QUANTIZED: Mapping[str, Mapping[Component, Quantization]] = {
-    "int8_text_encoder": {"text_encoder": "int8"},
-    "int8": dict.fromkeys(_DENOISER_AND_TEXT, "int8"),
-    "nf4": dict.fromkeys(_DENOISER_AND_TEXT, "nf4"),
+
+class QuantizedPolicy(NamedTuple):
+    """A policy of `conf/precision/` with quantised weights: the one whose dtypes it computes in, and which are kept."""
+
+    dtypes: str
+    kept: Mapping[Role, Quantization]
+
+
+QUANTIZED: Mapping[str, QuantizedPolicy] = {
+    "int8_text_encoder": QuantizedPolicy("mixed_bf16", {"text_encoder": "int8"}),
+    "int8": QuantizedPolicy("bf16", {"text_encoder": "int8", "denoiser": "int8", "controlnet": "int8"}),
+    "nf4": QuantizedPolicy("bf16", {"text_encoder": "nf4", "denoiser": "nf4", "controlnet": "nf4"}),
 }
-"""Policies of `conf/precision/` with quantised weights, least changing first; the same test keeps both alike."""
-QUANTIZED_DTYPES: Mapping[str, str] = {"int8_text_encoder": "mixed_bf16", "int8": "bf16", "nf4": "bf16"}
-"""The policy whose dtypes they compute in."""
+"""Policies with quantised weights, least changing first; the same test keeps both alike."""
 
 
-def is_native(dtype: Dtype, gpu: Gpu) -> bool:
-    """Whether `gpu` computes in `dtype` without emulation."""
-    return gpu.capability >= NATIVE_FROM[dtype]
+def dtypes_of(policy: str, pipeline: PipelineDescription) -> dict[Component, Dtype]:
+    """The dtype of each component of `pipeline` under a policy of POLICIES."""
+    return {part.name: POLICIES[policy][part.role] for part in pipeline.components}
 
 
-def fragile_components(dtypes: Mapping[Component, Dtype]) -> list[Component]:
+def quantization_of(policy: str, pipeline: PipelineDescription) -> dict[Component, Quantization]:
+    """The components of `pipeline` that a policy keeps quantised; empty for one that quantises nothing."""
+    kept = QUANTIZED[policy].kept if policy in QUANTIZED else {}
+    return {part.name: kept[part.role] for part in pipeline.components if part.role in kept}
+
+
+def fragile_components(dtypes: Mapping[Component, Dtype], pipeline: PipelineDescription) -> list[Component]:
     """Return the components that `dtypes` puts in float16 although they are documented not to survive it."""
-    return [name for name in FRAGILE if dtypes[name] == "float16"]
+    return [part.name for part in pipeline.components if part.fragile and dtypes[part.name] == "float16"]
 
 
 def overflowing_components(formats: Mapping[Component, Format]) -> list[Component]:

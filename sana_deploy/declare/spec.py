@@ -7,10 +7,9 @@ Sizes are pixels, counts are counts, times are not declared here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -18,15 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from .._models import FrozenModel
+from .._models import Declared
 from .explain import first_error
+from .formats import Dtype, Format, Quantization
+from .pipelines import DEFAULT, Component, PipelineDescription
+from .workload import DeclaredWorkload, Side
 
-Component = Literal["text_encoder", "vae", "transformer", "controlnet"]
-COMPONENTS: tuple[Component, ...] = ("text_encoder", "vae", "transformer", "controlnet")
-Dtype = Literal["float16", "bfloat16", "float32"]
-DTYPE_BYTES: dict[Dtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
-Quantization = Literal["int8", "nf4"]
-"""How the weights of linear layers are kept, where not in the component's dtype; see `quantize.py`."""
 Stage = Literal["compile", "resolve", "apply", "generate"]
 STAGES: tuple[Stage, ...] = ("compile", "resolve", "apply", "generate")
 Knob = Literal["encode_once", "vae_slicing", "split_controlnet", "text_encoder_offload", "vae_tiling"]
@@ -35,35 +31,17 @@ KNOBS: tuple[Knob, ...] = ("encode_once", "vae_slicing", "split_controlnet", "te
 a request repeat, which saves seconds too. `vae_slicing`: the VAE takes one image at a time. `split_controlnet`:
 ControlNet apart from the transformer. `text_encoder_offload`: its weights wait on the CPU and are on the GPU only
 during encode. `vae_tiling`: the VAE takes one tile at a time, which can change pixels."""
-VAE_FACTOR = 32
-"""Pixels per latent cell and side: DC-AE f32, the only VAE of the SANA ControlNet pipeline."""
-
-
-class Format(NamedTuple):
-    """What a component computes in, and what the weights of its linear layers are kept in (None: the same)."""
-
-    dtype: Dtype
-    quantization: Quantization | None = None
-
-    def __str__(self) -> str:
-        return f"{self.dtype} + {self.quantization}" if self.quantization else self.dtype
-
-
 GpuIndex = Annotated[int, Field(ge=0, le=1023)]
-Side = Annotated[int, Field(ge=VAE_FACTOR, le=8192, multiple_of=VAE_FACTOR)]
-"""Height or width in pixels."""
-
-
-class Declared(FrozenModel):
-    """Base of every declared model: frozen, strict, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Overrides(Declared):
-    """Other sources for single components, e.g. a ControlNet published apart: a folder, or OWNER/NAME[@REVISION]."""
+    """Other sources for components that are also published apart: a folder, or OWNER/NAME[@REVISION]."""
 
     controlnet: str | None = None
+
+    def given(self) -> dict[Component, str]:
+        """Component -> source, where one is named."""
+        return {name: source for name, source in self if source is not None}
 
 
 class TinyModel(Declared):
@@ -164,10 +142,10 @@ class CustomMap(Placed):
 
     @model_validator(mode="after")
     def _complete(self) -> CustomMap:
-        missing = [name for name in COMPONENTS if name not in self.device_map]
+        missing = [name for name in DEFAULT.names if name not in self.device_map]
         if missing:
             raise ValueError(f"device_map has no entry for {', '.join(missing)}; every component needs one")
-        if "text_encoder_offload" in self.knobs and self.device_map["text_encoder"] == "cpu":
+        if "text_encoder_offload" in self.knobs and self.device_map[DEFAULT.of("text_encoder")] == "cpu":
             raise ValueError("text_encoder_offload needs the text encoder on a GPU, device_map keeps it on the CPU")
         return self
 
@@ -196,11 +174,12 @@ class Precision(Declared):
 
     @model_validator(mode="after")
     def _complete(self) -> Precision:
-        missing = [name for name in COMPONENTS if name not in self.components]
+        missing = [name for name in DEFAULT.names if name not in self.components]
         if missing and self.name != "auto":
             raise ValueError(f"components has no dtype for {', '.join(missing)}; every component needs one")
-        if self.quantization.get("vae"):
-            raise ValueError("the vae is convolutions, quantization is of linear layers: leave quantization.vae out")
+        for part in DEFAULT.components:
+            if part.unquantized and self.quantization.get(part.name):
+                raise ValueError(f"{part.unquantized}: leave quantization.{part.name} out")
         return self
 
     @property
@@ -229,36 +208,6 @@ class VirtualMachine(Declared):
     memory: str | None = None
     used: str | list[str] | None = None
     fidelity: Literal["auto", "shapes", "numbers"] = "auto"
-
-
-class Workload(Declared):
-    """One request. Height and width are pixels and multiples of the VAE's factor, 32.
-
-    `control_fit` says what becomes of a control image of other proportions: stretch it, crop its middle, or pad it with
-    black, which is empty in an edge map.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    control_image: str | None = None
-    control_fit: Literal["stretch", "crop", "pad"] = "stretch"
-    conditioning_scale: Annotated[float, Field(ge=0, le=10)] = 1.0
-    height: Side
-    width: Side
-    batch: Annotated[int, Field(ge=1, le=256)] = 1
-    steps: Annotated[int, Field(ge=1, le=1000)]
-    guidance_scale: Annotated[float, Field(ge=0, le=100)]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-
-    @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance doubles the batch of the denoiser."""
-        return self.guidance_scale > 1.0
-
-    @property
-    def rows(self) -> int:
-        """Images that the denoiser takes, and copies of the control image: the batch, doubled by guidance."""
-        return self.batch * (2 if self.guided else 1)
 
 
 class Resolve(Declared):
@@ -295,11 +244,16 @@ class DeploySpec(Declared):
     hardware: Hardware
     precision: Precision
     machine: MachineSpec
-    workload: Workload
+    workload: DeclaredWorkload
     resolve: Resolve = Resolve()
     until: Stage = "generate"
     output: Literal["text", "json"] = "text"
     plan_file: str | None = None
+
+    @property
+    def pipeline(self) -> PipelineDescription:
+        """Which pipeline is declared."""
+        return DEFAULT
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DeploySpec:

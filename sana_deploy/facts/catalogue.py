@@ -9,12 +9,12 @@ their published configs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+from ..declare.pipelines import Phase
 from .shapes import buffers, linears, shapes_digest
 
 FOLDER = Path(__file__).parent / "architectures"
@@ -52,9 +52,6 @@ _WIDTHS: dict[str, dict[str, int]] = {
 CONTROLNET_LAYERS = 7
 NAMES = tuple(_WIDTHS)
 
-Fits = Mapping[str, Mapping[str, Any]]
-"""phase -> quantity -> coefficients, as `fit.py` tells."""
-
 
 @cache
 def load(name: str) -> dict[str, Any]:
@@ -63,12 +60,12 @@ def load(name: str) -> dict[str, Any]:
 
 
 @cache
-def fitted() -> dict[str, dict[str, Any]]:
-    """Return what shipped components need, by the digest of their tensor shapes: phase -> dtype -> guidance -> fits."""
-    found: dict[str, dict[str, Any]] = {}
+def calibrated() -> dict[str, dict[Phase, Any]]:
+    """Return what shipped components need, by `Checkpoint.needs_key`: phase -> format -> guidance."""
+    found: dict[str, dict[Phase, Any]] = {}
     for path in sorted(FOLDER.glob("*.needs.json")):
         for part in json.loads(path.read_text(encoding="utf-8")).values():
-            found[part["shapes_digest"]] = part["needs"]
+            found[part["key"]] = part["needs"]
     return found
 
 
@@ -91,7 +88,7 @@ def build(name: str) -> dict[str, Any]:
 def _facts(name: str, module: Any) -> dict[str, Any]:
     config = json.loads(module.config.to_json_string()) if name == "text_encoder" else dict(module.config)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    cast, kept = buffers(name, config)  # type: ignore[arg-type]
+    cast, kept = buffers(type(module).__name__, config)
     shapes = {key: tuple(t.shape) for key, t in module.state_dict().items()}
     return {
         "class_name": type(module).__name__,

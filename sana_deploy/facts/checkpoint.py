@@ -6,16 +6,17 @@ count and files. Sources are a local folder, a hub repository, the shipped catal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..declare.spec import COMPONENTS, CatalogueModel, Component, Model, TinyModel
+from ..declare.pipelines import DEFAULT, Component, ComponentDescription, PipelineDescription
+from ..declare.spec import CatalogueModel, Model, TinyModel
 from ..errors import CheckpointError
 from ..facts import catalogue, hub
-from .component import CLASSES, ComponentFacts, component_facts, read_json
+from .component import ComponentFacts, component_facts, read_json
 from .shapes import Linears, digest
 from .tiny import ensure_tiny
 
@@ -25,7 +26,7 @@ class Checkpoint:
     """All components of one pipeline and where the rest of it (tokenizer, scheduler) lies.
 
     `folder` is None when only the shapes are known (catalogue) and the weights are elsewhere (`source`).
-    `controlnet_source` is where a ControlNet published apart is, a hub repository at its commit.
+    `apart` names where components published apart are: a folder, or a hub repository at its commit.
     """
 
     kind: str
@@ -33,13 +34,22 @@ class Checkpoint:
     revision: str | None
     components: Mapping[Component, ComponentFacts]
     folder: Path | None
-    controlnet_source: str | None = None
+    apart: Mapping[Component, str] = field(default_factory=dict)
+    pipeline: PipelineDescription = DEFAULT
 
     @property
     def fingerprint(self) -> str:
         """sha256 over classes, configs and tensor shapes; equal for equal architectures, wherever they lie."""
         parts = {name: facts.identity for name, facts in self.components.items()}
         return "sha256:" + digest(parts)
+
+    def needs_key(self, name: Component) -> str:
+        """What a component's needs go by: the pipeline and the component's tensor shapes.
+
+        The denoiser's go by the shapes of all components: what the pipeline makes of their results waits beside it.
+        """
+        parts = self.pipeline.names if name == self.pipeline.denoiser else (name,)
+        return digest([self.pipeline.class_name, *(self.components[part].shapes_digest for part in parts)])
 
 
 def open_checkpoint(model: Model, *, weights: bool = False) -> Checkpoint:
@@ -50,7 +60,7 @@ def open_checkpoint(model: Model, *, weights: bool = False) -> Checkpoint:
         weights: also make sure that the weights are on this host (downloads them for a hub source).
 
     Raises:
-        CheckpointError: it is missing, damaged, or not a SANA ControlNet pipeline.
+        CheckpointError: it is missing, damaged, or not a pipeline that is known.
     """
     if isinstance(model, TinyModel):
         return _from_folder("tiny", "tiny", ensure_tiny(model.cache_dir), None, None, model, weights)
@@ -84,53 +94,62 @@ def _from_catalogue(model: CatalogueModel) -> Checkpoint:
             fixed_bytes=part["fixed_bytes"],
             shapes_digest=part["shapes_digest"],
             linears=Linears(**part["linears"]),
+            library=DEFAULT.by_name[name].library,
         )
-        for name, part in ((name, entry[name]) for name in COMPONENTS)
+        for name, part in ((name, entry[name]) for name in DEFAULT.names)
     }
     return Checkpoint("catalogue", model.name, model.revision, components, None)
 
 
 def _with_overrides(checkpoint: Checkpoint, model: Model, weights: bool) -> Checkpoint:
-    if model.components.controlnet is None:
-        return checkpoint
-    facts, source = _override(model.components.controlnet, weights)
-    components = {**checkpoint.components, "controlnet": facts}
-    return replace(checkpoint, components=components, controlnet_source=source)
+    components, apart = dict(checkpoint.components), {}
+    for name, named in model.components.given().items():
+        components[name], apart[name] = _override(checkpoint.pipeline, name, named, weights)
+    return replace(checkpoint, components=components, apart=apart) if apart else checkpoint
 
 
 def _from_folder(
     kind: str, source: str, folder: Path, revision: str | None, variant: str | None, model: Model, weights: bool
 ) -> Checkpoint:
-    components = _own_parts(source, folder, revision, variant, model, weights)
+    components = _own_parts(DEFAULT, source, folder, revision, variant, model, weights)
     return _with_overrides(Checkpoint(kind, source, revision, components, folder), model, weights)
 
 
 def _own_parts(
-    source: str, folder: Path, revision: str | None, variant: str | None, model: Model, weights: bool
+    pipeline: PipelineDescription,
+    source: str,
+    folder: Path,
+    revision: str | None,
+    variant: str | None,
+    model: Model,
+    weights: bool,
 ) -> dict[Component, ComponentFacts]:
-    """Read the components in `folder`, but for a ControlNet published apart."""
+    """Read the components in `folder`, but for those published apart."""
     index = read_json(folder / "model_index.json", "model.source")
-    overridden = {"controlnet"} if model.components.controlnet else set()
-    _check_index(index, folder, overridden)
+    own = [part for part in pipeline.components if part.name not in model.components.given()]
+    _check_index(pipeline, index, folder, own)
     pickles = not isinstance(model, TinyModel) and model.allow_pickle
     components: dict[Component, ComponentFacts] = {}
-    for name in COMPONENTS:
-        if name not in overridden:
-            where = f"model.source ({name})"
-            remote = (
-                None if weights or revision is None else partial(hub.remote_headers, source, revision, name, variant)
-            )
-            components[name] = component_facts(name, folder / name, variant, where, remote, pickles)
+    for part in own:
+        where = f"model.source ({part.name})"
+        remote = (
+            None if weights or revision is None else partial(hub.remote_headers, source, revision, part.name, variant)
+        )
+        components[part.name] = component_facts(
+            part, folder / part.name, variant, where, remote, pickles, pipeline.title
+        )
     return components
 
 
-def folder_parts(model: Model, main: bool, apart: bool) -> tuple[Path | None, dict[Component, ComponentFacts]]:
+def folder_parts(
+    model: Model, main: bool, apart: Collection[Component]
+) -> tuple[Path | None, dict[Component, ComponentFacts]]:
     """Read the components that lie in folders, and no hub repository that happens to have such a name.
 
     Args:
         model: the declared model.
         main: `model.source` is a folder.
-        apart: a ControlNet published apart is in a folder.
+        apart: components published apart that are in a folder.
 
     Returns:
         The folder of `model.source`, None unless `main`, and the components.
@@ -141,11 +160,11 @@ def folder_parts(model: Model, main: bool, apart: bool) -> tuple[Path | None, di
     folder, found = None, {}
     if main and not isinstance(model, TinyModel):
         folder = _existing(str(model.source), "model.source")
-        found = _own_parts(str(model.source), folder, None, model.variant, model, weights=False)
-    if apart:
-        named = str(model.components.controlnet)
-        _existing(named, "model.components.controlnet")
-        found["controlnet"] = _override(named, weights=False)[0]
+        found = _own_parts(DEFAULT, str(model.source), folder, None, model.variant, model, weights=False)
+    for name in apart:
+        named = model.components.given()[name]
+        _existing(named, f"model.components.{name}")
+        found[name] = _override(DEFAULT, name, named, weights=False)[0]
     return folder, found
 
 
@@ -156,32 +175,31 @@ def _existing(source: str, where: str) -> Path:
     return folder
 
 
-def _override(named: str, weights: bool) -> tuple[ComponentFacts, str]:
-    """Return a ControlNet published apart and where it is: the folder, or the hub repository at its commit."""
-    where = "model.components.controlnet"
+def _override(pipeline: PipelineDescription, name: Component, named: str, weights: bool) -> tuple[ComponentFacts, str]:
+    """Return a component published apart and where it is: the folder, or the hub repository at its commit."""
+    where = f"model.components.{name}"
     source, wanted = hub.split_revision(named)
     root, revision = hub.locate(source, wanted, None, where, weights=weights)
-    nested = not (root / "config.json").is_file() and (root / "controlnet").is_dir()
-    prefix = "controlnet" if nested else ""
+    nested = not (root / "config.json").is_file() and (root / name).is_dir()
+    prefix = name if nested else ""
     remote = None if weights or revision is None else partial(hub.remote_headers, source, revision, prefix, None)
-    facts = component_facts("controlnet", root / prefix, None, where, remote)
+    facts = component_facts(pipeline.by_name[name], root / prefix, None, where, remote, title=pipeline.title)
     return facts, named if revision is None else hub.at_revision(source, revision)
 
 
-def _check_index(index: Mapping[str, Any], folder: Path, overridden: set[str]) -> None:
-    for name in COMPONENTS:
-        if name in overridden:
-            continue
-        entry = index.get(name)
+def _check_index(
+    pipeline: PipelineDescription, index: Mapping[str, Any], folder: Path, own: Iterable[ComponentDescription]
+) -> None:
+    for part in own:
+        entry = index.get(part.name)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if found != CLASSES[name]:
+        if found != part.class_name:
+            apart = f"a base SANA checkpoint takes model.components.{part.name}=FOLDER_OR_REPO"
             raise CheckpointError(
-                f"{folder} is no SANA ControlNet pipeline: its {name} is {found or 'missing'}, "
-                f"expected {CLASSES[name]} (its model_index.json names {index.get('_class_name')})",
+                f"{folder} is no {pipeline.title}: its {part.name} is {found or 'missing'}, "
+                f"expected {part.class_name} (its model_index.json names {index.get('_class_name')})",
                 where="model.source",
-                hint="a base SANA checkpoint takes model.components.controlnet=FOLDER_OR_REPO"
-                if name == "controlnet"
-                else "",
+                hint=apart if part.name in pipeline.apart else "",
             )
     for helper in ("tokenizer", "scheduler"):
         if not isinstance(index.get(helper), list) or not (folder / helper).is_dir():

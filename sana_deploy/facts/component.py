@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from ..declare.spec import DTYPE_BYTES, Component, Format
+from ..declare.formats import DTYPE_BYTES, Format
+from ..declare.pipelines import Component, ComponentDescription, Library
 from ..errors import CheckpointError
 from .allocator import unsplit_bytes
 from .architectures import expected_shapes
@@ -16,22 +17,6 @@ from .headers import FLOATING, ITEM_BYTES, TensorFacts, read_header, weight_file
 from .shapes import Linears, buffers, digest, linears, shapes_digest, tensor_bytes
 from .tensors import taken
 
-CLASSES: dict[Component, str] = {
-    "text_encoder": "Gemma2Model",
-    "vae": "AutoencoderDC",
-    "transformer": "SanaTransformer2DModel",
-    "controlnet": "SanaControlNetModel",
-}
-_DENOISER_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "mlp_ratio", "sample_size", "patch_size")
-NEEDED: dict[Component, tuple[str, ...]] = {
-    "text_encoder": ("hidden_size", "intermediate_size", "head_dim", "vocab_size"),
-    "vae": ("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels"),
-    "transformer": _DENOISER_KEYS,
-    "controlnet": _DENOISER_KEYS,
-}
-"""Config keys that planning reads."""
-_ALIASES = {"Gemma2ForCausalLM": "Gemma2Model"}
-"""Gemma's own config names the class with the (tied, unstored) language head; the pipeline loads the body."""
 _VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version", "_class_name", "torch_dtype", "dtype")
 
 
@@ -42,6 +27,7 @@ class ComponentFacts:
     Attributes:
         parameters: floating-point elements (buffers too) that are cast to the policy's dtype at load.
         fixed_bytes: bytes whatever the dtype: integer tensors, and buffers that stay float32.
+        library: where its class is from.
         linears: the part of `parameters` that can be quantised.
         stored: safetensors dtype word -> bytes in the files; empty when the weights are not here.
     """
@@ -53,6 +39,7 @@ class ComponentFacts:
     fixed_bytes: int
     shapes_digest: str
     linears: Linears
+    library: Library
     stored: Mapping[str, int] = field(default_factory=dict)
     folder: Path | None = None
     variant: str | None = None
@@ -91,14 +78,19 @@ Remote = Callable[[str], Mapping[str, TensorFacts]]
 
 
 def component_facts(
-    name: Component,
+    part: ComponentDescription,
     folder: Path,
     variant: str | None,
     where: str,
     remote: Remote | None = None,
     allow_pickle: bool = False,
+    title: str = "pipeline",
 ) -> ComponentFacts:
     """Read one component's config and the headers of its files, which `remote` tells where they are not here.
+
+    Args:
+        part: what the component must be.
+        title: what messages call the pipeline.
 
     Raises:
         CheckpointError: the folder, its config or a weight file is missing, damaged or of another class, or the files
@@ -106,29 +98,31 @@ def component_facts(
     """
     config = read_json(folder / "config.json", where)
     class_name = str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
-    class_name = _ALIASES.get(class_name, class_name)
-    if class_name != CLASSES[name]:
+    if class_name in part.aliases:
+        class_name = part.class_name
+    if class_name != part.class_name:
         raise CheckpointError(
-            f"{folder} holds a {class_name}, but the {name} of a SANA ControlNet pipeline is a {CLASSES[name]}",
+            f"{folder} holds a {class_name}, but the {part.name} of a {title} is a {part.class_name}",
             where=where,
         )
     headers = _headers(folder, variant, where, remote, allow_pickle)
-    missing = [key for key in NEEDED[name] if config.get(key) is None]
+    missing = [key for key in part.config_keys if config.get(key) is None]
     if missing:
         raise CheckpointError(
             f"{folder / 'config.json'} is incomplete: it lacks {', '.join(missing)}",
             where=where,
             hint="save the component anew with save_pretrained, which writes every key",
         )
-    tensors = taken(class_name, config, headers, name, str(folder), where)
+    tensors = taken(class_name, config, headers, part.name, str(folder), where)
     stored: dict[str, int] = {}
     for facts in tensors.values():
         stored[facts.dtype] = stored.get(facts.dtype, 0) + facts.numel * ITEM_BYTES[facts.dtype]
     parameters = sum(facts.numel for facts in tensors.values() if facts.dtype in FLOATING)
-    cast, kept = buffers(name, config)
+    cast, kept = buffers(class_name, config)
     integers = sum(size for dtype, size in stored.items() if dtype not in FLOATING)
     return ComponentFacts(
-        name=name,
+        name=part.name,
+        library=part.library,
         class_name=class_name,
         config=config,
         parameters=parameters + cast,

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 
+from ..declare.formats import Format
 from ..declare.policies import QUANTIZERS
-from ..declare.spec import Format
 
 LIBRARIES = ("diffusers", "torch", "transformers")
 """Distributions whose versions decide what a component's code does."""

@@ -12,15 +12,21 @@ import ctypes
 import os
 import sys
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from .._startup import quick_imports
 from .._units import MIB, human_bytes
+from ..declare.formats import Dtype
 from .known_gpus import KnownGpu, rates_of
 
 FREE_GRAIN = 64 * MIB
 """Free memory is rounded down to this, so that a plan does not change with every small allocation nearby."""
+
+NATIVE_FROM: Mapping[Dtype, tuple[int, int]] = {"float32": (0, 0), "float16": (5, 3), "bfloat16": (8, 0)}
+"""First compute capability with native arithmetic per dtype. bfloat16: CUDA C++ programming guide, arithmetic
+instructions; cuDNN has bfloat16 convolutions from 8.0 on."""
 
 _ATTRIBUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
 _ATTRIBUTE_MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
@@ -53,6 +59,11 @@ class Gpu:
             f"{self.name} ({human_bytes(self.total_bytes)}, {human_bytes(self.free_bytes)} free, "
             f"compute capability {self.capability[0]}.{self.capability[1]})"
         )
+
+
+def is_native(dtype: Dtype, gpu: Gpu) -> bool:
+    """Whether `gpu` computes in `dtype` without emulation."""
+    return gpu.capability >= NATIVE_FROM[dtype]
 
 
 @dataclass(frozen=True)

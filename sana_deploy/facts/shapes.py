@@ -9,22 +9,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..declare.spec import DTYPE_BYTES, Component, Format, Quantization
+from ..declare.formats import DTYPE_BYTES, Format, Quantization
 
 BLOCK = 64
 """Elements of an nf4 block, which share one scale."""
 
 
-def buffers(name: Component, config: Mapping[str, Any]) -> tuple[int, int]:
-    """Buffers that a component makes from its config and that no file holds: (elements cast, bytes kept).
+def buffers(class_name: str, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Buffers that a module makes from its config and that no file holds: (elements cast, bytes kept).
 
     Gemma 2: the embedding scale follows the dtype, two copies of the rotary frequencies (head_dim / 2) stay
     float32. SANA's patch embedding: float32 sine positions (tokens x width), where `interpolation_scale` is set
     (2K and 4K models).
     """
-    if name == "text_encoder":
+    if class_name == "Gemma2Model":
         return 1, 4 * 2 * (int(config["head_dim"]) // 2)
-    if name == "vae" or config.get("interpolation_scale") is None:
+    if config.get("interpolation_scale") is None:
         return 0, 0
     tokens = (int(config["sample_size"]) // int(config["patch_size"])) ** 2
     return 0, 4 * tokens * int(config["num_attention_heads"]) * int(config["attention_head_dim"])

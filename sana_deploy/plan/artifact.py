@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from .. import __version__
 from .._files import write_text
-from ..declare.spec import COMPONENTS, Component, DeploySpec
+from .._models import Diagnostic as Diagnostic
+from .._models import Record as Record
+from .._version import __version__
+from ..declare.pipelines import DEFAULT, Component, PipelineDescription
+from ..declare.spec import DeploySpec
 from ..errors import PlanError
 from ..facts.libraries import library_versions
 from .digest import digest_of as digest_of
 from .records import CheckpointRecord as CheckpointRecord
 from .records import Considered as Considered
-from .records import Diagnostic as Diagnostic
 from .records import Estimates as Estimates
 from .records import FileContent as FileContent
 from .records import KnobPrice as KnobPrice
@@ -28,7 +30,6 @@ from .records import Miss as Miss
 from .records import PartContent as PartContent
 from .records import Place as Place
 from .records import PlacedComponent as PlacedComponent
-from .records import Record as Record
 from .records import RejectionCount as RejectionCount
 from .records import RunnerUp as RunnerUp
 from .records import Slot as Slot
@@ -99,6 +100,11 @@ class Plan(Record):
     knob_prices: dict[str, KnobPrice] = {}
     vae_tile: Tile | None = None
     libraries: dict[str, str] = {}
+
+    @property
+    def pipeline(self) -> PipelineDescription:
+        """Which pipeline the plan is for."""
+        return DEFAULT
 
     @property
     def fullness(self) -> float | None:
@@ -183,15 +189,17 @@ class Plan(Record):
             PlanError: naming the first contradiction.
         """
         indices = {slot.index for slot in self.slots}
-        for name in COMPONENTS:
+        for name in self.pipeline.names:
             place = self.device_map.get(name)
             part = self.components.get(name)
             if place is None or part is None or part.slot != place:
                 raise PlanError(f"{origin} contradicts itself about the place of {name}", where="plan_file")
             if place != "cpu" and place not in indices:
                 raise PlanError(f"{origin} puts {name} on slot {place}, which it lacks", where="plan_file")
-        if self.home != self.device_map["transformer"]:
-            raise PlanError(f"{origin}: home is {self.home}, the transformer is elsewhere", where="plan_file")
+        if self.home != self.device_map[self.pipeline.denoiser]:
+            raise PlanError(
+                f"{origin}: home is {self.home}, the {self.pipeline.denoiser} is elsewhere", where="plan_file"
+            )
 
     def resolve(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from .._models import Diagnostic
 from .._units import fullness
-from ..declare.spec import COMPONENTS, DeploySpec, Knob
+from ..declare.pipelines import COMPONENTS
+from ..declare.spec import DeploySpec, Knob
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Gpu, Machine
 from .artifact import (
     Considered,
-    Diagnostic,
     Estimates,
     KnobPrice,
     Miss,
@@ -20,7 +21,7 @@ from .artifact import (
     Tile,
     Transfer,
 )
-from .cost import Place, Placement, bytes_per_request, bytes_per_step, crossings_of, home_of, phase_seconds, slot_use
+from .cost import Place, Placement, bytes_per_request, bytes_per_step, crossings_of, phase_seconds, slot_use
 from .grid import Candidate
 from .identity import record_of
 from .profile import VAE_TILE, PipelineProfile
@@ -63,7 +64,7 @@ def assemble(
         spec=spec,
         checkpoint=record_of(checkpoint, spec.resolve.verify),
         slots=[_slot(profile, placement, by_index[index]) for index in used],
-        home=home_of(placement),
+        home=placement[profile.pipeline.denoiser],
         device_map={name: placement[name] for name in COMPONENTS},
         components=components,
         knobs=list(chosen.knobs),
@@ -97,7 +98,7 @@ def _price(knob: Knob, plain: PipelineProfile, chosen: Candidate, gpus: dict[int
     """Compare the chosen candidate with itself less one knob; without tiling, images still pass one at a time."""
     without, placement = [one for one in chosen.knobs if one != knob], dict(chosen.placement)
     if knob == "split_controlnet":
-        placement["controlnet"] = placement["transformer"]
+        placement[plain.pipeline.of("controlnet")] = placement[plain.pipeline.denoiser]
     if knob == "vae_slicing":
         without = [one for one in without if one != "vae_tiling"]
     before, after = plain.under(without), plain.under(chosen.knobs)
@@ -107,7 +108,9 @@ def _price(knob: Knob, plain: PipelineProfile, chosen: Candidate, gpus: dict[int
         slot_use(before, placement, i).peak_bytes - slot_use(after, chosen.placement, i).peak_bytes for i in places
     ]
     moved = bytes_per_request(after, chosen.placement) - bytes_per_request(before, placement)
-    uploaded = plain.components["text_encoder"].weights_bytes if knob == "text_encoder_offload" else 0
+    uploaded = (
+        plain.components[plain.pipeline.of("text_encoder")].weights_bytes if knob == "text_encoder_offload" else 0
+    )
     slower, faster = phase_seconds(after, chosen.placement, gpus), phase_seconds(before, placement, gpus)
     seconds = round((sum(slower.values()) - sum(faster.values())) / batch, 4) if slower and faster else None
     return KnobPrice(

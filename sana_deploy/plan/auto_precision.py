@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..declare.policies import POLICIES, is_native
-from ..declare.spec import Component, DeploySpec, Dtype
+from .._models import Diagnostic
+from ..declare.formats import Dtype
+from ..declare.pipelines import Component
+from ..declare.policies import dtypes_of
+from ..declare.spec import DeploySpec
 from ..facts.checkpoint import Checkpoint
-from ..facts.machine import Machine
-from .artifact import Diagnostic
+from ..facts.machine import Machine, is_native
 from .remedies import Fits
 
 ORDER = ("mixed_bf16", "mixed_fp32", "bf16", "fp32")
@@ -43,7 +45,7 @@ def _candidates(spec: DeploySpec) -> Iterator[tuple[str, DeploySpec]]:
 
 def _with(spec: DeploySpec, name: str) -> DeploySpec:
     given = spec.precision
-    components: dict[Component, Dtype] = {**POLICIES[name], **given.components}
+    components: dict[Component, Dtype] = {**dtypes_of(name, spec.pipeline), **given.components}
     return spec.model_copy(update={"precision": given.model_copy(update={"name": name, "components": components})})
 
 

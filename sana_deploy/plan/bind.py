@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .._models import Diagnostic
 from .._units import human_bytes, parse_bytes
-from ..declare.policies import is_native
-from ..declare.spec import Component, CustomMap, VirtualMachine
+from ..declare.pipelines import Component
+from ..declare.spec import CustomMap, VirtualMachine
 from ..errors import InfeasibleError, InvalidSpecError, PlanError
 from ..facts.libraries import library_versions
-from ..facts.machine import Gpu, Machine, probe_torch
+from ..facts.machine import Gpu, Machine, is_native, probe_torch
 from ..facts.virtual_machine import describe_machine
-from .artifact import Diagnostic, Plan, Slot
+from .artifact import Plan, Slot
 from .identity import CONTENT, drift_of
 
 
@@ -80,7 +81,7 @@ def resolve_plan(
     accepted = [*versions, *checkpoint.content]
     drift = [Diagnostic(type="drift", severity="info", message=text, where="resolve") for text in accepted]
     remarks = (*drift, *_drift(plan, matched))
-    return ResolvedPlan(plan, machine, devices, slots, devices["transformer"], remarks, tuple(allowed))
+    return ResolvedPlan(plan, machine, devices, slots, devices[plan.pipeline.denoiser], remarks, tuple(allowed))
 
 
 def _library_drift(plan: Plan) -> list[str]:

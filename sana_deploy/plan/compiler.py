@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
+from .._models import Diagnostic
 from .._units import human_bytes, parse_bytes
-from ..declare.compose import compose_spec
-from ..declare.policies import FRAGILE, fragile_components, is_native, overflowing_components
+from ..declare.policies import fragile_components, overflowing_components
 from ..declare.spec import CustomMap, DeploySpec, MultiGpuBalanced, Overrides, Planned, SingleGpu, VirtualMachine
-from ..errors import InfeasibleError, UsageError
+from ..errors import InfeasibleError
 from ..facts import machine as machines
 from ..facts.checkpoint import Checkpoint, open_checkpoint
-from ..facts.machine import Gpu, Machine
+from ..facts.machine import Gpu, Machine, is_native
 from ..facts.virtual_machine import describe_machine
-from .artifact import Diagnostic, Place, Plan
+from .artifact import Place, Plan
 from .assemble import assemble
 from .auto_precision import choose_precision
 from .cost import host_bytes
 from .grid import Candidate, Rejection, Rules
-from .needs import Told
+from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
-from .remedies import with_all_knobs, working_changes
+from .remedies import Fits, with_all_knobs, working_changes
 from .search import Search, search_balanced, search_custom, search_host, search_single
 
 
-def compile_plan(overrides: Sequence[str] = ()) -> Plan:
-    """Compile the declaration that Hydra `overrides` give, e.g. `["hardware=single_gpu", "precision=fp32"]`.
+def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | None = None) -> Plan:
+    """Compile a validated declaration.
+
+    Args:
+        spec: the declaration.
+        measure: measures what a checkpoint needs that is not shipped, and was not measured before; see `needs.py`.
+        machine: the one to plan for; the declared one unless given.
 
     Raises:
-        UsageError: `overrides` is no list of texts.
-        ComposeError, InvalidSpecError, CheckpointError, InfeasibleError: see `sana_deploy.errors`.
+        CheckpointError, InfeasibleError: see `sana_deploy.errors`.
     """
-    example = "compile_plan(['hardware=single_gpu', 'precision=fp32'])"
-    if isinstance(overrides, (str, bytes)) or not isinstance(overrides, Iterable):
-        hint = f"compile_plan([{overrides!r}])" if isinstance(overrides, str) else example
-        raise UsageError(f"a list of overrides is needed, {overrides!r} was given", where="overrides", hint=hint)
-    for override in (overrides := list(overrides)):
-        if not isinstance(override, str):
-            raise UsageError(f"an override is text, {override!r} was given", where="overrides", hint=example)
-    return compile_spec(compose_spec(overrides))
-
-
-def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | None = None) -> Plan:
-    """Compile a validated declaration for `machine` (probed unless given); `told` hears of a checkpoint's measuring."""
+    fits = partial(_fits, measure)
     checkpoint = open_checkpoint(spec.model)
     spec = _pinned(spec, checkpoint)
     machine = machine or machine_of(spec)
@@ -51,19 +45,19 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | 
     offered = _offered(spec, machine)
     diagnostics: list[Diagnostic] = []
     if spec.precision.name == "auto":
-        spec, reason = choose_precision(spec, checkpoint, replace(machine, gpus=_usable(spec, machine)), _fits)
+        spec, reason = choose_precision(spec, checkpoint, replace(machine, gpus=_usable(spec, machine)), fits)
         diagnostics.append(reason)
     diagnostics += [
         *_precision_remarks(spec, machine),
         *_overflow_remarks(spec),
         *_stored_remarks(spec, checkpoint, machine),
     ]
-    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.formats, told)
+    profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         diagnostics.insert(0, _on_cpu(spec.hardware, offered))
     search = _search(spec, profile, offered)
     if search.best is None:
-        problem = _infeasible(spec, checkpoint, machine, search)
+        problem = _infeasible(spec, checkpoint, machine, search, fits)
         if search.closest:
             remark = Diagnostic(type="infeasible", severity="warning", message=problem.message, where="hardware",
                                 hint=problem.hint)  # fmt: skip
@@ -76,8 +70,8 @@ def compile_spec(spec: DeploySpec, machine: Machine | None = None, told: Told | 
 
 
 def _pinned(spec: DeploySpec, checkpoint: Checkpoint) -> DeploySpec:
-    """Name a ControlNet from another hub repository at the commit that was planned for."""
-    apart = Overrides(controlnet=checkpoint.controlnet_source)
+    """Name components from other hub repositories at the commit that was planned for."""
+    apart = Overrides(**checkpoint.apart)
     return spec.model_copy(update={"model": spec.model.model_copy(update={"components": apart})})
 
 
@@ -156,10 +150,10 @@ def _range(indices: set[int]) -> str:
 
 
 def _precision_remarks(spec: DeploySpec, machine: Machine) -> list[Diagnostic]:
-    fragile = fragile_components(spec.precision.components)
+    fragile = fragile_components(spec.precision.components, spec.pipeline)
     if not fragile:
         return []
-    reasons = "; ".join(f"{name}: {FRAGILE[name]}" for name in fragile)
+    reasons = "; ".join(f"{name}: {spec.pipeline.by_name[name].fragile}" for name in fragile)
     message = f"float16 is documented not to be safe for {' and '.join(fragile)} ({reasons})"
     hint = f"precision={'mixed_bf16' if _has_bfloat16(spec, machine) else 'mixed_fp32'} keeps them out of float16"
     if spec.precision.strict:
@@ -241,25 +235,27 @@ def _forced(spec: DeploySpec, profile: PipelineProfile, chosen: Candidate, machi
     return [Diagnostic(type="forced", severity="warning", message=message, where="hardware.force")]
 
 
-def _fits(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> bool:
+def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> bool:
     try:
         _check_indices(spec, machine)
     except InfeasibleError:
         return False
-    profile = profile_pipeline(checkpoint, spec.workload, spec.precision.formats)
+    profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
     return _search(spec, profile, _offered(spec, machine)).best is not None
 
 
-def _infeasible(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, search: Search) -> InfeasibleError:
+def _infeasible(
+    spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, search: Search, fits: Fits
+) -> InfeasibleError:
     nearest = search.nearest()
     reasons = "; ".join(_count(rejection) for rejection in search.rejections)
     detail = nearest.message if nearest else "there is nothing to place on"
     short = f", {human_bytes(nearest.shortfall_bytes)} too much" if nearest and nearest.shortfall_bytes else ""
     under = f", each under {search.settings} sets of knobs" if search.settings > 1 else ""
-    helped = _fits(with_all_knobs(spec), checkpoint, machine)
+    helped = fits(with_all_knobs(spec), checkpoint, machine)
     short_of_memory = nearest is not None and nearest.reason in ("memory", "host memory")
     never = ". No knob makes it fit on this machine" if short_of_memory and not helped else ""
-    hints = [working_changes(spec, checkpoint, machine, _fits)]
+    hints = [working_changes(spec, checkpoint, machine, fits)]
     if nearest and nearest.reason == "host memory":
         hints.append("hardware.force=true goes on all the same")
     return InfeasibleError(

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..declare.spec import Component, Dtype
+from ..declare.formats import Dtype
+from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
 from ..facts.allocator import context_bytes, workspace_bytes
 from ..facts.known_gpus import KnownGpu
 from ..facts.machine import Gpu
-from .profile import PHASES, ComponentProfile, Crossing, Phase, PipelineProfile, Work
+from .profile import ComponentProfile, PipelineProfile, Work
 
 Place = int | Literal["cpu"]
 """A slot index, or the host."""
@@ -63,14 +64,10 @@ class Link:
     bytes_per_second: float
 
 
-def home_of(placement: Placement) -> Place:
-    """Return where the denoising loop lives: with the transformer."""
-    return placement["transformer"]
-
-
-def is_split(placement: Placement) -> bool:
-    """Whether ControlNet sits apart from the transformer."""
-    return placement["controlnet"] != placement["transformer"]
+def is_split(pipeline: PipelineDescription, placement: Placement) -> bool:
+    """Whether ControlNet sits apart from the denoiser."""
+    controlnet = pipeline.find("controlnet")
+    return controlnet is not None and placement[controlnet] != placement[pipeline.denoiser]
 
 
 def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: Gpu | None = None) -> SlotUse:
@@ -79,21 +76,20 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     peak = max over phases of (weights there with their blocks + activations) + workspace + context + headroom x
     capacity. Weights stay, but for an offloaded component's, which are there only while it works. Components of one
     phase work one after the other, so that the largest counts; what waits at home outside the denoising loop (prompt
-    embeddings, the control image) is listed under the transformer and adds to whoever works there.
+    embeddings, the control image) is listed under the denoiser and adds to whoever works there.
 
     Args:
         gpu: the one that the slot is; without it workspace, context and headroom are left out.
     """
+    home = profile.pipeline.denoiser
     parts = [profile.components[name] for name, place in placement.items() if place == slot]
     weights: dict[Phase, int] = {}
     unsplit: dict[Phase, int] = {}
     activations: dict[Phase, int] = {}
     for phase in PHASES:
         there = [part for part in parts if part.resident or phase in part.activations]
-        working = [part.activations.get(phase, 0) for part in parts if part.name != "transformer" or phase == "denoise"]
-        waiting = [
-            part.activations.get(phase, 0) for part in parts if part.name == "transformer" and phase != "denoise"
-        ]
+        working = [part.activations.get(phase, 0) for part in parts if part.name != home or phase == "denoise"]
+        waiting = [part.activations.get(phase, 0) for part in parts if part.name == home and phase != "denoise"]
         weights[phase] = sum(part.weights_bytes for part in there)
         unsplit[phase] = 0 if slot == "cpu" else sum(p.unsplit_bytes + p.workspaces.get(phase, 0) for p in there)
         activations[phase] = max(working, default=0) + sum(waiting)

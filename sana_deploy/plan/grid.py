@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._units import human_bytes
-from ..declare.policies import is_native
-from ..declare.spec import COMPONENTS, KNOBS, Component, Knob
+from ..declare.pipelines import COMPONENTS, Component, Phase
+from ..declare.spec import KNOBS, Knob
 from ..facts.allocator import workspace_bytes
-from ..facts.machine import Gpu
+from ..facts.machine import Gpu, is_native
 from .cost import (
     Place,
     Placement,
@@ -32,7 +32,7 @@ from .cost import (
     phase_seconds,
     slot_use,
 )
-from .profile import Phase, PipelineProfile
+from .profile import PipelineProfile
 
 Objective = Literal["balance", "latency", "fit"]
 Reason = Literal["split", "dtype", "host memory", "memory"]
@@ -146,7 +146,9 @@ class Board:
         self.masks = [(options == i) @ bits for i in range(len(gpus))]
         self.host_mask = (options == CPU) @ bits
         column = {name: options[:, i] for i, name in enumerate(COMPONENTS)}
-        self.split = column["controlnet"] != column["transformer"]
+        self.home = column[profile.pipeline.denoiser]
+        controlnet = profile.pipeline.find("controlnet")
+        self.split = column[controlnet] != self.home if controlnet else np.zeros(len(options), bool)
         self.column = column
         emulated = [
             [not is_native(profile.components[name].format.dtype, gpu) for gpu in gpus] + [False] for name in COMPONENTS
@@ -212,7 +214,7 @@ class Board:
             moved=np.concatenate([sheet.moved[rows] for sheet, rows in zip(sheets, fits, strict=True)]),
             seconds=np.concatenate(seconds).round(6),
             knobs={**on, "split_controlnet": self.split[taken]},
-            home_rank=ranks[self.column["transformer"][taken]],
+            home_rank=ranks[self.home[taken]],
             free=self.free,
         )
 
@@ -244,7 +246,7 @@ class Board:
         used = sorted({place for place in placement.values() if place != "cpu"})
         uses = {i: slot_use(profile, placement, i, self.by_index[i]) for i in used}
         worst = max((use.peak_bytes / max(self.by_index[i].free_bytes, 1) for i, use in uses.items()), default=0.0)
-        on = ordered((*knobs, "split_controlnet") if is_split(placement) else knobs)
+        on = ordered((*knobs, "split_controlnet") if is_split(self.profile.pipeline, placement) else knobs)
         moved = bytes_per_request(profile, placement)
         return Candidate(placement, on, uses, worst, moved, phase_seconds(profile, placement, self.by_index))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._units import human_bytes
-from ..declare.spec import COMPONENTS
+from ..declare.pipelines import COMPONENTS
 from ..errors import CheckpointError, PlanError
 from ..facts.checkpoint import Checkpoint, folder_parts
 from ..facts.component import ComponentFacts
@@ -42,10 +42,9 @@ def record_of(checkpoint: Checkpoint, whole: bool) -> CheckpointRecord:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    main, apart = _main_in_folder(checkpoint), checkpoint.controlnet_source
+    main = _main_in_folder(checkpoint)
     in_folder = dict.fromkeys(checkpoint.components, main)
-    if apart is not None:
-        in_folder["controlnet"] = names_folder(apart)
+    in_folder |= {name: names_folder(source) for name, source in checkpoint.apart.items()}
     mine = {name: facts for name, facts in checkpoint.components.items() if in_folder[name]}
     return CheckpointRecord(
         kind=checkpoint.kind,
@@ -59,8 +58,8 @@ def record_of(checkpoint: Checkpoint, whole: bool) -> CheckpointRecord:
 def drift_of(plan: Plan, verify: bool) -> Drift:
     """Compare what lies in folders with the plan; reads headers, and samples or, for `verify`, every byte."""
     main, was = _main_in_folder(plan.checkpoint), plan.checkpoint.content
-    named = plan.spec.model.components.controlnet
-    apart = named is not None and ("controlnet" in was if was else names_folder(named))
+    named = plan.spec.model.components.given()
+    apart = [name for name, source in named.items() if (name in was if was else names_folder(source))]
     if not main and not apart:
         return Drift()
     try:

@@ -9,15 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ..declare.spec import DTYPE_BYTES, VAE_FACTOR, Component, Dtype, Format, Knob, Workload
+from ..declare.formats import Format
+from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
+from ..declare.spec import Knob
+from ..declare.workload import Workload
 from ..facts.allocator import ENCODE_WORKSPACE
 from ..facts.checkpoint import Checkpoint
-from ..facts.component import ComponentFacts
-from .needs import Told, needs_of
-
-Phase = Literal["encode", "prepare", "denoise", "decode"]
-PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
-"""Text encoding, control image into latents, the denoising loop, latents into pixels; one after the other."""
+from .needs import Measure, needs_of
 
 VaeMode = Literal["plain", "vae_slicing", "vae_tiling"]
 """How the VAE works: all images at once, one at a time, or one at a time in tiles."""
@@ -26,13 +24,6 @@ VAE_KNOBS: tuple[Knob, ...] = ("encode_once", "vae_slicing", "vae_tiling")
 VAE_TILE = (1024, 1024, 896, 896)
 """Height and width of a tile and its strides in pixels, as `AutoencoderDC.enable_tiling` takes them. Tiles of 512
 left artifacts in flat areas (https://github.com/huggingface/diffusers/issues/10510)."""
-
-MAX_TOKENS = 300
-"""SANA's prompt length in tokens, the pipeline's `max_sequence_length`."""
-INSTRUCTION_TOKENS = 199
-"""Estimate of the instruction that the pipeline puts before the prompt: its words and punctuation marks."""
-INSTRUCTION_BYTES = 1058
-"""The same for a byte-level vocabulary such as `tiny`'s."""
 
 
 @dataclass(frozen=True)
@@ -80,42 +71,16 @@ class ComponentProfile:
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """A tensor that leaves `src` and enters `dst` (a component, or `home`): bytes each time it does."""
-
-    tensor: str
-    src: Component
-    dst: Component
-    bytes_each: int
-    per_step: bool
-
-    def times(self, steps: int) -> int:
-        """How often it crosses in a request of `steps` denoising steps."""
-        return steps if self.per_step else 1
-
-    @property
-    def phase(self) -> Phase:
-        """The phase that waits for it."""
-        if self.per_step:
-            return "denoise"
-        return _PHASE_OF_CROSSING.get(self.tensor, "encode")
-
-
-_PHASE_OF_CROSSING: Mapping[str, Phase] = {
-    "control_image": "prepare", "control_latents": "prepare", "controlnet_cond": "denoise", "latents": "decode",
-    "encoder_hidden_states": "denoise", "encoder_attention_mask": "denoise",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
 class PipelineProfile:
     """All components for one workload, and the tensors that flow between them.
 
     Attributes:
+        pipeline: which pipeline it is.
         control_rows: copies of the control image that the pipeline makes, the first one included.
         vae_under: what the VAE needs under sets of its knobs; tiling is never without slicing.
     """
 
+    pipeline: PipelineDescription
     components: Mapping[Component, ComponentProfile]
     crossings: tuple[Crossing, ...]
     steps: int
@@ -126,27 +91,31 @@ class PipelineProfile:
         """Return the profile with `knobs` turned on; splitting ControlNet off changes nothing here."""
         knobs = set(knobs) | ({"vae_slicing"} if "vae_tiling" in knobs else set())
         parts, crossings = dict(self.components), self.crossings
-        parts["vae"] = self.vae_under.get(frozenset(knobs.intersection(VAE_KNOBS)), parts["vae"])
+        vae, text_encoder = self.pipeline.of("vae"), self.pipeline.of("text_encoder")
+        parts[vae] = self.vae_under.get(frozenset(knobs.intersection(VAE_KNOBS)), parts[vae])
         if "text_encoder_offload" in knobs:
-            parts["text_encoder"] = replace(parts["text_encoder"], resident=False)
+            parts[text_encoder] = replace(parts[text_encoder], resident=False)
         if "encode_once" in knobs:
             crossings = tuple(
-                replace(one, bytes_each=one.bytes_each // self.control_rows) if one.tensor in _REPEATED else one
+                replace(one, bytes_each=one.bytes_each // self.control_rows)
+                if one.tensor in self.pipeline.repeated
+                else one
                 for one in crossings
             )
         return replace(self, components=parts, crossings=crossings)
 
 
 def profile_pipeline(
-    checkpoint: Checkpoint, workload: Workload, formats: Mapping[Component, Format], told: Told | None = None
+    checkpoint: Checkpoint, workload: Workload, formats: Mapping[Component, Format], measure: Measure
 ) -> PipelineProfile:
     """Profile every component of `checkpoint` for `workload` in the given formats.
 
     Args:
-        told: told of the progress where the checkpoint must be measured first; see `needs.py`.
+        measure: measures a checkpoint whose needs are not known; see `needs.py`.
     """
-    facts = checkpoint.components
-    needs = needs_of(checkpoint, formats, workload.guided, told)
+    facts, pipeline = checkpoint.components, checkpoint.pipeline
+    vae, denoiser = pipeline.of("vae"), pipeline.denoiser
+    needs = needs_of(checkpoint, formats, workload.guided, measure)
 
     def profiled(name: Component, knobs: Iterable[Knob] = ()) -> ComponentProfile:
         phases = [phase for phase in PHASES if phase in needs[name]]
@@ -158,33 +127,43 @@ def profile_pipeline(
             {phase: _activation(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
             {phase: _work(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
             unsplit_bytes=facts[name].unsplit_bytes(formats[name]),
-            workspaces=_workspaces(formats[name], workload, knobs) if name == "vae" else {},
+            workspaces=_workspaces(formats[name], workload, knobs) if name == vae else {},
         )
 
     ways: tuple[set[Knob], ...] = (set(), {"vae_slicing"}, {"vae_slicing", "vae_tiling"})
     once: tuple[set[Knob], ...] = (set(), {"encode_once"})
     sets = [frozenset(one | way) for one in once for way in ways]
-    crossings = _crossings(facts, workload, {name: form.dtype for name, form in formats.items()})
+    crossings = pipeline.crossings(
+        {name: one.config for name, one in facts.items()},
+        workload,
+        {name: form.dtype for name, form in formats.items()},
+    )
     parts = {name: profiled(name) for name in facts}
-    waiting = _waiting_in_decode(needs["transformer"], workload, crossings)
-    home = parts["transformer"]
-    parts["transformer"] = replace(home, activations={"decode": waiting, **home.activations})
+    waiting = _waiting_in_decode(pipeline, needs[denoiser], workload, crossings)
+    home = parts[denoiser]
+    parts[denoiser] = replace(home, activations={"decode": waiting, **home.activations})
     return PipelineProfile(
+        pipeline,
         parts,
         crossings,
         workload.steps,
         workload.rows,
-        {knobs: profiled("vae", knobs) for knobs in sets},
+        {knobs: profiled(vae, knobs) for knobs in sets},
     )
 
 
-def _waiting_in_decode(needs: Mapping[str, Any], workload: Workload, crossings: Iterable[Crossing]) -> int:
+def _waiting_in_decode(
+    pipeline: PipelineDescription,
+    needs: Mapping[Phase, Mapping[str, Any]],
+    workload: Workload,
+    crossings: Iterable[Crossing],
+) -> int:
     """Bytes that the pipeline still holds at home while the VAE decodes: embeddings, as in prepare, and residuals.
 
     Nothing is allocated there then, so that measuring does not see it.
     """
     constant, per_image, *_ = (float(value) for value in needs["prepare"]["activation_bytes"])
-    residuals = sum(one.bytes_each for one in crossings if one.tensor == "controlnet_block_samples")
+    residuals = sum(one.bytes_each for one in crossings if one.tensor in pipeline.waiting)
     return round(constant + per_image * workload.batch) + residuals
 
 
@@ -270,43 +249,3 @@ def _work(needs: Mapping[str, Any], call: _VaeCall) -> Work:
 
 
 _QUANTITIES = ("flops", "product_bytes", "other_bytes")
-_REPEATED = ("control_image", "control_latents")
-"""Crossings that `encode_once` makes with one row of each image."""
-
-
-def _prompt_tokens(facts: Mapping[Component, ComponentFacts]) -> int:
-    """Length of the padded prompt with its instruction: the pipeline cuts both to the instruction + 300 - 2 tokens."""
-    byte_level = int(facts["text_encoder"].config["vocab_size"]) < 1000
-    return (INSTRUCTION_BYTES if byte_level else INSTRUCTION_TOKENS) + MAX_TOKENS - 2
-
-
-def _crossings(
-    facts: Mapping[Component, ComponentFacts], workload: Workload, dtypes: Mapping[Component, Dtype]
-) -> tuple[Crossing, ...]:
-    """List the tensors between components, in bytes; the denoising loop lives with the transformer."""
-    item = {name: DTYPE_BYTES[dtype] for name, dtype in dtypes.items()}
-    rows = workload.rows
-    cells = workload.height * workload.width // VAE_FACTOR**2
-    channels = int(facts["vae"].config["latent_channels"])
-    hidden = int(facts["text_encoder"].config["hidden_size"])
-    text, vae, net = item["text_encoder"], item["vae"], item["controlnet"]
-    heads = facts["controlnet"].config
-    residual = int(heads["num_attention_heads"]) * int(heads["attention_head_dim"]) * int(heads["num_layers"])
-    pixels = 3 * workload.height * workload.width
-    # The pipeline casts the prompt embeddings anew in each step, unless they can be cast before (`load.py`).
-    recast = dtypes["controlnet"] not in (dtypes["text_encoder"], dtypes["transformer"])
-    tokens = _prompt_tokens(facts) + (MAX_TOKENS if workload.guided else 0)
-    return (
-        Crossing("input_ids", "transformer", "text_encoder", 8 * tokens, False),
-        Crossing("attention_mask", "transformer", "text_encoder", 8 * tokens, False),
-        Crossing("prompt_embeds", "text_encoder", "transformer", hidden * text * tokens, False),
-        Crossing("control_image", "transformer", "vae", pixels * rows * vae, False),
-        Crossing("control_latents", "vae", "transformer", channels * cells * rows * vae, False),
-        Crossing("hidden_states", "transformer", "controlnet", channels * cells * rows * net, True),
-        Crossing("encoder_hidden_states", "transformer", "controlnet", MAX_TOKENS * hidden * rows * net, recast),
-        Crossing("encoder_attention_mask", "transformer", "controlnet", MAX_TOKENS * rows * 8, False),
-        Crossing("controlnet_cond", "transformer", "controlnet", channels * cells * rows * vae, False),
-        Crossing("timestep", "transformer", "controlnet", rows * 8, True),
-        Crossing("controlnet_block_samples", "controlnet", "transformer", residual * cells * rows * net, True),
-        Crossing("latents", "transformer", "vae", channels * cells * workload.batch * vae, False),
-    )  # fmt: skip

@@ -4,29 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict
-
-from .._models import FrozenModel
+from .._models import Record
 from .._units import fullness
-from ..declare.spec import Component, Dtype, Format, Quantization
+from ..declare.formats import Dtype, Format, Quantization
+from ..declare.pipelines import Component
 
 Place = int | Literal["cpu"]
-
-
-class Record(FrozenModel):
-    """Base of the artifact's models: frozen; unknown keys of a later minor version are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-
-class Diagnostic(Record):
-    """One remark: a warning or a note, with the place and a hint."""
-
-    type: str
-    severity: Literal["info", "warning"]
-    message: str
-    where: str = ""
-    hint: str = ""
 
 
 class FileContent(Record):

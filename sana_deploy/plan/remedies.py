@@ -8,19 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
 
 from .._units import MIB, human_bytes, parse_bytes
-from ..declare.policies import POLICIES, QUANTIZED, QUANTIZED_DTYPES, fragile_components
-from ..declare.spec import (
-    KNOBS,
-    VAE_FACTOR,
-    Component,
-    CustomMap,
-    DeploySpec,
-    Hardware,
-    Knob,
-    MultiGpuBalanced,
-    Quantization,
-    VirtualMachine,
-)
+from ..declare.formats import Quantization
+from ..declare.pipelines import DEFAULT, Component
+from ..declare.policies import POLICIES, QUANTIZED, dtypes_of, fragile_components, quantization_of
+from ..declare.spec import KNOBS, CustomMap, DeploySpec, Hardware, Knob, MultiGpuBalanced, VirtualMachine
+from ..declare.workload import VAE_FACTOR
 from ..errors import SanaDeployError
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Machine
@@ -102,7 +94,8 @@ def _more_knobs(spec: DeploySpec) -> Iterator[Change]:
 
 def _makes_sense(knob: Knob, hardware: Hardware) -> bool:
     if isinstance(hardware, CustomMap):
-        offloaded = knob == "text_encoder_offload" and hardware.device_map["text_encoder"] == "cpu"
+        text_encoder = DEFAULT.of("text_encoder")
+        offloaded = knob == "text_encoder_offload" and hardware.device_map[text_encoder] == "cpu"
         return knob != "split_controlnet" and not offloaded
     return knob != "split_controlnet" or isinstance(hardware, MultiGpuBalanced)
 
@@ -125,11 +118,13 @@ def _quantized(spec: DeploySpec) -> Iterator[Change]:
     """Quantised weights, least changing first: the text encoder's in the dtypes declared, then whole policies."""
     given = spec.precision
     for kept in get_args(Quantization):
-        quantization = {**given.quantization, "text_encoder": kept}
+        text_encoder = spec.pipeline.of("text_encoder")
+        quantization = {**given.quantization, text_encoder: kept}
         changed = given.model_copy(update={"quantization": quantization})
-        yield f"precision.quantization.text_encoder={kept}", spec.model_copy(update={"precision": changed})
+        yield f"precision.quantization.{text_encoder}={kept}", spec.model_copy(update={"precision": changed})
     for name in ("int8", "nf4"):
-        update = {"name": name, "components": dict(POLICIES[QUANTIZED_DTYPES[name]]), "quantization": QUANTIZED[name]}
+        dtypes = dtypes_of(QUANTIZED[name].dtypes, spec.pipeline)
+        update = {"name": name, "components": dtypes, "quantization": quantization_of(name, spec.pipeline)}
         yield f"precision={name}", spec.model_copy(update={"precision": given.model_copy(update=update)})
 
 
@@ -140,10 +135,11 @@ def _fragile_precisions(spec: DeploySpec) -> Iterator[Change]:
 
 
 def _policies(spec: DeploySpec, fragile: bool) -> Iterator[Change]:
-    own = QUANTIZED.get(spec.precision.name, {})  # a policy that is left takes its own with it, not the user's
+    own = quantization_of(spec.precision.name, spec.pipeline)  # another policy drops these, and keeps the user's
     kept = {name: word for name, word in spec.precision.quantization.items() if own.get(name) != word}
-    for name, components in POLICIES.items():
-        if bool(fragile_components(components)) == fragile and components != spec.precision.components:
+    for name in POLICIES:
+        components = dtypes_of(name, spec.pipeline)
+        if bool(fragile_components(components, spec.pipeline)) == fragile and components != spec.precision.components:
             update = {"name": name, "components": dict(components), "quantization": kept}
             precision = spec.precision.model_copy(update=update)
             yield name, spec.model_copy(update={"precision": precision})
@@ -206,8 +202,9 @@ def out_of_float16(plan: Plan, suspects: Iterable[Component], compiled: Callable
     """
     names = [name for name in suspects if plan.components[name].dtype == "float16"]
     for policy, changed in _policies(plan.spec, fragile=False) if names else ():
-        emulated = not plan.slots and "bfloat16" in POLICIES[policy].values()  # a CPU takes it, and is slow with it
-        if emulated or "float16" in (POLICIES[policy][name] for name in names):
+        dtypes = dtypes_of(policy, plan.pipeline)
+        emulated = not plan.slots and "bfloat16" in dtypes.values()  # a CPU takes it, and is slow with it
+        if emulated or "float16" in (dtypes[name] for name in names):
             continue
         with contextlib.suppress(SanaDeployError):
             compiled(changed)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..declare.spec import COMPONENTS, Component, Knob
+from ..declare.pipelines import COMPONENTS, Component
+from ..declare.spec import Knob
 from ..facts.machine import Gpu
 from .cost import Place, Placement
 from .grid import CPU, FITS, Board, Candidate, Integers, Objective, Rejection, Rows, Rules, ordered

@@ -1,4 +1,4 @@
-"""Fits what components need as functions of the request.
+"""Calibrates what components need as functions of the request.
 
 `python -m sana_deploy.rehearsal.calibrate` writes the shipped needs anew.
 
@@ -22,11 +22,12 @@ from typing import Any, get_args
 import numpy as np
 
 from ..declare.compose import compose_spec
-from ..declare.spec import COMPONENTS, Component, Dtype, Format, Quantization
+from ..declare.formats import Dtype, Format, Quantization
+from ..declare.pipelines import COMPONENTS, Component, Phase
 from ..facts.catalogue import FOLDER, NAMES
 from ..facts.checkpoint import Checkpoint, open_checkpoint
-from ..plan.needs import Told, measured_as
-from ..plan.profile import VAE_TILE, Phase, covered_pixels, linear
+from ..plan.needs import OnProgress, measured_as
+from ..plan.profile import VAE_TILE, covered_pixels, linear
 from .measure import Bench, Measurements, Point
 
 PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
@@ -39,8 +40,11 @@ FORMATS = tuple(dict.fromkeys(measured_as(form) for form in _ALL))
 """What shipped components are measured in."""
 
 
-def fit(
-    checkpoint: Checkpoint, formats: Mapping[Component, Format], guided: bool, told: Told = lambda done, of: None
+def calibrate(
+    checkpoint: Checkpoint,
+    formats: Mapping[Component, Format],
+    guided: bool,
+    on_progress: OnProgress = lambda done, of: None,
 ) -> dict[Component, dict[Phase, dict[str, Any]]]:
     """Measure and solve all quantities of every component in the given formats; see the module docstring.
 
@@ -58,11 +62,11 @@ def fit(
         if point is SLICED[0]:
             bench = Bench(checkpoint, formats, vae_only=True)
         found[point] = bench.run(point, guided)
-        told(len(found), len(points))
-    fitted: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in COMPONENTS}
+        on_progress(len(found), len(points))
+    calibrated: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in COMPONENTS}
     for name, phase in found[PLAIN[0]]:
         measured = [found[point][name, phase] for point in PLAIN]
-        fitted[name][phase] = {
+        calibrated[name][phase] = {
             "activation_bytes": _solve(PLAIN, [m.activation_bytes for m in measured]),
             "operations": measured[0].work.operations,
             **{
@@ -70,12 +74,12 @@ def fit(
                 for key in ("flops", "product_bytes", "other_bytes")
             },
         }
-    for phase, entry in fitted["vae"].items():
+    for phase, entry in calibrated["vae"].items():
         sliced = _solve(SLICED, [found[point]["vae", phase].activation_bytes for point in SLICED])
         entry["sliced_bytes"] = sliced
         entry["tiling_bytes"] = _solve_tiling(entry, [found[point]["vae", phase].activation_bytes for point in TILED],
                                               doubled=guided and phase == "prepare")  # fmt: skip
-    return fitted
+    return calibrated
 
 
 def _solve(points: Sequence[Point], values: Sequence[int]) -> list[float]:
@@ -94,15 +98,15 @@ def _solve_tiling(entry: Mapping[str, Any], values: Sequence[int], doubled: bool
 
 
 def shipped(checkpoint: Checkpoint, known: set[str]) -> dict[str, Any]:
-    """Fit all dtypes, with and without guidance, of the components whose shapes are not in `known` yet."""
+    """Calibrate all dtypes, with and without guidance, of the components whose keys are not in `known` yet."""
     entries: dict[str, Any] = {
-        name: {"shapes_digest": facts.shapes_digest, "needs": {}}
-        for name, facts in checkpoint.components.items()
-        if facts.shapes_digest not in known
+        name: {"key": checkpoint.needs_key(name), "needs": {}}
+        for name in checkpoint.components
+        if checkpoint.needs_key(name) not in known
     }
     for form in FORMATS:
         for key, guided in GUIDANCE.items():
-            for name, phases in fit(checkpoint, dict.fromkeys(COMPONENTS, form), guided).items():
+            for name, phases in calibrate(checkpoint, dict.fromkeys(COMPONENTS, form), guided).items():
                 for phase, entry in phases.items() if name in entries and _differs(name, form) else ():
                     entries[name]["needs"].setdefault(phase, {}).setdefault(str(form), {})[key] = entry
     return entries
@@ -113,15 +117,15 @@ def _differs(name: Component, form: Format) -> bool:
 
 
 def main() -> None:
-    """Fit every shipped architecture anew; one that several models share is kept once."""
+    """Calibrate every shipped architecture anew; one that several models share is kept once."""
     known: set[str] = set()
     for name in MODELS:
         checkpoint = open_checkpoint(compose_spec([f"model={name}"]).model)
         entries = shipped(checkpoint, known)
-        known |= {entry["shapes_digest"] for entry in entries.values()}
+        known |= {entry["key"] for entry in entries.values()}
         text = json.dumps(entries, indent=1, sort_keys=True) + "\n"
         (FOLDER / f"{name}.needs.json").write_text(text, encoding="utf-8")
-        print(f"fitted {name}", flush=True)
+        print(f"calibrated {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import torch
 from diffusers import SanaControlNetPipeline
 
 from .._units import GIB
-from ..declare.spec import COMPONENTS, Component, Format, Workload
+from ..declare.formats import Format
+from ..declare.pipelines import COMPONENTS, PHASES, Component, Phase
+from ..declare.workload import Request, Workload
 from ..facts.checkpoint import Checkpoint
 from ..facts.component import ComponentFacts
-from ..plan.profile import PHASES, VAE_TILE, Phase, VaeMode
+from ..plan.profile import VAE_TILE, VaeMode
 from ..run.border import Border, attach
 from ..run.generate import run_request
 from ..run.load import load_helpers
@@ -85,7 +87,7 @@ class Bench:
         for index, name in enumerate(COMPONENTS):
             attach(parts[name], name, torch.device("vgpu", index), border)
         self.pipeline.hf_device_map = {name: f"vgpu:{index}" for index, name in enumerate(COMPONENTS)}
-        border.observers.append(LedgerClock(self.host.ledger))
+        border.observers.append(LedgerClock(self.host.ledger, border.pipeline))
 
     def run(self, point: Point, guided: bool) -> Measurements:
         """Run one request and return what every component needed, on a scheduler that remembers nothing."""
@@ -95,11 +97,11 @@ class Bench:
         ledger.phase_peaks.clear()
         ledger.work.clear()
         workload = Workload(
-            prompt="a small lighthouse", height=point.side, width=point.width or point.side, batch=point.batch,
-            steps=STEPS, guidance_scale=4.5 if guided else 1.0,
-        )  # fmt: skip
+            height=point.side, width=point.width or point.side, batch=point.batch, steps=STEPS, guided=guided
+        )
+        request = Request(prompt="a small lighthouse", guidance_scale=4.5 if guided else 1.0)
         with self._mode(point.mode), self.host:
-            run_request(self.pipeline, workload)
+            run_request(self.pipeline, workload, request)
         return {key: value for key, value in _collect(ledger) if value.activation_bytes}
 
     @contextmanager

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import nn
 
-from ..declare.spec import Format
+from ..declare.formats import Format
 from ..errors import CheckpointError
-from ..facts.component import CLASSES, ComponentFacts
+from ..facts.component import ComponentFacts
 from ..run.quantize import quantize_linears
 from ..run.weights import cast_module
 
@@ -28,10 +28,11 @@ def stand_in(facts: ComponentFacts, form: Format) -> nn.Module:
     config = {key: value for key, value in facts.config.items() if not key.startswith("_")}
     try:
         with torch.device("meta"):
-            if facts.name == "text_encoder":
-                module = transformers.Gemma2Model(transformers.Gemma2Config(**config))
+            if facts.library == "transformers":
+                cls = getattr(transformers, facts.class_name)
+                module = cls(cls.config_class(**config))
             else:
-                module = getattr(diffusers, CLASSES[facts.name]).from_config(config)
+                module = getattr(diffusers, facts.class_name).from_config(config)
     except (TypeError, ValueError, KeyError, AttributeError) as problem:
         raise CheckpointError(f"the config of {facts.name} is incomplete: {problem}", where=facts.name) from problem
     cast_module(module, getattr(torch, form.dtype))

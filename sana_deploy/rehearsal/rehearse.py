@@ -10,13 +10,14 @@ from diffusers import SanaControlNetPipeline
 from PIL.Image import Image
 
 from .._units import MIB, human_bytes, parse_bytes
+from ..declare.pipelines import PipelineDescription
 from ..declare.spec import CustomMap, Hardware, VirtualMachine
 from ..errors import InfeasibleError
 from ..facts.allocator import context_bytes
 from ..plan.artifact import Plan, Slot
 from ..plan.bind import ResolvedPlan
 from ..run.border import Event, border_of
-from ..run.generate import PHASE_OF, StepDone, host_peak, run_request, to_images
+from ..run.generate import StepDone, host_peak, run_request, to_images
 from ..run.load import load_pipeline, resolved_plan
 from ..run.outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
 from ..run.traffic import Movement, by_pair
@@ -82,12 +83,12 @@ def _slot_of(resolved: ResolvedPlan, index: int) -> Slot | None:
 class LedgerClock:
     """Border observer that tells the ledger which component works in which phase."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    def __init__(self, ledger: Ledger, pipeline: PipelineDescription) -> None:
+        self.ledger, self.pipeline = ledger, pipeline
 
     def __call__(self, event: Event, place: str) -> None:
         if event == "enter":
-            self.ledger.enter(PHASE_OF[place], place.partition(".")[0])
+            self.ledger.enter(self.pipeline.phase_of[place], place.partition(".")[0])
         else:
             self.ledger.leave()
 
@@ -128,11 +129,13 @@ def rehearse_request(
     border, workload = border_of(pipeline), resolved.plan.spec.workload
     assert border is not None
     steps = min(workload.steps, SHAPE_STEPS) if host.fidelity == "shapes" else workload.steps
-    clock, started = LedgerClock(host.ledger), time.perf_counter()
+    clock, started = LedgerClock(host.ledger, border.pipeline), time.perf_counter()
     border.observers.append(clock)
     try:
         with host:
-            pixels, per_step = run_request(pipeline, workload.model_copy(update={"steps": steps}), on_step)
+            pixels, per_step = run_request(
+                pipeline, workload.bounds.model_copy(update={"steps": steps}), workload.request, on_step
+            )
             images = to_images(pipeline, pixels.cpu()) if host.fidelity == "numbers" else []
     finally:
         border.observers.remove(clock)

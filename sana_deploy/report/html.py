@@ -13,9 +13,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from .. import __version__
 from .._units import MIB, human_bytes
-from ..declare.spec import COMPONENTS, VirtualMachine
+from .._version import __version__
+from ..declare.pipelines import COMPONENTS
+from ..declare.spec import VirtualMachine
 from ..plan.artifact import Place, Plan, Slot
 from ..run.outcome import Outcome
 from .drawings import chart, flow, timeline

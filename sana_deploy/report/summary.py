@@ -18,7 +18,7 @@ from typing import Any
 
 from .._files import write_text
 from .._units import fullness, human_bytes
-from ..declare.spec import COMPONENTS
+from ..declare.pipelines import COMPONENTS
 from .jobs import Job, read_jobs
 
 COLUMNS = (

@@ -13,10 +13,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .._models import Diagnostic
 from .._units import human_bytes
 from ..errors import SanaDeployError
 from ..facts.machine import host_memory
-from ..plan.artifact import Diagnostic, Place, Plan, Slot, Transfer
+from ..plan.artifact import Place, Plan, Slot, Transfer
 from ..run.outcome import Audit, Measured, Outcome, Rehearsal
 from .wording import (
     OTHERS_WORDS,

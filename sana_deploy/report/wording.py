@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .._units import GIB, human_bytes
-from ..declare.spec import Component
+from ..declare.pipelines import Component
 from ..plan.artifact import Place, Plan, RejectionCount
 from ..run.outcome import Audit
 

@@ -18,12 +18,14 @@ import torch
 from diffusers import SanaControlNetPipeline
 from PIL.Image import Image
 
-from ..declare.policies import POLICIES
-from ..declare.spec import Component, DeploySpec, Workload
+from ..declare.pipelines import Component
+from ..declare.policies import dtypes_of
+from ..declare.spec import DeploySpec
+from ..declare.workload import DeclaredWorkload
 from ..errors import InfeasibleError
 from ..plan.artifact import Plan
 from .border import Border
-from .generate import PHASE_OF, run_request, to_images
+from .generate import run_request, to_images
 from .load import load_pipeline
 from .outcome import Audit, AuditedBorder
 from .traffic import floating
@@ -62,7 +64,7 @@ def in_float32(spec: DeploySpec, compiled: Callable[[DeploySpec], Plan]) -> Plan
     Raises:
         InfeasibleError: it does not fit the machine.
     """
-    policy = {"name": "fp32", "components": dict(POLICIES["fp32"]), "quantization": {}}
+    policy = {"name": "fp32", "components": dtypes_of("fp32", spec.pipeline), "quantization": {}}
     precision = spec.precision.model_copy(update=policy)
     try:
         return compiled(spec.model_copy(update={"precision": precision}))
@@ -74,7 +76,7 @@ def in_float32(spec: DeploySpec, compiled: Callable[[DeploySpec], Plan]) -> Plan
         ) from problem
 
 
-def audit(recorded: Recorder, images: list[Image], plan: Plan, reference: Plan, workload: Workload) -> Audit:
+def audit(recorded: Recorder, images: list[Image], plan: Plan, reference: Plan, workload: DeclaredWorkload) -> Audit:
     """Compare a recorded run with float32.
 
     Args:
@@ -91,13 +93,13 @@ def audit(recorded: Recorder, images: list[Image], plan: Plan, reference: Plan, 
     rows = [
         AuditedBorder(
             component=name,
-            phase=PHASE_OF[f"{name}.{method}"],
+            phase=plan.pipeline.phase_of[f"{name}.{method}"],
             dtype=str(plan.components[name].format),
             relative_error=round(_error(result, _again(pipeline, name, method, recorded)), 9),
         )
         for (name, method), result in recorded.results.items()
     ]
-    pixels, _ = run_request(pipeline, workload)
+    pixels, _ = run_request(pipeline, workload.bounds, workload.request)
     drawn, exact = (
         np.stack([np.asarray(one, float) / 255 for one in side]) for side in (images, to_images(pipeline, pixels))
     )

@@ -20,7 +20,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from ..declare.spec import VAE_FACTOR
+from ..declare.pipelines import DEFAULT, PIPELINES, ComponentDescription, PipelineDescription
+from ..declare.workload import VAE_FACTOR
 from ..errors import RunError
 from ..plan.profile import VAE_TILE
 from .copies import Copies
@@ -43,6 +44,7 @@ class Border:
 
     Attributes:
         home: the device of the denoising loop.
+        pipeline: which pipeline it is.
         traffic: bytes moved.
         observers: told at every border.
         watchers: shown every input where it is taken, after it moved.
@@ -60,6 +62,7 @@ class Border:
     """
 
     home: torch.device
+    pipeline: PipelineDescription = DEFAULT
     traffic: Traffic = field(default_factory=Traffic)
     observers: list[Observer] = field(default_factory=list)
     watchers: list[Watcher] = field(default_factory=list)
@@ -118,26 +121,16 @@ class BorderHook(ModelHook):  # type: ignore[misc]
     """accelerate hook of one whole component.
 
     Args:
-        name: the component.
+        part: the component.
         device: where its weights are.
         border: shared by the pipeline's hooks.
-        methods: methods besides `forward` that take tensors (the VAE's `encode`).
-        keep: methods whose result stays on `device` (the VAE's `decode`: pixels go to the host next).
     """
 
-    def __init__(
-        self,
-        name: str,
-        device: torch.device,
-        border: Border,
-        methods: tuple[str, ...] = (),
-        keep: tuple[str, ...] = (),
-    ) -> None:
-        self.name = name
+    def __init__(self, part: ComponentDescription, device: torch.device, border: Border) -> None:
+        self.name = part.name
+        self.calls = {call.method: call for call in part.calls}
         self.device = device
         self.border = border
-        self.methods = methods
-        self.keep = keep
         self.execution_device = border.home
         self._kept: dict[str, _Kept] = {}
 
@@ -155,11 +148,11 @@ class BorderHook(ModelHook):  # type: ignore[misc]
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Push the outputs home."""
         self.border.leave(self.name, "forward", output)
-        return self._push(output, _OUTPUTS[self.name, "forward"])
+        return self._push(output, self.calls["forward"].output)
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Wrap the methods that are no `forward`."""
-        for method in (*self.methods, *self.keep):
+        for method in self._wrapped_methods():
             setattr(module, method, self._wrapped(module, getattr(module, method), method))
         return module
 
@@ -169,16 +162,20 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             visit.leave()
         while self.border.restore:
             self.border.restore.pop()()
-        for method in (*self.methods, *self.keep):
+        for method in self._wrapped_methods():
             module.__dict__.pop(method, None)
         return module
+
+    def _wrapped_methods(self) -> list[str]:
+        """Methods besides `forward` that tensors enter."""
+        return [method for method in self.calls if method != "forward"]
 
     def _wrapped(self, module: nn.Module, inner: Callable[..., Any], method: str) -> Callable[..., Any]:
         @functools.wraps(inner)
         def outer(*args: Any, **kwargs: Any) -> Any:
             self.border.enter(self.name, method)
             self._check_place(module)
-            names = [_INPUTS[self.name, method]]
+            names = [self.calls[method].input]
             copies = self._copies(method, args)
             if copies:
                 args = (copies.distinct(args[0]), *args[1:])
@@ -196,8 +193,8 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             if again is not None:  # outside `except`, whose traceback keeps the activations alive
                 output = self._in_tiles(module, again, lambda: inner(*args, **kwargs))
             self.border.leave(self.name, method, output)
-            if method not in self.keep:
-                output = self._push(output, _OUTPUTS[self.name, method])
+            if not self.calls[method].keeps:
+                output = self._push(output, self.calls[method].output)
             return copies.repeated(output) if copies else output
 
         return outer
@@ -256,7 +253,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
 
     def _fetch(self, value: Any, name: str) -> Any:
         """Move one argument here; one that stays the same from step to step crosses once."""
-        steady = name in _STEADY and isinstance(value, torch.Tensor) and value.device != self.device
+        steady = name in self.border.pipeline.steady and isinstance(value, torch.Tensor) and value.device != self.device
         if not steady or value.is_inference():
             return move(value, self.device, self.border.traffic, name)
         kept = self._kept.get(name)
@@ -306,17 +303,6 @@ def _one_at_a_time(vae: Any) -> Iterator[None]:
 _VAE_SWITCHES = ("use_slicing", "use_tiling")
 SMALL_TILE = (512, 512, 384, 384)
 """Tiles for an image that one large tile covers, in pixels, with a wide overlap."""
-_STEADY = ("encoder_hidden_states", "encoder_attention_mask", "controlnet_cond")
-"""Arguments that the pipeline passes unchanged in every denoising step."""
-_INPUTS = {("vae", "encode"): "control_image", ("vae", "decode"): "latents"}
-_OUTPUTS = {
-    ("text_encoder", "forward"): "prompt_embeds",
-    ("vae", "forward"): "sample",
-    ("vae", "encode"): "control_latents",
-    ("transformer", "forward"): "noise_pred",
-    ("controlnet", "forward"): "controlnet_block_samples",
-}
-"""What reports call the tensors at a border; other inputs keep their argument's name."""
 
 
 def attach(module: nn.Module, name: str, device: torch.device, border: Border, visits: bool = False) -> None:
@@ -326,12 +312,11 @@ def attach(module: nn.Module, name: str, device: torch.device, border: Border, v
     """
     if visits:
         border.visits[name] = Visit(module, name, device)
-    codec = name == "vae"
-    hook = BorderHook(name, device, border, ("encode",) if codec else (), ("decode",) if codec else ())
-    add_hook_to_module(module, hook)
+    add_hook_to_module(module, BorderHook(border.pipeline.by_name[name], device, border))
 
 
 def border_of(pipeline: Any) -> Border | None:
     """Return the border that a placed pipeline's hooks share, or None for an unplaced one."""
-    hook = getattr(getattr(pipeline, "transformer", None), "_hf_hook", None)
+    description = PIPELINES.get(type(pipeline).__name__, DEFAULT)
+    hook = getattr(getattr(pipeline, description.denoiser, None), "_hf_hook", None)
     return hook.border if isinstance(hook, BorderHook) else None

@@ -19,9 +19,9 @@ from PIL.Image import Image
 from .._files import write_bytes
 from .._units import human_bytes
 from ..declare.control_image import read_control_image
-from ..declare.spec import COMPONENTS, Component, Workload
+from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
+from ..declare.workload import Request, Workload
 from ..errors import RunError
-from ..plan.profile import PHASES, Phase
 from .border import Border, Event, border_of
 from .outcome import Measured
 from .traffic import Movement, by_pair
@@ -29,26 +29,19 @@ from .traffic import Movement, by_pair
 StepDone = Callable[[int, int], None]
 """Called after each denoising step with the steps done and the steps in all."""
 
-PHASE_OF: dict[str, Phase] = {
-    "text_encoder.forward": "encode",
-    "vae.encode": "prepare",
-    "controlnet.forward": "denoise",
-    "transformer.forward": "denoise",
-    "vae.decode": "decode",
-}
-
 
 @dataclass
 class PhaseClock:
     """Border observer: seconds from a phase's first entry to the next phase's first entry."""
 
+    pipeline: PipelineDescription
     devices: list[torch.device]
     seconds: dict[str, float] = field(default_factory=dict)
     current: Phase | None = None
     since: float = 0.0
 
     def __call__(self, event: Event, place: str) -> None:
-        phase = PHASE_OF.get(place)
+        phase = self.pipeline.phase_of.get(place)
         if event == "enter" and phase and phase != self.current:
             self.switch(phase)
 
@@ -71,7 +64,7 @@ class StepTraffic:
     per_step: Counter[Movement] = field(default_factory=Counter)
 
     def __call__(self, event: Event, place: str) -> None:
-        if self.before is None and PHASE_OF.get(place) == "denoise":
+        if self.before is None and self.border.pipeline.phase_of.get(place) == "denoise":
             self.before = Counter(self.border.traffic.moved)
 
     def step_done(self) -> None:
@@ -82,13 +75,14 @@ class StepTraffic:
 
 
 def generate(
-    pipeline: SanaControlNetPipeline, workload: Workload, on_step: StepDone | None = None
+    pipeline: SanaControlNetPipeline, workload: Workload, request: Request, on_step: StepDone | None = None
 ) -> tuple[list[Image], Measured]:
-    """Run `workload` once.
+    """Run `request` once.
 
     Args:
         pipeline: a placed pipeline.
-        workload: prompt, sizes, steps, seed.
+        workload: its shape.
+        request: its content.
         on_step: told after every denoising step.
 
     Returns:
@@ -101,7 +95,7 @@ def generate(
     from .nan_guard import NumericsGuard
 
     border = _border(pipeline)
-    guard = NumericsGuard({name: _dtype_name(pipeline, name) for name in COMPONENTS})
+    guard = NumericsGuard(border.pipeline, {name: _dtype_name(pipeline, name) for name in border.pipeline.names})
 
     def stepped(done: int, of: int) -> None:
         guard.step_done()
@@ -109,14 +103,14 @@ def generate(
             on_step(done, of)
 
     devices = [torch.device(place) for place in sorted(set(pipeline.hf_device_map.values())) if "cuda" in place]
-    clock = PhaseClock(devices)
+    clock = PhaseClock(border.pipeline, devices)
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     border.observers.append(clock)
     border.inspectors.append(guard)
     started = time.perf_counter()
     try:
-        pixels, per_step = run_request(pipeline, workload, stepped)
+        pixels, per_step = run_request(pipeline, workload, request, stepped)
         guard.check()
     finally:
         clock.switch(None)
@@ -127,7 +121,7 @@ def generate(
 
 
 def run_request(
-    pipeline: SanaControlNetPipeline, workload: Workload, on_step: StepDone | None = None
+    pipeline: SanaControlNetPipeline, workload: Workload, request: Request, on_step: StepDone | None = None
 ) -> tuple[torch.Tensor, Counter[Movement]]:
     """Call a placed pipeline once.
 
@@ -144,7 +138,7 @@ def run_request(
     steps = StepTraffic(border)
     border.observers.append(steps)
     try:
-        pixels = _call(pipeline, workload, steps, on_step)
+        pixels = _call(pipeline, workload, request, steps, on_step)
     except (torch.OutOfMemoryError, UnboundLocalError) as problem:
         # In decode the pipeline only warns of an OutOfMemoryError, then trips over the image that it never got.
         cause = problem if isinstance(problem, torch.OutOfMemoryError) else border.failure
@@ -161,7 +155,7 @@ def run_request(
 def _out_of_memory(pipeline: SanaControlNetPipeline, border: Border, problem: torch.OutOfMemoryError) -> RunError:
     """Say where memory ran out, what the plan expected there, and what the allocator says."""
     name, method = border.inside
-    phase = PHASE_OF.get(f"{name}.{method}", "generate")
+    phase = border.pipeline.phase_of.get(f"{name}.{method}", "generate")
     device = pipeline.hf_device_map.get(name, str(border.home))
     planned = ""
     if device in border.expected:
@@ -184,7 +178,8 @@ def to_images(pipeline: SanaControlNetPipeline, pixels: torch.Tensor) -> list[Im
     Raises:
         RunError: one of them holds NaN or is one flat colour.
     """
-    _check_pixels(pixels, {name: _dtype_name(pipeline, name) for name in COMPONENTS})
+    description = _border(pipeline).pipeline
+    _check_pixels(pixels, description, {name: _dtype_name(pipeline, name) for name in description.names})
     images: list[Image] = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
     return images
 
@@ -197,7 +192,7 @@ def _border(pipeline: SanaControlNetPipeline) -> Border:
 
 
 def _call(
-    pipeline: SanaControlNetPipeline, workload: Workload, steps: StepTraffic, on_step: StepDone | None
+    pipeline: SanaControlNetPipeline, workload: Workload, request: Request, steps: StepTraffic, on_step: StepDone | None
 ) -> torch.Tensor:
     done = 0
 
@@ -213,16 +208,16 @@ def _call(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Try to use VAE tiling", category=UserWarning)
         result = pipeline(
-            prompt=workload.prompt,
-            negative_prompt=workload.negative_prompt,
-            control_image=read_control_image(workload),
-            controlnet_conditioning_scale=workload.conditioning_scale,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            control_image=read_control_image(request, workload),
+            controlnet_conditioning_scale=request.conditioning_scale,
             height=workload.height,
             width=workload.width,
             num_images_per_prompt=workload.batch,
             num_inference_steps=workload.steps,
-            guidance_scale=workload.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(workload.seed),
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
             use_resolution_binning=False,
             callback_on_step_end=step_end,
             output_type="pt",
@@ -258,11 +253,11 @@ def _dtype_name(pipeline: SanaControlNetPipeline, name: Component) -> str:
     return str(getattr(pipeline, name).dtype).removeprefix("torch.")
 
 
-def _check_pixels(pixels: torch.Tensor, dtypes: dict[Component, str]) -> None:
+def _check_pixels(pixels: torch.Tensor, description: PipelineDescription, dtypes: dict[Component, str]) -> None:
     """Refuse images (batch, 3, height, width) that hold NaN or infinity, or are one flat colour."""
     from .nan_guard import image_cure
 
-    hint = image_cure(dtypes)
+    hint = image_cure(description, dtypes)
     for number, image in enumerate(pixels):
         broken = int((~torch.isfinite(image)).sum())
         if broken:

@@ -12,7 +12,8 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline, SanaControlNetPipeline
 from torch import nn
 
-from ..declare.spec import COMPONENTS, Component, Model
+from ..declare.pipelines import COMPONENTS, Component
+from ..declare.spec import Model
 from ..errors import PlanError, RunError, UsageError
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.artifact import Plan

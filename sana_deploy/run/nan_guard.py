@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 
-from ..declare.policies import FRAGILE
-from ..declare.spec import Component
+from ..declare.pipelines import Component, ComponentDescription, Phase, PipelineDescription
 from ..errors import RunError
-from ..plan.profile import Phase
-from .generate import PHASE_OF
 from .traffic import floating
 
 GUARDED_STEPS = 2
@@ -26,12 +23,13 @@ class NumericsGuard:
     `dtypes` are those of the components, for the message.
     """
 
+    pipeline: PipelineDescription
     dtypes: dict[Component, str]
     steps: int = 0
     _flags: list[tuple[Component, Phase, torch.Tensor]] = field(default_factory=list)
 
     def __call__(self, name: Component, method: str, output: Any) -> None:
-        phase = PHASE_OF[f"{name}.{method}"]
+        phase = self.pipeline.phase_of[f"{name}.{method}"]
         if phase == "denoise" and self.steps >= GUARDED_STEPS:
             return
         for tensor in floating(output):
@@ -59,26 +57,26 @@ class NumericsGuard:
                 raise RunError(
                     f"the {name} gave NaN or infinity in {dtype} during {phase}",
                     where=f"precision.components.{name}",
-                    hint=_cure(name, dtype),
+                    hint=_cure(self.pipeline.by_name[name], dtype),
                     component=name,
                     dtype=dtype,
                     phase=phase,
                 )
 
 
-def image_cure(dtypes: Mapping[Component, str]) -> str:
+def image_cure(pipeline: PipelineDescription, dtypes: Mapping[Component, str]) -> str:
     """What helps where an image is not finite or flat though every result was finite; empty if no dtype explains it."""
-    suspects = [name for name in (*FRAGILE, *dtypes) if dtypes[name] == "float16"]
+    first_fragile = sorted(pipeline.components, key=lambda part: not part.fragile)
+    suspects = [part for part in first_fragile if dtypes[part.name] == "float16"]
     return _cure(suspects[0], "float16") if suspects else ""
 
 
-def _cure(name: Component, dtype: str) -> str:
+def _cure(part: ComponentDescription, dtype: str) -> str:
     if dtype == "float32":
         return "float32 does not overflow here: the weights or the inputs are damaged"
     if dtype == "bfloat16":
-        return (
-            f"bfloat16 has float32's range: look at the weights and inputs, or try precision.components.{name}=float32"
-        )
-    if name in FRAGILE:
+        change = f"precision.components.{part.name}=float32"
+        return f"bfloat16 has float32's range: look at the weights and inputs, or try {change}"
+    if part.fragile:
         return "precision=mixed_bf16, or precision=mixed_fp32 where bfloat16 is not native"
     return "precision=bf16, or precision=fp32 where bfloat16 is not native"

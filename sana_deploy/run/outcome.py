@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from .._models import FrozenModel
+from .._models import Diagnostic, FrozenModel
 from .._units import fullness
 from ..errors import SanaDeployError
-from ..plan.artifact import Diagnostic, Plan
+from ..plan.artifact import Plan
 
 INTERRUPTED = 130
 """The exit code of an interrupt (Ctrl-C, or kill), as shells give it."""

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..declare.spec import COMPONENTS, Component
+from ..declare.pipelines import COMPONENTS, Component
 from .border import Border
 
 log = logging.getLogger(__name__)

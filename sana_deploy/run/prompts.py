@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ..declare.spec import Workload
-from ..plan.artifact import Diagnostic
+from .._models import Diagnostic
+from ..declare.workload import Request
 
 
-def cut_prompts(pipeline: Any, workload: Workload) -> list[Diagnostic]:
+def cut_prompts(pipeline: Any, request: Request) -> list[Diagnostic]:
     """Warn of a prompt, and of a negative prompt where guidance uses it, that is longer than diffusers takes.
 
     Args:
@@ -19,9 +19,9 @@ def cut_prompts(pipeline: Any, workload: Workload) -> list[Diagnostic]:
     instruction = "\n".join(defaults["complex_human_instruction"].default)
     most = int(defaults["max_sequence_length"].default)
     # As `_get_gemma_prompt_embeds` counts: the instruction goes before the prompt and has its own tokens beside `most`.
-    found = [_cut(pipeline, "prompt", workload.prompt, instruction, most - 2)]
-    if workload.guided:
-        found.append(_cut(pipeline, "negative_prompt", workload.negative_prompt, "", most - 1))
+    found = [_cut(pipeline, "prompt", request.prompt, instruction, most - 2)]
+    if request.guided:
+        found.append(_cut(pipeline, "negative_prompt", request.negative_prompt, "", most - 1))
     return [remark for remark in found if remark]
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..declare.formats import Quantization
 from ..declare.policies import QUANTIZERS
-from ..declare.spec import Quantization
 from ..errors import InvalidSpecError
 from ..facts.libraries import install_hint
 from ..facts.shapes import BLOCK

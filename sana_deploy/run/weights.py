@@ -26,9 +26,10 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..declare.spec import Component, Quantization
+from ..declare.formats import Quantization
+from ..declare.pipelines import Component
 from ..errors import CheckpointError, RunError
-from ..facts.component import CLASSES, ComponentFacts
+from ..facts.component import ComponentFacts
 from ..facts.headers import read_header, weight_files
 from ..facts.tensors import NAMED, Mismatch, Shape, compare
 from .quantize import is_quantized, linears_of, quantize, quantize_linears, require
@@ -127,10 +128,10 @@ def _skeleton(wanted: Wanted) -> nn.Module | None:
 
 def _build(facts: ComponentFacts, dtype: torch.dtype) -> nn.Module:
     assert facts.folder is not None
-    if facts.name == "text_encoder":
+    if facts.library == "transformers":
         config = transformers.AutoConfig.from_pretrained(facts.folder, local_files_only=True)
-        return getattr(transformers, CLASSES[facts.name])._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
-    cls: Any = getattr(diffusers, CLASSES[facts.name])
+        return getattr(transformers, facts.class_name)._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+    cls: Any = getattr(diffusers, facts.class_name)
     module: nn.Module = cls.from_config(cls.load_config(facts.folder, local_files_only=True))
     module.register_to_config(_name_or_path=str(facts.folder))  # type: ignore[operator]
     return module
@@ -215,7 +216,7 @@ def _by_library(wanted: Wanted, told: Progress) -> nn.Module:
     """Let diffusers or transformers load one component."""
     facts = wanted.facts
     assert facts.folder is not None
-    library: Any = transformers if facts.name == "text_encoder" else diffusers
+    library: Any = transformers if facts.library == "transformers" else diffusers
     options: dict[str, Any] = {"dtype": wanted.dtype, "local_files_only": True, "output_loading_info": True}
     files = weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle)
     options["use_safetensors"] = all(path.suffix == ".safetensors" for path in files)
@@ -224,7 +225,7 @@ def _by_library(wanted: Wanted, told: Progress) -> nn.Module:
     if facts.variant and any(facts.folder.glob(f"*.{facts.variant}*")):
         options["variant"] = facts.variant
     try:
-        module, info = getattr(library, CLASSES[facts.name]).from_pretrained(str(facts.folder), **options)
+        module, info = getattr(library, facts.class_name).from_pretrained(str(facts.folder), **options)
     except torch.OutOfMemoryError as problem:
         raise _no_memory(facts.name, wanted.device, problem) from problem
     except (OSError, RuntimeError, ValueError, KeyError) as problem:

@@ -1,0 +1,28 @@
+"""The pipelines that the package knows, one description for each class of diffusers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from .base import PHASES as PHASES
+from .base import Call as Call
+from .base import ComponentDescription as ComponentDescription
+from .base import Crossing as Crossing
+from .base import Library as Library
+from .base import Phase as Phase
+from .base import PipelineDescription as PipelineDescription
+from .base import Role as Role
+from .sana_controlnet import SANA_CONTROLNET as SANA_CONTROLNET
+
+PIPELINES = {one.class_name: one for one in (SANA_CONTROLNET,)}
+"""Descriptions by the class's name in diffusers."""
+DEFAULT = SANA_CONTROLNET
+"""What a declaration speaks of that does not say otherwise."""
+COMPONENTS: tuple[str, ...] = tuple(dict.fromkeys(name for one in PIPELINES.values() for name in one.names))
+"""Every component of any pipeline."""
+
+if TYPE_CHECKING:
+    Component = str
+else:
+    Component = Literal[COMPONENTS]
+"""The name of a component."""

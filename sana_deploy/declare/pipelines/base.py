@@ -1,0 +1,159 @@
+"""What a pipeline description says: the components of one diffusers pipeline class, their calls, what crosses between.
+
+A description is data and pure functions of the request. Everything that is particular to a pipeline class is in its
+description; the rest of the package reads it and names no component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from ..formats import Dtype
+from ..workload import Workload
+
+Phase = Literal["encode", "prepare", "denoise", "decode"]
+PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
+"""Text encoding, control image into latents, the denoising loop, latents into pixels; one after the other."""
+Role = Literal["text_encoder", "vae", "denoiser", "controlnet"]
+"""What a component does in any pipeline; policies speak of roles. The denoising loop lives with the `denoiser`."""
+Library = Literal["diffusers", "transformers"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method of a component that tensors enter and leave.
+
+    Attributes:
+        method: its name.
+        phase: the phase that it belongs to; None for one that the pipeline does not use.
+        output: what reports call the result.
+        input: what reports call the first positional input; others keep their argument's name.
+        keeps: the result stays where it was made, and is not pushed to the denoiser's device.
+    """
+
+    method: str
+    phase: Phase | None
+    output: str
+    input: str = ""
+    keeps: bool = False
+
+
+@dataclass(frozen=True)
+class ComponentDescription:
+    """One component of a pipeline.
+
+    Attributes:
+        name: as diffusers names it.
+        role: what it does.
+        library: where its class is from.
+        class_name: of its module.
+        config_keys: what planning reads of its config.
+        calls: its methods that tensors enter and leave.
+        aliases: names that configs give to the class.
+        unquantized: why its weights cannot be quantised; empty where they can.
+        fragile: why float16 is documented not to be safe for it; empty where it is.
+    """
+
+    name: str
+    role: Role
+    library: Library
+    class_name: str
+    config_keys: tuple[str, ...]
+    calls: tuple[Call, ...]
+    aliases: tuple[str, ...] = ()
+    unquantized: str = ""
+    fragile: str = ""
+
+    def call(self, method: str) -> Call:
+        """The call of this method."""
+        return next(call for call in self.calls if call.method == method)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A tensor that leaves component `src` and enters `dst`: bytes each time it does, and the phase that waits for it.
+
+    What the pipeline itself makes or keeps (latents, the prompt's tokens) is the denoiser's.
+    """
+
+    tensor: str
+    src: str
+    dst: str
+    bytes_each: int
+    per_step: bool
+    phase: Phase = "denoise"
+
+    def times(self, steps: int) -> int:
+        """How often it crosses in a request of `steps` denoising steps."""
+        return steps if self.per_step else 1
+
+
+Configs = Mapping[str, Mapping[str, Any]]
+"""Each component's config."""
+
+
+@dataclass(frozen=True)
+class PipelineDescription:
+    """Everything that is particular to one pipeline class of diffusers.
+
+    Attributes:
+        class_name: of the pipeline in diffusers.
+        title: what messages call it.
+        components: in the order of plans and tables.
+        crossings: tensors that cross between components for a workload, given configs and dtypes.
+        steady: arguments of the denoiser's and the ControlNet's calls that stay the same from step to step.
+        repeated: crossings that hold a control image once for every row of a step.
+        waiting: crossings whose last tensors the pipeline still holds in decode.
+        apart: components that are also published in a repository of their own (`model.components`).
+        takes_control_image: whether a request has one.
+    """
+
+    class_name: str
+    title: str
+    components: tuple[ComponentDescription, ...]
+    crossings: Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]]
+    steady: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    takes_control_image: bool = True
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Components in the order of plans and tables."""
+        return tuple(part.name for part in self.components)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, ComponentDescription]:
+        """Components by name."""
+        return {part.name: part for part in self.components}
+
+    @cached_property
+    def phase_of(self) -> Mapping[str, Phase]:
+        """`component.method` -> the phase that the call belongs to."""
+        return {
+            f"{part.name}.{call.method}": call.phase for part in self.components for call in part.calls if call.phase
+        }
+
+    def find(self, role: Role) -> str | None:
+        """The component of a role; None where the pipeline has none."""
+        return next((part.name for part in self.components if part.role == role), None)
+
+    def of(self, role: Role) -> str:
+        """The component of a role that every pipeline has.
+
+        Raises:
+            LookupError: this one has not.
+        """
+        name = self.find(role)
+        if name is None:
+            raise LookupError(f"a {self.title} has no {role}")
+        return name
+
+    @property
+    def denoiser(self) -> str:
+        """The component that the denoising loop lives with."""
+        return self.of("denoiser")

@@ -1,0 +1,107 @@
+"""`SanaControlNetPipeline` of diffusers: Gemma 2, DC-AE, SANA's transformer, and a ControlNet of its first blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..formats import DTYPE_BYTES, Dtype
+from ..workload import VAE_FACTOR, Workload
+from .base import Call, ComponentDescription, Configs, Crossing, PipelineDescription
+
+MAX_TOKENS = 300
+"""SANA's prompt length in tokens, the pipeline's `max_sequence_length`."""
+INSTRUCTION_TOKENS = 199
+"""Estimate of the instruction that the pipeline puts before the prompt: its words and punctuation marks."""
+INSTRUCTION_BYTES = 1058
+"""The same for a byte-level vocabulary such as `tiny`'s."""
+_DENOISER_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "mlp_ratio", "sample_size", "patch_size")
+
+
+def _prompt_tokens(configs: Configs) -> int:
+    """Length of the padded prompt with its instruction: the pipeline cuts both to the instruction + 300 - 2 tokens."""
+    byte_level = int(configs["text_encoder"]["vocab_size"]) < 1000
+    return (INSTRUCTION_BYTES if byte_level else INSTRUCTION_TOKENS) + MAX_TOKENS - 2
+
+
+def crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype]) -> tuple[Crossing, ...]:
+    """Tensors between components, in bytes; the denoising loop lives with the transformer."""
+    item = {name: DTYPE_BYTES[dtype] for name, dtype in dtypes.items()}
+    rows = workload.rows
+    cells = workload.height * workload.width // VAE_FACTOR**2
+    channels = int(configs["vae"]["latent_channels"])
+    hidden = int(configs["text_encoder"]["hidden_size"])
+    text, vae, net = item["text_encoder"], item["vae"], item["controlnet"]
+    heads = configs["controlnet"]
+    residual = int(heads["num_attention_heads"]) * int(heads["attention_head_dim"]) * int(heads["num_layers"])
+    pixels = 3 * workload.height * workload.width
+    # The pipeline casts the prompt embeddings anew in each step, unless they can be cast before (`run/place.py`).
+    recast = dtypes["controlnet"] not in (dtypes["text_encoder"], dtypes["transformer"])
+    tokens = _prompt_tokens(configs) + (MAX_TOKENS if workload.guided else 0)
+    return (
+        Crossing("input_ids", "transformer", "text_encoder", 8 * tokens, False, "encode"),
+        Crossing("attention_mask", "transformer", "text_encoder", 8 * tokens, False, "encode"),
+        Crossing("prompt_embeds", "text_encoder", "transformer", hidden * text * tokens, False, "encode"),
+        Crossing("control_image", "transformer", "vae", pixels * rows * vae, False, "prepare"),
+        Crossing("control_latents", "vae", "transformer", channels * cells * rows * vae, False, "prepare"),
+        Crossing("hidden_states", "transformer", "controlnet", channels * cells * rows * net, True),
+        Crossing("encoder_hidden_states", "transformer", "controlnet", MAX_TOKENS * hidden * rows * net, recast),
+        Crossing("encoder_attention_mask", "transformer", "controlnet", MAX_TOKENS * rows * 8, False),
+        Crossing("controlnet_cond", "transformer", "controlnet", channels * cells * rows * vae, False),
+        Crossing("timestep", "transformer", "controlnet", rows * 8, True),
+        Crossing("controlnet_block_samples", "controlnet", "transformer", residual * cells * rows * net, True),
+        Crossing("latents", "transformer", "vae", channels * cells * workload.batch * vae, False, "decode"),
+    )  # fmt: skip
+
+
+SANA_CONTROLNET = PipelineDescription(
+    class_name="SanaControlNetPipeline",
+    title="SANA ControlNet pipeline",
+    components=(
+        ComponentDescription(
+            name="text_encoder",
+            role="text_encoder",
+            library="transformers",
+            class_name="Gemma2Model",
+            # Gemma's own config names the class with the (tied, unstored) language head; the pipeline loads the body.
+            aliases=("Gemma2ForCausalLM",),
+            config_keys=("hidden_size", "intermediate_size", "head_dim", "vocab_size"),
+            calls=(Call("forward", "encode", output="prompt_embeds"),),
+            fragile="Gemma 2's activations exceed float16's range",
+        ),
+        ComponentDescription(
+            name="vae",
+            role="vae",
+            library="diffusers",
+            class_name="AutoencoderDC",
+            config_keys=("encoder_block_out_channels", "decoder_block_out_channels", "latent_channels"),
+            calls=(
+                Call("forward", None, output="sample"),
+                Call("encode", "prepare", output="control_latents", input="control_image"),
+                Call("decode", "decode", output="image", input="latents", keeps=True),  # pixels go to the host next
+            ),
+            unquantized="the vae is convolutions, quantization is of linear layers",
+            fragile="the decoder's activations exceed float16's range",
+        ),
+        ComponentDescription(
+            name="transformer",
+            role="denoiser",
+            library="diffusers",
+            class_name="SanaTransformer2DModel",
+            config_keys=_DENOISER_KEYS,
+            calls=(Call("forward", "denoise", output="noise_pred"),),
+        ),
+        ComponentDescription(
+            name="controlnet",
+            role="controlnet",
+            library="diffusers",
+            class_name="SanaControlNetModel",
+            config_keys=_DENOISER_KEYS,
+            calls=(Call("forward", "denoise", output="controlnet_block_samples"),),
+        ),
+    ),
+    crossings=crossings,
+    steady=("encoder_hidden_states", "encoder_attention_mask", "controlnet_cond"),
+    repeated=("control_image", "control_latents"),
+    waiting=("controlnet_block_samples",),
+    apart=("controlnet",),
+)

@@ -1,0 +1,77 @@
+"""What is asked of a pipeline: a workload bounds the shape of requests, a request is the content of one call."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .._models import Declared
+
+VAE_FACTOR = 32
+"""Pixels per latent cell and side: DC-AE f32, the VAE of the SANA family."""
+Side = Annotated[int, Field(ge=VAE_FACTOR, le=8192, multiple_of=VAE_FACTOR)]
+"""Height or width in pixels."""
+Batch = Annotated[int, Field(ge=1, le=256)]
+Steps = Annotated[int, Field(ge=1, le=1000)]
+
+
+class Workload(Declared):
+    """The shape of a request: what it takes in bytes and seconds. Height and width are pixels.
+
+    `guided` says whether classifier-free guidance doubles the batch of the denoiser.
+    """
+
+    height: Side
+    width: Side
+    batch: Batch = 1
+    steps: Steps
+    guided: bool
+
+    @property
+    def rows(self) -> int:
+        """Images that the denoiser takes, and copies of the control image: the batch, doubled by guidance."""
+        return self.batch * (2 if self.guided else 1)
+
+
+class Request(Declared):
+    """The content of one call, which changes neither bytes nor seconds within a workload.
+
+    `control_fit` says what becomes of a control image of other proportions: stretch it, crop its middle, or pad it with
+    black, which is empty in an edge map.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    control_image: str | None = None
+    control_fit: Literal["stretch", "crop", "pad"] = "stretch"
+    conditioning_scale: Annotated[float, Field(ge=0, le=10)] = 1.0
+    guidance_scale: Annotated[float, Field(ge=0, le=100)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance is on."""
+        return self.guidance_scale > 1.0
+
+
+class DeclaredWorkload(Request):
+    """The group `workload`: one request, and the shape that its plan is for.
+
+    Height and width are pixels and multiples of the VAE's factor, 32.
+    """
+
+    height: Side
+    width: Side
+    batch: Batch = 1
+    steps: Steps
+
+    @property
+    def bounds(self) -> Workload:
+        """The shape alone."""
+        return Workload(height=self.height, width=self.width, batch=self.batch, steps=self.steps, guided=self.guided)
+
+    @property
+    def request(self) -> Request:
+        """The content alone."""
+        return Request(**{name: getattr(self, name) for name in Request.model_fields})
