@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import site
@@ -92,16 +91,6 @@ def test_errors_survive_pickling() -> None:
     error = errors.InfeasibleError("too large", where="hardware", hint="smaller", shortfall_bytes=3)
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.hint, again.facts) == (str(error), "smaller", {"shortfall_bytes": 3})
-
-
-def test_files_of_the_package_stay_short_and_import_downwards() -> None:
-    for path in (CHECKOUT / "sana_deploy").rglob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 360, path.name
-    assert len((CHECKOUT / "sana_deploy" / "__main__.py").read_text().splitlines()) < 80
-    for name in ("declare.spec", "facts.checkpoint", "plan.profile", "plan.cost", "plan.search", "plan.artifact",
-                 "plan.compiler", "plan.bind", "report.terminal", "sweep"):  # fmt: skip
-        module = importlib.import_module(f"sana_deploy.{name}")
-        assert not hasattr(module, "torch"), f"{name} holds torch"
 
 
 def test_the_wheel_carries_conf_and_works_outside_the_checkout(tmp_path: Path) -> None:
