@@ -67,5 +67,5 @@ def call(pipeline: SanaControlNetPipeline, **options: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    arrays = [np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value) for value in (one, other)]
-    return arrays[0].shape == arrays[1].shape and np.array_equal(*arrays)
+    a, b = (np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value) for value in (one, other))
+    return a.shape == b.shape and np.array_equal(a, b)

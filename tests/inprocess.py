@@ -27,8 +27,8 @@ def _left_as_found() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in signals.items():
-            signal.signal(number, handler)
+        for number, before in signals.items():
+            signal.signal(number, before)
         for handler in set(root.handlers) - set(handlers):
             handler.close()
         root.handlers[:] = handlers

@@ -13,9 +13,10 @@ import pytest
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.pipelines import COMPONENTS
-from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.declare.spec import DeploySpec, VirtualMachine
 from sana_deploy.errors import InfeasibleError
 from sana_deploy.facts.checkpoint import open_checkpoint
+from sana_deploy.facts.machine import Machine
 from sana_deploy.facts.virtual_machine import describe_machine
 from sana_deploy.plan.cost import slot_use
 from sana_deploy.plan.profile import profile_pipeline
@@ -58,13 +59,18 @@ def test_slicing_stays_off_where_there_is_room() -> None:
     assert compile_spec(on("2x14GiB", *plain)).knobs == ["vae_slicing"], "where there is none it goes on"
 
 
+def virtual_machine(spec: DeploySpec) -> Machine:
+    assert isinstance(spec.machine, VirtualMachine)
+    return describe_machine(spec.machine)
+
+
 @cache
 def diffusers_map(model: str, gpus: str, precision: str) -> dict[str, Any]:
     import torch
 
     spec = compose_spec([f"model={model}", "machine=virtual", f"machine.gpus={gpus}", f"precision={precision}"])
     dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
-    return balanced_map(model, dtypes, {gpu.index: gpu.free_bytes for gpu in describe_machine(spec.machine).gpus})
+    return balanced_map(model, dtypes, {gpu.index: gpu.free_bytes for gpu in virtual_machine(spec).gpus})
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -76,7 +82,7 @@ def test_no_gpu_is_fuller_than_diffusers_fullest_where_that_is_crowded(model: st
     for side in (512, 1024, 2048):
         size = (f"workload.height={side}", f"workload.width={side}")
         spec = on(gpus, f"model={model}", f"precision={precision}", *size)
-        machine = describe_machine(spec.machine)  # type: ignore[arg-type]
+        machine = virtual_machine(spec)
         profile = profile_pipeline(open_checkpoint(spec.model), spec.workload.bounds, spec.precision.formats, calibrate)
         fullest = max(
             slot_use(profile, theirs, gpu.index, gpu).peak_bytes / gpu.free_bytes

@@ -48,7 +48,7 @@ def test_weight_bytes_equal_those_of_the_loaded_modules(tiny: Path, dtype: Dtype
     for name, kind in CLASSES.items():
         module = kind.from_pretrained(tiny, subfolder=name, dtype=getattr(torch, dtype))
         loaded = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-        assert facts[name].weights_bytes(Format(dtype)) == loaded, name  # type: ignore[index]
+        assert facts[name].weights_bytes(Format(dtype)) == loaded, name
 
 
 def test_weight_bytes_count_the_position_buffer_of_2k_models(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 from sana_deploy import load_pipeline, place, rehearse, unplace
 from sana_deploy._units import GIB, MIB
 from sana_deploy.api import compile_spec
-from sana_deploy.declare.pipelines import COMPONENTS
-from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.declare.pipelines import COMPONENTS, Phase
+from sana_deploy.declare.spec import DeploySpec, Knob
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu, Machine
@@ -118,7 +118,7 @@ def test_placing_and_taking_it_off_leaves_the_pipeline_as_it_was(tiny: Path, sma
 def test_a_pipeline_with_a_prepare_image_of_its_own_is_left_alone(tiny: Path, small: Small) -> None:
     class Brighter(SanaControlNetPipeline):  # type: ignore[misc]
         def prepare_image(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            images = super().prepare_image(*args, **kwargs)
+            images: torch.Tensor = super().prepare_image(*args, **kwargs)
             images[len(images) // 2 :] += 0.5  # halves that are no copies of each other
             return images
 
@@ -179,19 +179,28 @@ def test_it_saves_memory_and_seconds_and_says_so(small: Small) -> None:
     assert knob_sentence(plan, "encode_once") == "encode_once saves ~1.76 GiB and ~0.54 s"
 
 
+WITHOUT_AND_WITH: tuple[tuple[Knob, ...], ...] = ((), ("vae_slicing",))
+SLICED: tuple[tuple[int, Phase, float, float], ...] = (
+    (1, "prepare", 0.03, 0.07),
+    (4, "prepare", 0.06, 0.14),
+    (4, "decode", 0.04, 0.11),
+)
+"""Batch, phase, and the least and greatest share of its seconds that slicing costs."""
+
+
 def test_slicing_costs_what_an_h200_measured(small: Small) -> None:
     """4 % of prepare for two images, 13 % for eight, 10 % of decode for four: docs/measured.md."""
     row = KNOWN_GPUS["h200"]
     memory = row.memory_mib * MIB
     gpus = {0: Gpu(0, row.name, memory, memory, row.capability, row.multiprocessors)}
     placement = dict.fromkeys(COMPONENTS, 0)
-    for batch, phase, low, high in ((1, "prepare", 0.03, 0.07), (4, "prepare", 0.06, 0.14), (4, "decode", 0.04, 0.11)):
+    for batch, phase, low, high in SLICED:
         spec = small(*LARGE, f"workload.batch={batch}", "precision=mixed_bf16")
         profile = profile_pipeline(open_checkpoint(spec.model), spec.workload.bounds, spec.precision.formats, calibrate)
-        whole, sliced = (phase_seconds(profile.under(on), placement, gpus) for on in ((), ["vae_slicing"]))
+        whole, sliced = (phase_seconds(profile.under(on), placement, gpus) for on in WITHOUT_AND_WITH)
         assert whole is not None
         assert sliced is not None
-        assert low < sliced[phase] / whole[phase] - 1 < high  # type: ignore[index]
+        assert low < sliced[phase] / whole[phase] - 1 < high
         assert bytes_per_request(profile, placement) == 0
 
 

@@ -109,7 +109,8 @@ def test_the_drawn_control_image_is_deterministic_and_of_the_size_asked(small: S
 def test_a_control_image_file_is_read_upright_and_resized(small: Small, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.new("L", (30, 10), 128).save(path)
-    picture = read_control_image(*reversed(asked(small(f"workload.control_image={path}"))))
+    workload, request = asked(small(f"workload.control_image={path}"))
+    picture = read_control_image(request, workload)
     assert (picture.size, picture.mode) == ((96, 64), "RGB")
 
 
@@ -125,6 +126,7 @@ def test_a_control_image_that_cannot_be_read_is_named(
         content = path.read_bytes()[:1000]
     if content is not None:
         path.write_bytes(content)
+    workload, request = asked(small(f"workload.control_image={path}"))
     with pytest.raises(InputError, match=says) as caught:
-        check_control_image(*reversed(asked(small(f"workload.control_image={path}"))))
+        check_control_image(request, workload)
     assert caught.value.where == "workload.control_image"

@@ -216,7 +216,12 @@ def test_samples_are_kept_until_the_file_changes(tmp_path: Path, monkeypatch: py
     first = contents([path], "test")
     read: list[Path] = []
     plain = content._sample
-    monkeypatch.setattr(content, "_sample", lambda one: read.append(one) or plain(one))
+
+    def sampled(one: Path) -> str:
+        read.append(one)
+        return plain(one)
+
+    monkeypatch.setattr(content, "_sample", sampled)
     assert contents([path], "test") == first
     assert read == [], "nothing is read again"
     stamps = path.stat()

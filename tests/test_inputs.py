@@ -141,7 +141,8 @@ def _transparent(mode: str) -> Image.Image:
 def test_what_is_transparent_is_white(tmp_path: Path, mode: str, suffix: str) -> None:
     path = tmp_path / f"edges.{suffix}"
     picture = _transparent("RGBA").quantize(4) if mode == "P" else _transparent(mode)
-    picture.save(path, **({"lossless": True} if suffix == "webp" else {}))
+    options: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
+    picture.save(path, **options)
     with Image.open(path) as opened:
         assert opened.mode == mode
     expected = np.where(RAMP < 0.5, 0, 255)[..., None]
