@@ -115,7 +115,7 @@ def test_a_later_minor_version_is_read(plan: Plan, tmp_path: Path) -> None:
     assert Plan.load(changed(plan, later, tmp_path / "plan.json")).device_map == plan.device_map
 
 
-CHANGES: dict[str, Callable[[Plan], Any]] = {
+CHANGES: dict[str, Callable[[Any], Any]] = {
     "a component": lambda plan: operator.setitem(plan.components, "vae", None),
     "a place": lambda plan: plan.device_map.update(vae=0),
     "a knob": lambda plan: plan.knobs.append("vae_tiling"),
@@ -125,8 +125,8 @@ CHANGES: dict[str, Callable[[Plan], Any]] = {
     "the basis": lambda plan: plan.basis.pop("slots.*.peak_bytes"),
     "the declaration": lambda plan: plan.spec.hardware.allow.remove("vae_slicing"),
     "what auto decided": lambda plan: operator.delitem(plan.spec.precision.components, "vae"),
-    "the tiles' prices": lambda plan: operator.ior(plan.knob_prices, {}),
-    "a list in place": lambda plan: operator.iadd(plan.transfers, [None]),
+    "the tiles' prices": lambda plan: plan.knob_prices.__ior__({}),
+    "a list in place": lambda plan: plan.transfers.__iadd__([None]),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -66,6 +67,9 @@ def gpu_lists(draw: st.DrawFn) -> list[Gpu]:
     return [Gpu(i, row.name, s * GIB, s * GIB, row.capability, row.multiprocessors) for i, (s, row) in enumerate(rows)]
 
 
+TRIED: tuple[Knob, ...] = ("vae_slicing", "text_encoder_offload", "vae_tiling")
+
+
 def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tuple[object, ...] | None:
     """Score every assignment under every set of knobs by the words of `search_balanced`, with nothing but `cost.py`."""
     by_index = {gpu.index: gpu for gpu in gpus}
@@ -73,9 +77,7 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
     found = []
     for chosen in itertools.product([False, True], repeat=3):
         slicing, offload, tiling = chosen
-        knobs: set[Knob] = {
-            k for k, on in zip(("vae_slicing", "text_encoder_offload", "vae_tiling"), chosen, strict=True) if on
-        }  # type: ignore[misc]
+        knobs = {knob for knob, on in zip(TRIED, chosen, strict=True) if on}
         if (tiling and not slicing) or not knobs <= allowed | ({"vae_slicing"} if "vae_tiling" in allowed else set()):
             continue
         if profile.control_rows > 1 and "encode_once" in allowed:
@@ -99,7 +101,7 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
             )
     crowd = {row: max(row[4], ROOMY) for row in found}
     least = min((crowd[row] for row in found if not (row[0] or row[1] or row[3])), default=math.inf)
-    keys = {
+    keys: dict[Objective, Callable[[Any], tuple[Any, ...]]] = {
         "balance": lambda r: (
             r[0],
             r[1],

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def test_ci_runs_the_readme_s_two_commands_as_written() -> None:
 
 def test_readme_and_help_and_classes_agree_on_exit_codes() -> None:
     shown = (CHECKOUT / "conf" / "hydra" / "help" / "sana_deploy.yaml").read_text(encoding="utf-8")
-    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    classes = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SanaDeployError)
+    ]
     for code in {0, *(kind.exit_code for kind in classes)}:
         assert re.search(rf"^\| {code} \|", README, re.MULTILINE), f"README lacks exit code {code}"
         assert re.search(rf"^    {code}  ", shown, re.MULTILINE), f"--help lacks exit code {code}"
@@ -70,14 +73,21 @@ def test_overrides_that_are_no_list_of_texts_are_refused(overrides: Any) -> None
 
 def test_what_is_no_pipeline_and_what_is_no_plan_is_refused(tiny: Path) -> None:
     plan = sana_deploy.compile_plan(["precision=fp32", "workload.height=64", "workload.width=64"])
-    for call in (lambda: sana_deploy.place("x"), lambda: sana_deploy.place("x", plan),
-                 lambda: sana_deploy.unplace(None)):  # fmt: skip
+    text: Any = "plan.json"
+    nothing: Any = {}
+    refusals: tuple[Callable[[], Any], ...] = (
+        lambda: sana_deploy.place("x"), lambda: sana_deploy.place("x", plan), lambda: sana_deploy.unplace(None),
+    )  # fmt: skip
+    for refused in refusals:
         with pytest.raises(errors.UsageError, match="a diffusers pipeline is needed") as caught:
-            call()
+            refused()
         assert "load_pipeline(plan)" in caught.value.hint
     pipeline = sana_deploy.unplace(sana_deploy.load_pipeline(plan))
-    for call in (lambda: sana_deploy.place(pipeline), lambda: sana_deploy.place(pipeline, "plan.json"),
-                 lambda: sana_deploy.load_pipeline("plan.json"), lambda: sana_deploy.rehearse({})):  # fmt: skip
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: sana_deploy.place(pipeline), lambda: sana_deploy.place(pipeline, text),
+        lambda: sana_deploy.load_pipeline(text), lambda: sana_deploy.rehearse(nothing),
+    )  # fmt: skip
+    for call in calls:
         with pytest.raises(errors.UsageError, match="a plan is needed") as caught:
             call()
         assert "compile_plan" in caught.value.hint
@@ -94,8 +104,8 @@ def test_errors_survive_pickling() -> None:
 
 
 def test_the_wheel_carries_conf_and_works_outside_the_checkout(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, CHECKOUT]
-    subprocess.run(build, check=True)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "-w", tmp_path, CHECKOUT], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "sana_deploy/conf/config.yaml" in names

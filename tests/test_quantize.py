@@ -175,7 +175,8 @@ def test_that_int8_products_leave_float16_s_range_is_true() -> None:
     weight = torch.full((8, 1024), 0.5, dtype=torch.float16)
     inputs = torch.full((1, 1024), 1.0, dtype=torch.float16)
     exact = inputs @ weight.T
-    for quantization, survives in (("int8", False), ("nf4", True)):
+    survival: dict[Quantization, bool] = {"int8": False, "nf4": True}
+    for quantization, survives in survival.items():
         made = nn.functional.linear(inputs, quantize.quantize(weight, quantization))
         assert bool(torch.isfinite(made).all()) is survives
     assert torch.isfinite(exact).all()

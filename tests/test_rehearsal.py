@@ -260,7 +260,7 @@ def test_the_command_rehearses_and_writes_what_it_told(
 def test_peaks_agree_with_pytorch_s_own_memory_tracker(small: Small, side: int) -> None:
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    class Tracker(MemTracker):  # type: ignore[no-any-unimported,misc]
+    class Tracker(MemTracker):  # type: ignore[no-untyped-call]
         """MemTracker without its statistics per module, which do not allow a module to be called twice."""
 
         def _pre_fw_hook(self, *_: object) -> None: ...

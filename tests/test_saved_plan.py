@@ -42,8 +42,8 @@ def test_a_request_that_keeps_the_plan_is_taken_and_drawn(plan: Path, tmp_path: 
     outcome = applied(plan, tmp_path / "changed", given)
     assert (usual.exit_code, outcome.exit_code) == (0, 0), outcome.error
     assert outcome.plan_digest == Plan.load(plan).digest
-    pictures = [np.asarray(Image.open(tmp_path / name / "image-000.png")) for name in ("usual", "changed")]
-    assert not np.array_equal(*pictures), "the request was drawn"
+    first, second = (np.asarray(Image.open(tmp_path / name / "image-000.png")) for name in ("usual", "changed"))
+    assert not np.array_equal(first, second), "the request was drawn"
     key, value = given.removeprefix("workload.").split("=")
     anew = compile_spec(
         compose_spec(["workload.height=64", "workload.width=96", "workload.steps=2", "precision=fp32", given])

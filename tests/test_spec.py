@@ -63,7 +63,7 @@ def test_a_mandatory_value_left_out_is_named() -> None:
 def test_the_declaration_is_immutable() -> None:
     spec = compose_spec()
     with pytest.raises(ValidationError):
-        spec.workload.steps = 3  # type: ignore[misc]
+        spec.workload.steps = 3
 
 
 def test_yaml_11_words_are_not_taken_for_other_types() -> None:

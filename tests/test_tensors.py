@@ -223,7 +223,7 @@ def test_shards_variants_other_dtypes_and_controlnets_published_apart_are_compar
     folder, half = copy / "transformer", sorted(whole)[::2]
     names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     shards = [{key: whole[key].bfloat16() for key in whole if (key in half) == first} for first in (True, False)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from sana_deploy.errors import RunError
-from sana_deploy.rehearsal.virtual import SMALL_ELEMENTS, VirtualHost, VirtualTensor, register_device_type
+from sana_deploy.rehearsal.virtual import SMALL_ELEMENTS, Fidelity, VirtualHost
+from sana_deploy.rehearsal.virtual_tensor import VirtualTensor, register_device_type
 
 MIB = 2**20
 
@@ -163,8 +164,9 @@ def test_small_tensors_keep_data_in_shapes_and_large_ones_do_not() -> None:
 def test_shapes_agree_with_numbers_byte_for_byte() -> None:
     layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 1))
     peaks = []
-    for fidelity in ("numbers", "shapes"):
-        host = VirtualHost([64 * MIB], fidelity)  # type: ignore[arg-type]
+    fidelities: tuple[Fidelity, ...] = ("numbers", "shapes")
+    for fidelity in fidelities:
+        host = VirtualHost([64 * MIB], fidelity)
         with host, torch.no_grad():
             import copy
 

@@ -52,7 +52,8 @@ def test_modules_are_those_of_from_pretrained_bit_for_bit(
             assert mine[key].dtype == value.dtype, key
             assert mine[key].requires_grad == value.requires_grad, key
             assert torch.equal(mine[key], value), key
-        configs = [part.config.to_dict() if name == "text_encoder" else dict(part.config) for part in (ours, theirs)]
+        parts: tuple[Any, Any] = (ours, theirs)
+        configs = [part.config.to_dict() if name == "text_encoder" else dict(part.config) for part in parts]
         assert configs[0] == configs[1]
 
 
