@@ -179,7 +179,8 @@ def main() -> None:
     parser.add_argument("--watched", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
-        load_once(*options.load, options.watched)
+        side, source = options.load
+        load_once(side, source, options.watched)
         return
     parts = [["## Bytes between GPUs", "", *traffic()], ["## Hooks", "", *hooks(options.rounds)]]
     if not options.skip_loading:

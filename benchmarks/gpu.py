@@ -20,7 +20,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,14 @@ from sana_deploy._units import GIB
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.control_image import read_control_image
-from sana_deploy.declare.policies import QUANTIZED
+from sana_deploy.declare.pipelines import DEFAULT
+from sana_deploy.declare.policies import quantization_of
 from sana_deploy.errors import InvalidSpecError
 from sana_deploy.facts.allocator import context_bytes
 from sana_deploy.facts.machine import probe_torch
 from sana_deploy.rehearsal.rehearse import rehearse
 from sana_deploy.run.border import border_of
-from sana_deploy.run.generate import PHASE_OF, PhaseClock, run_request
+from sana_deploy.run.generate import PhaseClock, run_request
 from sana_deploy.run.load import load_pipeline, place, unplace
 from sana_deploy.run.nan_guard import NumericsGuard
 from sana_deploy.run.offload import pinned
@@ -77,14 +78,16 @@ ON_ONE = "hardware.device_map={text_encoder: 0, vae: 0, transformer: 0, controln
 class PhasePeaks:
     """Border observer: PyTorch's peak of allocated bytes in every phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase_of: Mapping[str, str]) -> None:
+        self.phase_of = phase_of
         self.peaks: dict[str, int] = {}
         self.phase = "load"
 
     def __call__(self, event: str, place: str) -> None:
-        if event == "enter" and PHASE_OF[place] != self.phase:
+        phase = self.phase_of.get(place)
+        if event == "enter" and phase and phase != self.phase:
             self.close()
-            self.phase = PHASE_OF[place]
+            self.phase = phase
 
     def close(self) -> None:
         """Note the phase that ends, and begin anew."""
@@ -109,7 +112,7 @@ def measure(source: Path, precision: str, side: int, batch: int, knobs: str) -> 
     torch.cuda.synchronize()
     loaded = time.perf_counter() - started
     weights = torch.cuda.memory_allocated()
-    peaks, border = PhasePeaks(), border_of(pipeline)
+    peaks, border = PhasePeaks(plan.pipeline.phase_of), border_of(pipeline)
     assert border is not None
     torch.cuda.reset_peak_memory_stats()
     border.observers.append(peaks)
@@ -128,7 +131,7 @@ def measure(source: Path, precision: str, side: int, batch: int, knobs: str) -> 
         "allocator_bytes": plan.slots[0].allocator_bytes, "reserved_bytes": reserved, "driver_bytes": total - free,
         "context_bytes": total - free - torch.cuda.memory_reserved(), "load_seconds": round(loaded, 3),
     }  # fmt: skip
-    clock = PhaseClock([torch.device("cuda:0")])
+    clock = PhaseClock(plan.pipeline, [torch.device("cuda:0")])
     border.observers.append(clock)
     pixels, _ = run_request(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)
     clock.switch(None)
@@ -228,7 +231,8 @@ def slicing_cost(vae: Any) -> dict[str, Any]:
 def hook_cost(pipeline: Any, plan: Any) -> dict[str, float]:
     """Median seconds of a denoising step with the border hooks and without, rounds interleaved."""
     resolved, steps = plan.resolve(), plan.spec.workload.steps
-    picture, found = read_control_image(plan.spec.workload, plan.spec.workload.bounds), {"hooked": [], "bare": []}
+    picture = read_control_image(plan.spec.workload, plan.spec.workload.bounds)
+    found: dict[str, list[float]] = {"hooked": [], "bare": []}
 
     def run() -> float:
         times: list[float] = []
@@ -241,7 +245,7 @@ def hook_cost(pipeline: Any, plan: Any) -> dict[str, float]:
         pipeline.set_progress_bar_config(disable=True)
         pipeline("a lighthouse", control_image=picture, height=1024, width=1024, num_inference_steps=steps,
                  use_resolution_binning=False, output_type="latent", callback_on_step_end=step_end)  # fmt: skip
-        return (times[-1] - times[0]) / (steps - 1)
+        return (times[-1] - times[0]) / int(steps - 1)
 
     run()
     for _ in range(5):
@@ -255,7 +259,9 @@ def hook_cost(pipeline: Any, plan: Any) -> dict[str, float]:
 
 def guard_cost(pipeline: Any, plan: Any, rounds: int = 7) -> float:
     """Median over pairs of a whole request with the search for NaN over one without."""
-    border, workload, ratios = border_of(pipeline), plan.spec.workload, []
+    border, workload = border_of(pipeline), plan.spec.workload
+    assert border is not None
+    ratios: list[float] = []
 
     def seconds(inspected: bool) -> float:
         guard = NumericsGuard(plan.pipeline, dict.fromkeys(plan.components, ""))
@@ -321,7 +327,7 @@ def save(facts: dict[str, Any], folder: Path) -> None:
 def runs_here(precision: str) -> bool:
     """Whether the libraries that a precision needs are installed."""
     try:
-        for quantization in QUANTIZED.get(precision, {}).values():
+        for quantization in quantization_of(precision, DEFAULT).values():
             require(quantization)
     except InvalidSpecError as problem:
         print(f"{precision} left out: {problem.message}", flush=True)

@@ -43,7 +43,7 @@ def make_checkpoint(name: str, folder: Path, dtype: Dtype | None = None) -> Path
     generator = torch.Generator(device).manual_seed(0)
     modules = {}
     for part, usual in DTYPES.items():
-        module = stand_in(facts[part], Format(dtype or usual)).to_empty(device=device)  # type: ignore[index]
+        module = stand_in(facts[part], Format(dtype or usual)).to_empty(device=device)
         fill_randomly(module, generator)
         modules[part] = module
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)

@@ -68,11 +68,14 @@ def cell(arguments: tuple[str, str, int]) -> Cell:
 
     diffusers.utils.logging.set_verbosity_error()
     from sana_deploy.declare.compose import compose_spec
+    from sana_deploy.declare.spec import VirtualMachine
     from sana_deploy.facts.virtual_machine import describe_machine
 
     base = [f"model={model}", "machine=virtual", f"machine.gpus={machine}", f"workload.steps={STEPS}"]
     base += [f"workload.height={side}", f"workload.width={side}"]
-    described = describe_machine(compose_spec(base).machine)
+    machine_spec = compose_spec(base).machine
+    assert isinstance(machine_spec, VirtualMachine)
+    described = describe_machine(machine_spec)
     native = all(gpu.capability >= (8, 0) for gpu in described.gpus)
     precision = "mixed_bf16" if native else "mixed_fp32"
     spec = compose_spec([*base, f"precision={precision}"])
