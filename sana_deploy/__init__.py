@@ -38,14 +38,25 @@ _HOMES = {
     "unplace": "run.load",
 }
 
+_MOVED: dict[str, str] = {}
+"""Public names that moved -> where they are now, in full (`sana_deploy.run.load.place`); each for one minor version."""
+
 __all__ = [*sorted(_HOMES), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sana_deploy' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MOVED:
+        import warnings
+
+        new = _MOVED[name]
+        message = f"sana_deploy.{name} is now {new}; the old name goes with the next minor version"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        module, _, attribute = new.rpartition(".")
+        return getattr(import_module(module), attribute)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sana_deploy' has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 

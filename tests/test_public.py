@@ -30,6 +30,18 @@ def test_every_public_name_is_there_and_listed() -> None:
         _ = sana_deploy.nothing
 
 
+def test_a_public_name_that_moved_is_still_found_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = {"Declaration": "sana_deploy.DeploySpec", "PlanError": "sana_deploy.errors.PlanError"}
+    monkeypatch.setattr(sana_deploy, "_MOVED", moved)
+    for old, kind in (("Declaration", sana_deploy.DeploySpec), ("PlanError", errors.PlanError)):
+        with pytest.warns(DeprecationWarning, match=rf"^sana_deploy\.{old} is now {moved[old]}; ") as caught:
+            assert getattr(sana_deploy, old) is kind
+        assert caught[0].filename == __file__, "the warning points to the line that uses the old name"
+        assert old not in dir(sana_deploy)
+    with pytest.warns(DeprecationWarning, match="is now"):
+        exec("from sana_deploy import Declaration")
+
+
 def test_the_readme_s_python_runs(tiny: Path, tmp_path: Path) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
