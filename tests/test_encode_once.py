@@ -16,13 +16,15 @@ from PIL import Image
 from sana_deploy import load_pipeline, place, rehearse, unplace
 from sana_deploy._units import GIB, MIB
 from sana_deploy.api import compile_spec
+from sana_deploy.declare.knobs import Knob
 from sana_deploy.declare.pipelines import COMPONENTS, Phase
-from sana_deploy.declare.spec import DeploySpec, Knob
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.artifact import Plan
 from sana_deploy.plan.cost import bytes_per_request, phase_seconds
+from sana_deploy.plan.knobs import under
 from sana_deploy.plan.profile import profile_pipeline
 from sana_deploy.rehearsal.calibrate import calibrate
 from sana_deploy.report.wording import knob_sentence
@@ -197,7 +199,7 @@ def test_slicing_costs_what_an_h200_measured(small: Small) -> None:
     for batch, phase, low, high in SLICED:
         spec = small(*LARGE, f"workload.batch={batch}", "precision=mixed_bf16")
         profile = profile_pipeline(open_checkpoint(spec.model), spec.workload.bounds, spec.precision.formats, calibrate)
-        whole, sliced = (phase_seconds(profile.under(on), placement, gpus) for on in WITHOUT_AND_WITH)
+        whole, sliced = (phase_seconds(under(profile, on), placement, gpus) for on in WITHOUT_AND_WITH)
         assert whole is not None
         assert sliced is not None
         assert low < sliced[phase] / whole[phase] - 1 < high

@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from sana_deploy._units import GIB, MIB
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.formats import Format
+from sana_deploy.declare.knobs import KNOBS, Knob
 from sana_deploy.declare.pipelines import COMPONENTS, SANA_CONTROLNET, Component, Crossing, Phase
-from sana_deploy.declare.spec import KNOBS, DeploySpec, Knob
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu, Machine
-from sana_deploy.plan.cost import Place, bytes_per_request, is_split, phase_seconds, slot_use
+from sana_deploy.plan.cost import Place, bytes_per_request, phase_seconds, slot_use
 from sana_deploy.plan.grid import Objective, Rules
-from sana_deploy.plan.profile import ComponentProfile, PipelineProfile, Work
+from sana_deploy.plan.knobs import under
+from sana_deploy.plan.profile import ComponentProfile, PipelineProfile, VaeMode, Work
 from sana_deploy.plan.search import ROOMY, placements, search_balanced
 
 sizes = st.integers(0, 60).map(lambda n: n * 100 * MIB)
@@ -45,8 +47,6 @@ def profiles(draw: st.DrawFn) -> PipelineProfile:
         )
 
     components = {name: component(name, draw(sizes)) for name in COMPONENTS}
-    ways: tuple[tuple[Knob, ...], ...] = ((), ("vae_slicing",), ("vae_slicing", "vae_tiling"))
-    once: tuple[tuple[Knob, ...], ...] = ((), ("encode_once",))
     crossings = (
         Crossing("prompt_embeds", "text_encoder", "transformer", draw(sizes) // 100, False, "encode"),
         Crossing("control_image", "transformer", "vae", draw(sizes) // 100, False, "prepare"),
@@ -54,8 +54,8 @@ def profiles(draw: st.DrawFn) -> PipelineProfile:
         Crossing("latents", "transformer", "vae", draw(sizes) // 100, False, "decode"),
     )
     vae = components["vae"].weights_bytes
-    under = {frozenset(one + way): component("vae", vae) for one in once for way in ways}
-    return PipelineProfile(SANA_CONTROLNET, components, crossings, 20, draw(st.sampled_from([1, 2])), under)
+    modes = {mode: component("vae", vae) for mode in VaeMode.all()}
+    return PipelineProfile(SANA_CONTROLNET, components, crossings, 20, draw(st.sampled_from([1, 2])), modes)
 
 
 @st.composite
@@ -82,19 +82,19 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
             continue
         if profile.control_rows > 1 and "encode_once" in allowed:
             knobs.add("encode_once")
-        under = profile.under(knobs)
+        changed = under(profile, knobs)
         for places in itertools.product(by_index, repeat=4):
             placement: dict[Component, Place] = dict(zip(COMPONENTS, places, strict=True))
-            uses = {i: slot_use(under, placement, i, by_index[i]) for i in set(places)}
-            split = is_split(SANA_CONTROLNET, placement)
+            uses = {i: slot_use(changed, placement, i, by_index[i]) for i in set(places)}
+            split = placement["controlnet"] != placement["transformer"]
             if any(use.peak_bytes > by_index[i].free_bytes for i, use in uses.items()):
                 continue
             if split and "split_controlnet" not in allowed:
                 continue
             worst = max(use.peak_bytes / by_index[i].free_bytes for i, use in uses.items())
-            seconds = phase_seconds(under, placement, by_index)
+            seconds = phase_seconds(changed, placement, by_index)
             assert seconds is not None
-            moved, count = bytes_per_request(under, placement), len(knobs) + split
+            moved, count = bytes_per_request(changed, placement), len(knobs) + split
             speed = tuple(-part for part in by_index[placement["transformer"]].speed)  # type: ignore[index]
             found.append(
                 (tiling, offload, split, slicing, worst, moved, speed, sum(seconds.values()), count, len(uses))
@@ -121,7 +121,7 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
 
 
 @settings(max_examples=120, deadline=None)
-@given(profiles(), gpu_lists(), st.sets(st.sampled_from(KNOBS)), st.sampled_from(["balance", "latency", "fit"]))
+@given(profiles(), gpu_lists(), st.sets(st.sampled_from(list(KNOBS))), st.sampled_from(["balance", "latency", "fit"]))
 def test_the_chosen_candidate_is_the_best_of_all(
     profile: PipelineProfile, gpus: list[Gpu], allow: set[Knob], objective: Objective
 ) -> None:

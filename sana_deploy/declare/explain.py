@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ..errors import InvalidSpecError, did_you_mean
 from .keys import nearest_key
+from .knobs import KNOBS
 
 _TAGS = {
     "tiny", "catalogue", "checkpoint", "single_gpu", "multi_gpu_balanced", "custom_map", "[key]", "int",
@@ -62,7 +63,8 @@ def _form(where: str, value: Any, context: Mapping[str, Any]) -> str:
     if group == "hardware" and name.partition(".")[0] in ("device_map", "pin", "gpu", "use"):
         return _gpu_form(where, value)
     if where == "hardware.allow" or where == "hardware.knobs":
-        return f"it is a list: {where}=[{value}]" if isinstance(value, str) else f"it is a list: {where}=[vae_slicing]"
+        example = next(name for name, knob in KNOBS.items() if not knob.always)
+        return f"it is a list: {where}=[{value if isinstance(value, str) else example}]"
     if "multiple_of" in context and isinstance(value, int):
         step = int(context["multiple_of"])
         return f"{where}={max(step, round(value / step) * step)} is the nearest that works"

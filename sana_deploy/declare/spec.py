@@ -20,17 +20,12 @@ from pydantic import (
 from .._models import Declared
 from .explain import first_error
 from .formats import Dtype, Format, Quantization
+from .knobs import KNOBS, Knob, MapKnob, clash, ordered
 from .pipelines import DEFAULT, Component, PipelineDescription
 from .workload import DeclaredWorkload, Side
 
 Stage = Literal["compile", "resolve", "apply", "generate"]
 STAGES: tuple[Stage, ...] = ("compile", "resolve", "apply", "generate")
-Knob = Literal["encode_once", "vae_slicing", "split_controlnet", "text_encoder_offload", "vae_tiling"]
-KNOBS: tuple[Knob, ...] = ("encode_once", "vae_slicing", "split_controlnet", "text_encoder_offload", "vae_tiling")
-"""Memory savers, cheapest first. `encode_once`: the VAE encodes a control image once that guidance or several images of
-a request repeat, which saves seconds too. `vae_slicing`: the VAE takes one image at a time. `split_controlnet`:
-ControlNet apart from the transformer. `text_encoder_offload`: its weights wait on the CPU and are on the GPU only
-during encode. `vae_tiling`: the VAE takes one tile at a time, which can change pixels."""
 GpuIndex = Annotated[int, Field(ge=0, le=1023)]
 
 
@@ -99,7 +94,7 @@ class Planned(Placed):
     Attributes:
         use: indices of the GPUs that may be taken; None means all.
         keep_free: what stays free on every GPU for others, e.g. `1GiB`.
-        allow: knobs that may be turned on; tiling can change pixels and must be asked for.
+        allow: knobs that may be turned on; those that can change pixels must be asked for.
         objective: `balance` (no knob without need; then the fewest seconds where the fullest GPU is at most 70 % full,
             else the emptiest fullest GPU), `latency` (seconds per image), `fit` (fewest knobs, then fewest GPUs).
         on_shortfall: without any GPU, run on the CPU with a warning, or refuse.
@@ -108,7 +103,7 @@ class Planned(Placed):
     use: Annotated[list[GpuIndex], Field(min_length=1)] | None = None
     keep_free: str = "0GiB"
     on_shortfall: Literal["cpu", "error"] = "cpu"
-    allow: list[Knob] = ["encode_once", "vae_slicing", "split_controlnet", "text_encoder_offload"]
+    allow: list[Knob] = [name for name, knob in KNOBS.items() if not knob.asked]
     objective: Literal["balance", "latency", "fit"] = "balance"
 
 
@@ -137,7 +132,7 @@ class CustomMap(Placed):
     """
 
     strategy: Literal["custom_map"]
-    knobs: list[Literal["encode_once", "vae_slicing", "text_encoder_offload", "vae_tiling"]] = ["encode_once"]
+    knobs: list[MapKnob] = [name for name, knob in KNOBS.items() if knob.in_maps and knob.always]
     device_map: dict[Component, GpuIndex | Literal["cpu"]]
 
     @model_validator(mode="after")
@@ -145,8 +140,13 @@ class CustomMap(Placed):
         missing = [name for name in DEFAULT.names if name not in self.device_map]
         if missing:
             raise ValueError(f"device_map has no entry for {', '.join(missing)}; every component needs one")
-        if "text_encoder_offload" in self.knobs and self.device_map[DEFAULT.of("text_encoder")] == "cpu":
-            raise ValueError("text_encoder_offload needs the text encoder on a GPU, device_map keeps it on the CPU")
+        for name in ordered(self.knobs):
+            role = KNOBS[name].role
+            if KNOBS[name].needs_gpu and self.device_map[DEFAULT.of(role)] == "cpu":
+                words = role.replace("_", " ")
+                raise ValueError(f"{name} needs the {words} on a GPU, device_map keeps it on the CPU")
+        if pair := clash(self.knobs):
+            raise ValueError(f"{pair[0]} and {pair[1]} exclude each other")
         return self
 
 

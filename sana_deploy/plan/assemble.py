@@ -5,13 +5,12 @@ from __future__ import annotations
 from .._models import Diagnostic
 from .._units import fullness
 from ..declare.pipelines import COMPONENTS
-from ..declare.spec import DeploySpec, Knob
+from ..declare.spec import DeploySpec
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Gpu, Machine
 from .artifact import (
     Considered,
     Estimates,
-    KnobPrice,
     Miss,
     PlacedComponent,
     Plan,
@@ -21,9 +20,10 @@ from .artifact import (
     Tile,
     Transfer,
 )
-from .cost import Place, Placement, bytes_per_request, bytes_per_step, crossings_of, phase_seconds, slot_use
+from .cost import Placement, bytes_per_request, bytes_per_step, crossings_of, slot_use
 from .grid import Candidate
 from .identity import record_of
+from .knobs import price_of, under
 from .profile import VAE_TILE, PipelineProfile
 from .search import Search
 
@@ -47,7 +47,7 @@ def assemble(
     by_index = {gpu.index: gpu for gpu in machine.gpus}
     placement, batch = chosen.placement, spec.workload.batch
     used = sorted({place for place in placement.values() if place != "cpu"})
-    plain, profile = profile, profile.under(chosen.knobs)
+    plain, profile = profile, under(profile, chosen.knobs)
     components = {
         name: PlacedComponent(
             class_name=part.class_name,
@@ -74,8 +74,8 @@ def assemble(
         rejections=_rejections(search),
         diagnostics=remarks,
         feasible=feasible,
-        knob_prices={knob: _price(knob, plain, chosen, by_index, batch) for knob in chosen.knobs},
-        vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if "vae_tiling" in chosen.knobs else None,
+        knob_prices={knob: price_of(knob, plain, chosen.knobs, placement, by_index, batch) for knob in chosen.knobs},
+        vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if profile.vae_mode.tiled else None,
     )
 
 
@@ -92,30 +92,6 @@ def _estimates(profile: PipelineProfile, chosen: Candidate, batch: int) -> Estim
 
 def _per_image(candidate: Candidate, batch: int) -> float | None:
     return None if candidate.seconds is None else round(sum(candidate.seconds.values()) / batch, 4)
-
-
-def _price(knob: Knob, plain: PipelineProfile, chosen: Candidate, gpus: dict[int, Gpu], batch: int) -> KnobPrice:
-    """Compare the chosen candidate with itself less one knob; without tiling, images still pass one at a time."""
-    without, placement = [one for one in chosen.knobs if one != knob], dict(chosen.placement)
-    if knob == "split_controlnet":
-        placement[plain.pipeline.of("controlnet")] = placement[plain.pipeline.denoiser]
-    if knob == "vae_slicing":
-        without = [one for one in without if one != "vae_tiling"]
-    before, after = plain.under(without), plain.under(chosen.knobs)
-    places: list[Place] = [*chosen.uses]
-    places += ["cpu"] if "cpu" in placement.values() else []
-    saved = [
-        slot_use(before, placement, i).peak_bytes - slot_use(after, chosen.placement, i).peak_bytes for i in places
-    ]
-    moved = bytes_per_request(after, chosen.placement) - bytes_per_request(before, placement)
-    uploaded = (
-        plain.components[plain.pipeline.of("text_encoder")].weights_bytes if knob == "text_encoder_offload" else 0
-    )
-    slower, faster = phase_seconds(after, chosen.placement, gpus), phase_seconds(before, placement, gpus)
-    seconds = round((sum(slower.values()) - sum(faster.values())) / batch, 4) if slower and faster else None
-    return KnobPrice(
-        bytes_saved=max(saved, default=0), bytes_per_image=(moved + uploaded) // batch, seconds_per_image=seconds
-    )
 
 
 def _slot(profile: PipelineProfile, placement: Placement, gpu: Gpu) -> Slot:

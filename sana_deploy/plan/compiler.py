@@ -20,6 +20,7 @@ from .assemble import assemble
 from .auto_precision import choose_precision
 from .cost import host_bytes
 from .grid import Candidate, Rejection, Rules
+from .knobs import under
 from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
 from .remedies import Fits, with_all_knobs, working_changes
@@ -225,7 +226,7 @@ def _forced(spec: DeploySpec, profile: PipelineProfile, chosen: Candidate, machi
         for i, use in chosen.uses.items()
         if use.peak_bytes > free[i]
     ]
-    needed = host_bytes(profile.under(chosen.knobs), chosen.placement)
+    needed = host_bytes(under(profile, chosen.knobs), chosen.placement)
     if needed > machine.host_bytes and machine.kind != "virtual":
         short.append(f"the host needs {human_bytes(needed)} for what is on the CPU, it has "
                      f"{human_bytes(machine.host_bytes)}")  # fmt: skip

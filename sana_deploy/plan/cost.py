@@ -1,6 +1,6 @@
 """Pure arithmetic: a profile, GPUs and a placement give bytes per GPU, bytes moved, and seconds. Imports no torch.
 
-A profile given here has its knobs applied (`PipelineProfile.under`).
+A profile given here has its knobs applied (`knobs.under`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..declare.formats import Dtype
-from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
+from ..declare.pipelines import PHASES, Component, Crossing, Phase
 from ..facts.allocator import context_bytes, workspace_bytes
 from ..facts.known_gpus import KnownGpu
 from ..facts.machine import Gpu
@@ -62,12 +62,6 @@ class Link:
 
     kind: Literal["nvlink", "pcie", "host"]
     bytes_per_second: float
-
-
-def is_split(pipeline: PipelineDescription, placement: Placement) -> bool:
-    """Whether ControlNet sits apart from the denoiser."""
-    controlnet = pipeline.find("controlnet")
-    return controlnet is not None and placement[controlnet] != placement[pipeline.denoiser]
 
 
 def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: Gpu | None = None) -> SlotUse:

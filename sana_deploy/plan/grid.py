@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .._units import human_bytes
+from ..declare.knobs import KNOBS, Knob, ordered
 from ..declare.pipelines import COMPONENTS, Component, Phase
-from ..declare.spec import KNOBS, Knob
 from ..facts.allocator import workspace_bytes
 from ..facts.machine import Gpu, is_native
 from .cost import (
@@ -27,11 +27,11 @@ from .cost import (
     component_seconds,
     crossing_seconds,
     host_bytes,
-    is_split,
     overhead,
     phase_seconds,
     slot_use,
 )
+from .knobs import of_placement, parted, under
 from .profile import PipelineProfile
 
 Objective = Literal["balance", "latency", "fit"]
@@ -75,17 +75,11 @@ class Rules:
     `host_bytes` is the host's memory, None where it is not known.
     """
 
-    allow: Iterable[Knob] = KNOBS
+    allow: Iterable[Knob] = field(default_factory=lambda: tuple(KNOBS))
     objective: Objective = "balance"
     allow_emulated: bool = False
     force: bool = False
     host_bytes: int | None = None
-
-
-def ordered(knobs: Iterable[Knob]) -> tuple[Knob, ...]:
-    """Return `knobs` without repetition, cheapest first."""
-    chosen = set(knobs)
-    return tuple(knob for knob in KNOBS if knob in chosen)
 
 
 @dataclass
@@ -147,8 +141,7 @@ class Board:
         self.host_mask = (options == CPU) @ bits
         column = {name: options[:, i] for i, name in enumerate(COMPONENTS)}
         self.home = column[profile.pipeline.denoiser]
-        controlnet = profile.pipeline.find("controlnet")
-        self.split = column[controlnet] != self.home if controlnet else np.zeros(len(options), bool)
+        self.parted = {knob: column[one] != column[other] for knob, (one, other) in parted(profile.pipeline).items()}
         self.column = column
         emulated = [
             [not is_native(profile.components[name].format.dtype, gpu) for gpu in gpus] + [False] for name in COMPONENTS
@@ -158,7 +151,7 @@ class Board:
 
     def cost(self, knobs: tuple[Knob, ...]) -> Sheet:
         """Cost every placement with `knobs` on."""
-        profile = self.profile.under(knobs)
+        profile = under(self.profile, knobs)
         needs = np.array([_need(profile, mask) for mask in range(1 << len(COMPONENTS))], np.int64)
         worst, short = np.zeros(len(self.options)), np.full(len(self.options), _NOTHING)
         tightest = np.zeros(len(self.options), np.int64)
@@ -176,8 +169,9 @@ class Board:
             code[host_short > 0] = REASONS.index("host memory")
             code[short > 0] = REASONS.index("memory")
         code[self.emulated >= 0] = REASONS.index("dtype")
-        if "split_controlnet" not in self.rules.allow:
-            code[self.split] = REASONS.index("split")
+        for knob, apart in self.parted.items():
+            if knob not in self.rules.allow:
+                code[apart] = REASONS.index("split")
         return Sheet(knobs, profile, self._moved(profile), worst, short, host_short, tightest, code)
 
     def _host_short(self, profile: PipelineProfile, needs: Integers) -> Integers:
@@ -213,7 +207,7 @@ class Board:
             worst=np.concatenate([sheet.worst[rows] for sheet, rows in zip(sheets, fits, strict=True)]),
             moved=np.concatenate([sheet.moved[rows] for sheet, rows in zip(sheets, fits, strict=True)]),
             seconds=np.concatenate(seconds).round(6),
-            knobs={**on, "split_controlnet": self.split[taken]},
+            knobs={**on, **{knob: apart[taken] for knob, apart in self.parted.items()}},
             home_rank=ranks[self.home[taken]],
             free=self.free,
         )
@@ -242,11 +236,11 @@ class Board:
 
     def candidate(self, places: Integers, knobs: tuple[Knob, ...]) -> Candidate:
         """Work out one candidate in full."""
-        placement, profile = self.placement(places), self.profile.under(knobs)
+        placement, profile = self.placement(places), under(self.profile, knobs)
         used = sorted({place for place in placement.values() if place != "cpu"})
         uses = {i: slot_use(profile, placement, i, self.by_index[i]) for i in used}
         worst = max((use.peak_bytes / max(self.by_index[i].free_bytes, 1) for i, use in uses.items()), default=0.0)
-        on = ordered((*knobs, "split_controlnet") if is_split(self.profile.pipeline, placement) else knobs)
+        on = ordered((*knobs, *of_placement(self.profile.pipeline, placement)))
         moved = bytes_per_request(profile, placement)
         return Candidate(placement, on, uses, worst, moved, phase_seconds(profile, placement, self.by_index))
 

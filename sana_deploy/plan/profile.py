@@ -7,23 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from ..declare.formats import Format
 from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
-from ..declare.spec import Knob
 from ..declare.workload import Workload
 from ..facts.allocator import ENCODE_WORKSPACE
 from ..facts.checkpoint import Checkpoint
+from ..facts.component import ComponentFacts
 from .needs import Measure, needs_of
 
-VaeMode = Literal["plain", "vae_slicing", "vae_tiling"]
-"""How the VAE works: all images at once, one at a time, or one at a time in tiles."""
-VAE_KNOBS: tuple[Knob, ...] = ("encode_once", "vae_slicing", "vae_tiling")
-"""Knobs that change what the VAE needs."""
 VAE_TILE = (1024, 1024, 896, 896)
 """Height and width of a tile and its strides in pixels, as `AutoencoderDC.enable_tiling` takes them. Tiles of 512
 left artifacts in flat areas (https://github.com/huggingface/diffusers/issues/10510)."""
+
+
+@dataclass(frozen=True)
+class VaeMode:
+    """How images pass the VAE: all at once, or one at a time (`sliced`), and then in tiles (`tiled`).
+
+    A control image that is repeated passes as often as there are copies, or `once`.
+    """
+
+    once: bool = False
+    sliced: bool = False
+    tiled: bool = False
+
+    @classmethod
+    def all(cls) -> tuple[VaeMode, ...]:
+        """Every mode; tiling is never without slicing."""
+        return tuple(cls(once, *way) for once in (False, True) for way in ((False, False), (True, False), (True, True)))
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,8 @@ class PipelineProfile:
     Attributes:
         pipeline: which pipeline it is.
         control_rows: copies of the control image that the pipeline makes, the first one included.
-        vae_under: what the VAE needs under sets of its knobs; tiling is never without slicing.
+        vae_under: what the VAE needs in each mode.
+        vae_mode: the mode that `components` has it in.
     """
 
     pipeline: PipelineDescription
@@ -85,24 +99,14 @@ class PipelineProfile:
     crossings: tuple[Crossing, ...]
     steps: int
     control_rows: int = 1
-    vae_under: Mapping[frozenset[Knob], ComponentProfile] = field(default_factory=dict)
+    vae_under: Mapping[VaeMode, ComponentProfile] = field(default_factory=dict)
+    vae_mode: VaeMode = field(default_factory=VaeMode, compare=False)
 
-    def under(self, knobs: Iterable[Knob]) -> PipelineProfile:
-        """Return the profile with `knobs` turned on; splitting ControlNet off changes nothing here."""
-        knobs = set(knobs) | ({"vae_slicing"} if "vae_tiling" in knobs else set())
-        parts, crossings = dict(self.components), self.crossings
-        vae, text_encoder = self.pipeline.of("vae"), self.pipeline.of("text_encoder")
-        parts[vae] = self.vae_under.get(frozenset(knobs.intersection(VAE_KNOBS)), parts[vae])
-        if "text_encoder_offload" in knobs:
-            parts[text_encoder] = replace(parts[text_encoder], resident=False)
-        if "encode_once" in knobs:
-            crossings = tuple(
-                replace(one, bytes_each=one.bytes_each // self.control_rows)
-                if one.tensor in self.pipeline.repeated
-                else one
-                for one in crossings
-            )
-        return replace(self, components=parts, crossings=crossings)
+    def with_vae(self, **mode: bool) -> PipelineProfile:
+        """Return the profile with the VAE in another mode, e.g. `sliced=True`; what is not named stays."""
+        vae, changed = self.pipeline.of("vae"), replace(self.vae_mode, **mode)
+        needs = self.vae_under.get(changed, self.components[vae])
+        return replace(self, components={**self.components, vae: needs}, vae_mode=changed)
 
 
 def profile_pipeline(
@@ -116,39 +120,40 @@ def profile_pipeline(
     facts, pipeline = checkpoint.components, checkpoint.pipeline
     vae, denoiser = pipeline.of("vae"), pipeline.denoiser
     needs = needs_of(checkpoint, formats, workload.guided, measure)
-
-    def profiled(name: Component, knobs: Iterable[Knob] = ()) -> ComponentProfile:
-        phases = [phase for phase in PHASES if phase in needs[name]]
-        return ComponentProfile(
-            name,
-            facts[name].class_name,
-            formats[name],
-            facts[name].weights_bytes(formats[name]),
-            {phase: _activation(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
-            {phase: _work(needs[name][phase], _VaeCall.of(workload, phase, knobs)) for phase in phases},
-            unsplit_bytes=facts[name].unsplit_bytes(formats[name]),
-            workspaces=_workspaces(formats[name], workload, knobs) if name == vae else {},
-        )
-
-    ways: tuple[set[Knob], ...] = (set(), {"vae_slicing"}, {"vae_slicing", "vae_tiling"})
-    once: tuple[set[Knob], ...] = (set(), {"encode_once"})
-    sets = [frozenset(one | way) for one in once for way in ways]
     crossings = pipeline.crossings(
         {name: one.config for name, one in facts.items()},
         workload,
         {name: form.dtype for name, form in formats.items()},
     )
-    parts = {name: profiled(name) for name in facts}
+    under = {mode: _profiled(facts[vae], formats[vae], needs[vae], workload, mode) for mode in VaeMode.all()}
+    parts = {
+        name: under[VaeMode()] if name == vae else _profiled(one, formats[name], needs[name], workload)
+        for name, one in facts.items()
+    }
     waiting = _waiting_in_decode(pipeline, needs[denoiser], workload, crossings)
     home = parts[denoiser]
     parts[denoiser] = replace(home, activations={"decode": waiting, **home.activations})
-    return PipelineProfile(
-        pipeline,
-        parts,
-        crossings,
-        workload.steps,
-        workload.rows,
-        {knobs: profiled(vae, knobs) for knobs in sets},
+    return PipelineProfile(pipeline, parts, crossings, workload.steps, workload.rows, under)
+
+
+def _profiled(
+    facts: ComponentFacts,
+    form: Format,
+    needs: Mapping[Phase, Mapping[str, Any]],
+    workload: Workload,
+    mode: VaeMode | None = None,
+) -> ComponentProfile:
+    """Profile one component; `mode` is the VAE's, None for any other."""
+    calls = {phase: _Call.of(workload, phase, mode or VaeMode()) for phase in PHASES if phase in needs}
+    return ComponentProfile(
+        facts.name,
+        facts.class_name,
+        form,
+        facts.weights_bytes(form),
+        {phase: _activation(needs[phase], call) for phase, call in calls.items()},
+        {phase: _work(needs[phase], call) for phase, call in calls.items()},
+        unsplit_bytes=facts.unsplit_bytes(form),
+        workspaces={} if mode is None else _workspaces(form, workload, mode),
     )
 
 
@@ -167,12 +172,12 @@ def _waiting_in_decode(
     return round(constant + per_image * workload.batch) + residuals
 
 
-def _workspaces(form: Format, workload: Workload, knobs: Iterable[Knob]) -> dict[Phase, int]:
+def _workspaces(form: Format, workload: Workload, mode: VaeMode) -> dict[Phase, int]:
     """Bytes that cuDNN takes for the VAE's convolutions: for a float32 encode; one image at a time takes one's."""
     if form.dtype != "float32":
         return {}
-    call = _VaeCall.of(workload, "prepare", knobs)
-    rows = call.rows if call.mode == "plain" else 1
+    call = _Call.of(workload, "prepare", mode)
+    rows = 1 if mode.sliced else call.rows
     return {"prepare": ENCODE_WORKSPACE * rows * call.pixels_at_once}
 
 
@@ -193,7 +198,7 @@ def covered_pixels(height: int, width: int) -> int:
 
 
 @dataclass(frozen=True)
-class _VaeCall:
+class _Call:
     """How much of a request passes a component in one phase, and how; only the VAE works otherwise than plainly.
 
     Attributes:
@@ -208,24 +213,23 @@ class _VaeCall:
     mode: VaeMode
 
     @classmethod
-    def of(cls, workload: Workload, phase: Phase, knobs: Iterable[Knob]) -> _VaeCall:
-        mode: VaeMode = "vae_tiling" if "vae_tiling" in knobs else "vae_slicing" if "vae_slicing" in knobs else "plain"
+    def of(cls, workload: Workload, phase: Phase, mode: VaeMode) -> _Call:
         each = workload.rows // workload.batch if phase == "prepare" else 1
-        rows = 1 if phase == "prepare" and "encode_once" in knobs else workload.batch * each
+        rows = 1 if phase == "prepare" and mode.once else workload.batch * each
         return cls(workload.height, workload.width, rows / each, rows, mode)
 
     @property
     def pixels_at_once(self) -> int:
         """Pixels of what passes in one go: an image, or a tile of it."""
-        if self.mode == "vae_tiling":
+        if self.mode.tiled:
             return min(self.height, VAE_TILE[0]) * min(self.width, VAE_TILE[1])
         return self.height * self.width
 
 
-def _activation(needs: Mapping[str, Any], call: _VaeCall) -> int:
+def _activation(needs: Mapping[str, Any], call: _Call) -> int:
     """Peak in bytes. Sliced, one image at a time; tiled, one tile of it, and what collecting the tiles adds."""
     height, width, pixels = call.height, call.width, call.height * call.width
-    sliced = call.mode != "plain" and call.rows > 1
+    sliced = call.mode.sliced and call.rows > 1
     tile = call.pixels_at_once
     peak = linear(needs["sliced_bytes" if sliced else "activation_bytes"], call.batch, tile)
     if tile < pixels:
@@ -236,12 +240,12 @@ def _activation(needs: Mapping[str, Any], call: _VaeCall) -> int:
     return max(0, round(peak))
 
 
-def _work(needs: Mapping[str, Any], call: _VaeCall) -> Work:
+def _work(needs: Mapping[str, Any], call: _Call) -> Work:
     """FLOPs and bytes grow with the pixels computed (tiles overlap), operations with the number of calls."""
     pixels, calls = call.height * call.width, 1
-    if call.mode != "plain":
+    if call.mode.sliced:
         calls = call.rows
-    if call.mode == "vae_tiling" and max(call.height, call.width) > VAE_TILE[0]:
+    if call.mode.tiled and max(call.height, call.width) > VAE_TILE[0]:
         pixels = covered_pixels(call.height, call.width)
         calls *= len(tiles(call.height)) * len(tiles(call.width))
     counts = {key: round(linear(needs[key], call.batch, pixels)) for key in _QUANTITIES}

@@ -9,9 +9,10 @@ from typing import get_args
 
 from .._units import MIB, human_bytes, parse_bytes
 from ..declare.formats import Quantization
-from ..declare.pipelines import DEFAULT, Component
+from ..declare.knobs import KNOBS, Knob, ordered
+from ..declare.pipelines import Component
 from ..declare.policies import POLICIES, QUANTIZED, dtypes_of, fragile_components, quantization_of
-from ..declare.spec import KNOBS, CustomMap, DeploySpec, Hardware, Knob, MultiGpuBalanced, VirtualMachine
+from ..declare.spec import CustomMap, DeploySpec, MultiGpuBalanced, VirtualMachine
 from ..declare.workload import VAE_FACTOR
 from ..errors import SanaDeployError
 from ..facts.checkpoint import Checkpoint
@@ -83,21 +84,22 @@ def _more_knobs(spec: DeploySpec) -> Iterator[Change]:
     hardware = spec.hardware
     field = "knobs" if isinstance(hardware, CustomMap) else "allow"
     on: list[Knob] = [*getattr(hardware, field)]
-    possible = [knob for knob in KNOBS if knob not in on and _makes_sense(knob, hardware)]
+    possible = [knob for knob in KNOBS if knob not in on and _makes_sense(knob, spec)]
     tries = [[knob] for knob in possible] + ([possible] if len(possible) > 1 else [])
     for more in tries:
-        chosen = [knob for knob in KNOBS if knob in {*on, *more}]
-        words = f"hardware.{field}=[{','.join(chosen)}]"
-        note = " (can change pixels)" if "vae_tiling" in more else ""
-        yield words + note, spec.model_copy(update={"hardware": hardware.model_copy(update={field: chosen})})
+        chosen = ordered([*on, *more])
+        change = f"hardware.{field}=[{','.join(chosen)}]"
+        note = next((f" ({words})" for knob in more if (words := KNOBS[knob].changes_pixels)), "")
+        yield change + note, spec.model_copy(update={"hardware": hardware.model_copy(update={field: list(chosen)})})
 
 
-def _makes_sense(knob: Knob, hardware: Hardware) -> bool:
+def _makes_sense(knob: Knob, spec: DeploySpec) -> bool:
+    """Whether the strategy may take a knob, and there is something for it to do."""
+    one, hardware = KNOBS[knob], spec.hardware
     if isinstance(hardware, CustomMap):
-        text_encoder = DEFAULT.of("text_encoder")
-        offloaded = knob == "text_encoder_offload" and hardware.device_map[text_encoder] == "cpu"
-        return knob != "split_controlnet" and not offloaded
-    return knob != "split_controlnet" or isinstance(hardware, MultiGpuBalanced)
+        idle = one.needs_gpu and hardware.device_map[spec.pipeline.of(one.role)] == "cpu"
+        return one.in_maps and not idle
+    return one.apart is None or isinstance(hardware, MultiGpuBalanced)
 
 
 def _on_this_machine(spec: DeploySpec) -> Iterator[Change]:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..declare.knobs import KNOBS, Knob, clash, completed
 from ..declare.pipelines import COMPONENTS, Component
-from ..declare.spec import Knob
 from ..facts.machine import Gpu
 from .cost import Place, Placement
-from .grid import CPU, FITS, Board, Candidate, Integers, Objective, Rejection, Rows, Rules, ordered
+from .grid import CPU, FITS, Board, Candidate, Integers, Objective, Rejection, Rows, Rules
+from .knobs import under, useful
 from .profile import PipelineProfile
 
 
@@ -86,9 +87,9 @@ def search_custom(
 
 
 def search_host(profile: PipelineProfile, rules: Rules) -> Search:
-    """Put everything on the CPU; where that is short of memory, under every set of knobs but offload."""
+    """Put everything on the CPU; where that is short of memory, under every set of knobs that need no GPU."""
     options = np.full((1, len(COMPONENTS)), CPU, np.int64)
-    sets = _settings(profile, set(rules.allow) - {"text_encoder_offload"})
+    sets = _settings(profile, [knob for knob in rules.allow if not KNOBS[knob].needs_gpu])
     plain = _search(profile, (), rules, options, sets[:1], _balanced_key)
     return plain if plain.best else _search(profile, (), rules, options, sets, _balanced_key)
 
@@ -116,26 +117,29 @@ def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Integers:
     return rows[np.logical_and.reduce(in_order)] if in_order else rows
 
 
-def useful(profile: PipelineProfile, knobs: Iterable[Knob]) -> tuple[Knob, ...]:
-    """Those of `knobs` that have something to do in the request: `encode_once` wants a control image that repeats."""
-    return tuple(knob for knob in ordered(knobs) if knob != "encode_once" or profile.control_rows > 1)
-
-
 def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[tuple[Knob, ...]]:
-    """Every set of knobs to try, none first, but those that change nothing in the request. Tiling takes one image at a
-    time too; splitting belongs to placements.
+    """Every set of knobs to try, none first, but those that change nothing in the request.
 
-    `encode_once` costs nothing, so that it is on in every set where it is allowed and has something to do.
+    A knob that is always on is in every set where it is allowed and has something to do; one of placements is in none,
+    since placements turn it on. Knobs of one role vary before those of the next.
     """
-    allowed = set(allow)
-    always = [knob for knob in useful(profile, allowed) if knob == "encode_once"]
-    modes: list[set[Knob]] = [set(), {"vae_slicing"}, {"vae_slicing", "vae_tiling"}]
-    places: list[set[Knob]] = [set(), {"text_encoder_offload"}]
-    if "vae_tiling" in allowed:
-        allowed.add("vae_slicing")
-    sets = [ordered([*always, *mode, *place]) for place in places for mode in modes if mode | place <= allowed]
-    under = [profile.under(knobs) for knobs in sets]
-    return [knobs for i, knobs in enumerate(sets) if under[i] not in under[:i]]
+    allowed = completed(allow)
+    always = [knob for knob in useful(profile, allow) if KNOBS[knob].always]
+    roles = [one.role for one in KNOBS.values()]
+    free = sorted(filter(_may_vary, allowed), key=lambda knob: roles.index(KNOBS[knob].role))
+    chosen = [[knob for i, knob in enumerate(free) if number >> i & 1] for number in range(1 << len(free))]
+    sets = dict.fromkeys(completed([*always, *knobs]) for knobs in chosen)
+    kept: dict[tuple[Knob, ...], PipelineProfile] = {}
+    for knobs in (knobs for knobs in sets if not clash(knobs)):
+        changed = under(profile, knobs)
+        if changed not in kept.values():
+            kept[knobs] = changed
+    return list(kept)
+
+
+def _may_vary(knob: Knob) -> bool:
+    """Whether the search tries a knob on and off."""
+    return not KNOBS[knob].always and not KNOBS[knob].apart
 
 
 ROOMY = 0.7
@@ -150,12 +154,19 @@ def _balanced_key(rows: Rows, objective: Objective) -> Key:
         return [rows.seconds, rows.count_knobs(), *ties]
     if objective == "fit":
         return [rows.count_knobs(), rows.count_further_places(), *ties]
-    tiling, offload, slicing = (rows.knobs[k] for k in ("vae_tiling", "text_encoder_offload", "vae_slicing"))
-    plain = ~(tiling | offload | slicing)
+    dear, cheap = _dearest_first()
+    varied = [rows.knobs[knob] for knob in (*dear, *cheap) if _may_vary(knob)]
     crowd = np.maximum(rows.worst, ROOMY)
-    fuller = crowd > crowd[plain].min(initial=np.inf)
-    knobs: Key = [tiling, offload, rows.knobs["split_controlnet"], fuller, slicing]
+    fuller = crowd > crowd[~np.logical_or.reduce(varied)].min(initial=np.inf)
+    knobs: Key = [*(rows.knobs[knob] for knob in dear), fuller, *(rows.knobs[knob] for knob in cheap)]
     return [*knobs, crowd, rows.seconds, rows.moved, rows.home_rank, *ties]
+
+
+def _dearest_first() -> tuple[list[Knob], list[Knob]]:
+    """Knobs that are not always on, dearest first: down to the last one of placements, and those that are cheaper."""
+    knobs = [knob for knob in reversed(KNOBS) if not KNOBS[knob].always]
+    last = max((i for i, knob in enumerate(knobs, 1) if KNOBS[knob].apart), default=0)
+    return knobs[:last], knobs[last:]
 
 
 def _single_key(rows: Rows, objective: Objective) -> Key:
@@ -164,7 +175,8 @@ def _single_key(rows: Rows, objective: Objective) -> Key:
         return [rows.seconds, rows.count_knobs(), *ties]
     if objective == "fit":
         return [rows.count_knobs(), *ties]
-    return [*(rows.knobs[k] for k in ("vae_tiling", "text_encoder_offload", "vae_slicing")), *ties]
+    dear, cheap = _dearest_first()
+    return [*(rows.knobs[knob] for knob in (*dear, *cheap)), *ties]
 
 
 def _search(

@@ -27,12 +27,12 @@ from ..declare.pipelines import COMPONENTS, Component, Phase
 from ..facts.catalogue import FOLDER, NAMES
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.needs import OnProgress, measured_as
-from ..plan.profile import VAE_TILE, covered_pixels, linear
+from ..plan.profile import VAE_TILE, VaeMode, covered_pixels, linear
 from .measure import Bench, Measurements, Point
 
 PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
-SLICED = tuple(Point(side, batch, "vae_slicing") for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
-TILED = tuple(Point(side, batch, "vae_tiling") for side, batch in ((1280, 1), (2304, 1), (1280, 2)))
+SLICED = tuple(Point(side, batch, VaeMode(sliced=True)) for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
+TILED = tuple(Point(side, batch, VaeMode(sliced=True, tiled=True)) for side, batch in ((1280, 1), (2304, 1), (1280, 2)))
 GUIDANCE = {"guided": True, "unguided": False}
 MODELS = ("tiny", *NAMES)
 _ALL = (Format(dtype, kept) for dtype in get_args(Dtype) for kept in (None, *get_args(Quantization)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Point:
 
     side: int
     batch: int
-    mode: VaeMode = "plain"
+    mode: VaeMode = field(default_factory=VaeMode)
     width: int | None = None
 
     @property
@@ -107,9 +107,9 @@ class Bench:
     @contextmanager
     def _mode(self, mode: VaeMode) -> Iterator[None]:
         vae = self.pipeline.vae
-        if mode != "plain":
+        if mode.sliced:
             vae.enable_slicing()
-        if mode == "vae_tiling":
+        if mode.tiled:
             vae.enable_tiling(*VAE_TILE)
         try:
             yield

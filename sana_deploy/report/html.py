@@ -21,11 +21,11 @@ from ..plan.artifact import Place, Plan, Slot
 from ..run.outcome import Outcome
 from .drawings import chart, flow, timeline
 from .wording import (
-    KNOB_WORDS,
     OTHERS_WORDS,
     considered_sentence,
     image_words,
     knob_sentence,
+    knob_words,
     place_words,
     rejection_words,
     taken_words,
@@ -65,7 +65,7 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         gpus=[_gpu(plan, slot) for slot in plan.slots],
         components=_components(plan),
         seconds=_seconds(plan),
-        knobs=[f"{knob_sentence(plan, knob)}: {KNOB_WORDS.get(knob, '')}" for knob in plan.knobs],
+        knobs=[f"{knob_sentence(plan, knob)}: {knob_words(knob)}" for knob in plan.knobs],
         timelines=[timeline(gpu, outcome.rehearsal) for gpu in outcome.rehearsal.gpus] if outcome.rehearsal else [],
         rehearse=_rehearse(plan),
         measured=_measured(outcome),

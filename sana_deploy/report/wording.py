@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .._units import GIB, human_bytes
+from ..declare.knobs import KNOBS
 from ..declare.pipelines import Component
 from ..plan.artifact import Place, Plan, RejectionCount
 from ..run.outcome import Audit
 
-KNOB_WORDS: Mapping[str, str] = {
-    "encode_once": "the VAE encodes the control image once; bits as with slicing, a batch of two may round otherwise",
-    "vae_slicing": "the VAE takes one image at a time",
-    "split_controlnet": "ControlNet apart from the transformer",
-    "text_encoder_offload": "the text encoder is on its GPU only during encode",
-    "vae_tiling": "the VAE takes tiles of 1024 px; can change pixels",
-}
-"""What each knob does."""
 OTHERS_WORDS = "for others (used, or kept free)"
 """What is drawn of a GPU that is not the plan's to take."""
 
@@ -30,6 +23,11 @@ def groups_words(device_map: Mapping[Component, Place]) -> str:
     """Which components are together: `text_encoder | vae, transformer, controlnet`, by place."""
     places = sorted(set(device_map.values()), key=lambda place: -1 if place == "cpu" else place)
     return " | ".join(", ".join(name for name, at in device_map.items() if at == place) for place in places)
+
+
+def knob_words(knob: str) -> str:
+    """What a knob does; empty for one that this version has not."""
+    return KNOBS[knob].words if knob in KNOBS else ""
 
 
 def knob_sentence(plan: Plan, knob: str) -> str:
