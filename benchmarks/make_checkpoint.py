@@ -14,13 +14,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DPMSolverMultistepScheduler, SanaControlNetPipeline
+from diffusers import SanaControlNetPipeline
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from sana_deploy.declare.formats import Dtype, Format
+from sana_deploy.declare.pipelines import SANA_CONTROLNET
 from sana_deploy.declare.spec import CatalogueModel
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.rehearsal.meta_modules import stand_in
@@ -46,7 +48,7 @@ def make_checkpoint(name: str, folder: Path, dtype: Dtype | None = None) -> Path
         module = stand_in(facts[part], Format(dtype or usual)).to_empty(device=device)
         fill_randomly(module, generator)
         modules[part] = module
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler = SANA_CONTROLNET.scheduler.make(diffusers)
     pipeline = SanaControlNetPipeline(**modules, tokenizer=word_tokenizer(), scheduler=scheduler)
     pipeline.save_pretrained(folder)
     return folder

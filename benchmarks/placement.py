@@ -140,18 +140,19 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
     """Run the request with accelerate's hooks on a given map of whole components."""
     import torch
     from accelerate import dispatch_model
-    from diffusers import DPMSolverMultistepScheduler, SanaControlNetPipeline
+    from diffusers import SanaControlNetPipeline
 
     from sana_deploy.declare.control_image import read_control_image
     from sana_deploy.declare.pipelines import COMPONENTS
     from sana_deploy.facts.allocator import context_bytes, workspace_bytes
     from sana_deploy.facts.checkpoint import open_checkpoint
     from sana_deploy.facts.virtual_machine import describe_machine
-    from sana_deploy.rehearsal.meta_modules import StandInTokenizer, stand_in
-    from sana_deploy.rehearsal.virtual import VirtualHost
+    from sana_deploy.rehearsal.host import VirtualHost
+    from sana_deploy.rehearsal.meta_modules import stand_in
 
     machine = describe_machine(spec.machine)
-    facts = open_checkpoint(spec.model).components
+    checkpoint = open_checkpoint(spec.model)
+    facts = checkpoint.components
     outside = [context_bytes(gpu.capability) + workspace_bytes(gpu.capability) for gpu in machine.gpus]
     for name, index in found.items():
         outside[index] += facts[name].unsplit_bytes(spec.precision.formats[name])
@@ -168,10 +169,7 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
             device = torch.device("vgpu", found[name])
             modules[name] = host.place_module(stand_in(facts[name], spec.precision.formats[name]), name, device)
             dispatch_model(modules[name], device_map={"": device}, force_hooks=True)
-        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-        pipeline = SanaControlNetPipeline(
-            **modules, tokenizer=StandInTokenizer(), scheduler=DPMSolverMultistepScheduler(**flow)
-        )
+        pipeline = SanaControlNetPipeline(**modules, **host.load_helpers(checkpoint))
         pipeline.set_progress_bar_config(disable=True)
         work = spec.workload
         picture = read_control_image(work, work.bounds)

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from sana_deploy.declare.spec import Fidelity
 from sana_deploy.errors import RunError
-from sana_deploy.rehearsal.virtual import SMALL_ELEMENTS, Fidelity, VirtualHost
+from sana_deploy.rehearsal.host import VirtualHost
+from sana_deploy.rehearsal.virtual import SMALL_ELEMENTS
 from sana_deploy.rehearsal.virtual_tensor import VirtualTensor, register_device_type
 
 MIB = 2**20

@@ -17,20 +17,22 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sana_deploy.api import compile_spec
+from sana_deploy.declare.formats import Format
 from sana_deploy.declare.pipelines import COMPONENTS, SANA_CONTROLNET, Component
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import CheckpointError, RunError
 from sana_deploy.facts.component import component_facts
 from sana_deploy.run import weights
 from sana_deploy.run.load import load_pipeline
-from sana_deploy.run.weights import Wanted, load_components
+from sana_deploy.run.weights import LoadRequest, load_components
 
 Small = Callable[..., DeploySpec]
 
 
-def wanted(folder: Path, dtype: torch.dtype) -> dict[Component, Wanted]:
+def wanted(folder: Path, dtype: torch.dtype) -> dict[Component, LoadRequest]:
+    form = Format(str(dtype).removeprefix("torch."))  # type: ignore[arg-type]
     return {
-        part.name: Wanted(component_facts(part, folder / part.name, None, part.name), dtype, "cpu")
+        part.name: LoadRequest(component_facts(part, folder / part.name, None, part.name), form, "cpu")
         for part in SANA_CONTROLNET.components
     }
 
@@ -91,7 +93,7 @@ def test_other_names_in_a_file_go_to_the_library(tiny: Path, tmp_path: Path) -> 
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def rewritten(tiny: Path, folder: Path, component: Component, change: Change, pickled: bool = False) -> Wanted:
+def rewritten(tiny: Path, folder: Path, component: Component, change: Change, pickled: bool = False) -> LoadRequest:
     """A component whose files were changed after their headers were read."""
     copy = Path(shutil.copytree(tiny / component, folder / component))
     (path,) = copy.glob("*.safetensors")
@@ -102,7 +104,7 @@ def rewritten(tiny: Path, folder: Path, component: Component, change: Change, pi
         torch.save(change(tensors), path.with_suffix(".bin"))
     else:
         save_file({key: value.contiguous() for key, value in change(tensors).items()}, path, {"format": "pt"})
-    return Wanted(facts, torch.float32, "cpu")
+    return LoadRequest(facts, Format("float32"), "cpu")
 
 
 def lacking(name: str, prefix: str = "") -> Change:

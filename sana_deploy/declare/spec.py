@@ -26,6 +26,10 @@ from .workload import DeclaredWorkload, Side
 
 Stage = Literal["compile", "resolve", "apply", "generate"]
 STAGES: tuple[Stage, ...] = ("compile", "resolve", "apply", "generate")
+Fidelity = Literal["shapes", "numbers"]
+"""What a rehearsal computes with: shapes alone, or real arithmetic on the CPU."""
+OnDecodeOom = Literal["tile", "raise"]
+"""When the VAE runs out of memory in decode: decode once more in tiles and say so, or give up."""
 GpuIndex = Annotated[int, Field(ge=0, le=1023)]
 
 
@@ -84,7 +88,7 @@ class Placed(Declared):
         force: go on where memory is expected to run out: on the GPUs of a map of the user's own, or on the host.
     """
 
-    on_decode_oom: Literal["tile", "raise"] = "tile"
+    on_decode_oom: OnDecodeOom = "tile"
     force: bool = False
 
 
@@ -207,7 +211,7 @@ class VirtualMachine(Declared):
     gpus: str | list[str]
     memory: str | None = None
     used: str | list[str] | None = None
-    fidelity: Literal["auto", "shapes", "numbers"] = "auto"
+    fidelity: Literal["auto", Fidelity] = "auto"
 
 
 class Resolve(Declared):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import cache_root
+from ..declare.pipelines import SANA_CONTROLNET
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -98,14 +99,9 @@ def ensure_tiny(cache_dir: str | None = None) -> Path:
 
 
 def _write(folder: Path) -> None:
+    import diffusers
     import torch
-    from diffusers import (
-        AutoencoderDC,
-        DPMSolverMultistepScheduler,
-        SanaControlNetModel,
-        SanaControlNetPipeline,
-        SanaTransformer2DModel,
-    )
+    from diffusers import AutoencoderDC, SanaControlNetModel, SanaControlNetPipeline, SanaTransformer2DModel
     from transformers import Gemma2Config, Gemma2Model
 
     with torch.random.fork_rng(devices=[]):
@@ -118,9 +114,7 @@ def _write(folder: Path) -> None:
             vae=AutoencoderDC(**_VAE),
             transformer=SanaTransformer2DModel(**_DENOISER, num_layers=5),
             controlnet=controlnet,
-            scheduler=DPMSolverMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-            ),
+            scheduler=SANA_CONTROLNET.scheduler.make(diffusers),
         )
     pipeline.save_pretrained(folder, safe_serialization=True)
 

@@ -24,11 +24,10 @@ from ..facts.component import ComponentFacts
 from ..plan.profile import VAE_TILE, VaeMode
 from ..run.border import Border, attach
 from ..run.generate import run_request
-from ..run.load import load_helpers
+from .host import VirtualHost
 from .ledger import Ledger, Tally
 from .meta_modules import stand_in
 from .rehearse import LedgerClock
-from .virtual import VirtualHost
 
 ENDLESS = 1 << 22
 """Memory of the virtual GPUs, in GiB."""
@@ -82,7 +81,7 @@ class Bench:
             facts = checkpoint.components[name]
             module = stand_in(_single_layer(facts) if vae_only else facts, formats[name])
             parts[name] = self.host.place_module(module, name, torch.device("vgpu", index))
-        self.pipeline = SanaControlNetPipeline(**parts, **load_helpers(checkpoint))
+        self.pipeline = SanaControlNetPipeline(**parts, **self.host.load_helpers(checkpoint))
         border = Border(home=torch.device("vgpu", COMPONENTS.index("transformer")))
         for index, name in enumerate(COMPONENTS):
             attach(parts[name], name, torch.device("vgpu", index), border)

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from .._units import MIB, human_bytes, parse_bytes
 from ..declare.pipelines import PipelineDescription
-from ..declare.spec import CustomMap, Hardware, VirtualMachine
+from ..declare.spec import CustomMap, Fidelity, Hardware, VirtualMachine
 from ..errors import InfeasibleError
 from ..facts.allocator import context_bytes
 from ..plan.artifact import Plan, Slot
@@ -21,8 +21,8 @@ from ..run.generate import StepDone, host_peak, run_request, to_images
 from ..run.load import load_pipeline, resolved_plan
 from ..run.outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
 from ..run.traffic import Movement, by_pair
+from .host import VirtualHost, check_virtual
 from .ledger import Ledger
-from .virtual import Fidelity, VirtualHost
 
 NUMBERS_LIMIT = 256 * MIB
 """Up to this many bytes of weights, `fidelity=auto` does real arithmetic."""
@@ -54,12 +54,7 @@ def open_host(resolved: ResolvedPlan, fidelity: Fidelity | None = None) -> Virtu
     Raises:
         InfeasibleError: the plan is not for virtual GPUs, or a GPU is smaller than a CUDA context.
     """
-    if resolved.machine.kind != "virtual":
-        raise InfeasibleError(
-            "the plan is for this host's GPUs, a rehearsal needs virtual ones",
-            where="machine",
-            hint="compile it with machine=virtual machine.gpus=2xt4",
-        )
+    check_virtual(resolved)
     capacities = []
     for gpu in resolved.machine.gpus:
         context = context_bytes(gpu.capability)

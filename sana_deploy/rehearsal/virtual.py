@@ -3,7 +3,7 @@
 With `virtual_tensor.py` the files that know PyTorch's Python backends. A `VirtualTensor` reports `vgpu:i` and holds
 an inner tensor: real numbers on the CPU (fidelity *numbers*), or nothing but shape and dtype on `meta` (fidelity
 *shapes*; tensors small enough to steer control flow, such as timesteps, keep their data). Every operation passes
-`VirtualHost.run`, which refuses mixed devices as CUDA does, counts live bytes per GPU, and raises
+`VirtualGpus.run`, which refuses mixed devices as CUDA does, counts live bytes per GPU, and raises
 `torch.OutOfMemoryError` where a real GPU of that size would.
 """
 
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import weakref
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import sdpa_flop_count
 
-from ..run.quantize import like, map_parts, own_tensors
+from ..declare.spec import Fidelity
 from .ledger import Ledger, touched_bytes
 from .shape_memory import ShapeMemory
 from .virtual_tensor import (
@@ -32,7 +31,6 @@ from .virtual_tensor import (
     tensors_in,
 )
 
-Fidelity = Literal["shapes", "numbers"]
 SMALL_ELEMENTS = 65_536
 """In shapes fidelity, tensors up to this many elements keep data that was real where they came from."""
 
@@ -47,7 +45,7 @@ _INDEXING = {
 }
 
 
-class VirtualHost:
+class VirtualGpus:
     """The virtual GPUs of one rehearsal; a context manager while tensors are made on them.
 
     Args:
@@ -61,7 +59,7 @@ class VirtualHost:
         self.ledger = Ledger(capacities)
         self._stack = ExitStack()
 
-    def __enter__(self) -> VirtualHost:
+    def __enter__(self) -> VirtualGpus:
         # Makes `torch.tensor(data, device=...)` and `x[[1, 2]]` build on the CPU and move, which a mode can see.
         lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
@@ -73,14 +71,7 @@ class VirtualHost:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def place_module(self, module: nn.Module, name: str, device: torch.device) -> nn.Module:
-        """Put parameters and buffers on `device`, counted as weights of `name`; matmul goes by their requires_grad."""
-        with torch.no_grad(), self.ledger.owning(name):
-            for own, key, value in own_tensors(module):
-                own[key] = like(value, map_parts(value.detach(), lambda part: self._take(part, device)))
-        return module
-
-    def _take(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Put a weight on `device`: the tensor itself where its data is kept, else its shape.
 
         The address stays: kernels of the CPU round by it (MKL's product of one row does, modulo 16 bytes), so that
@@ -125,7 +116,7 @@ class VirtualHost:
         if not virtual:
             kwargs = {**kwargs, "device": self._factory_device(func, args, kwargs)}
         elif no_data:
-            _drop_data(func, virtual)
+            self._drop_data(func, virtual)
             args, kwargs = (
                 map_tensors(_as_meta, args),
                 {key: map_tensors(_as_meta, value) for key, value in kwargs.items()},
@@ -207,6 +198,12 @@ class VirtualHost:
             target.held = self._claimed_meta(inner, target.device)
         return target
 
+    def _drop_data(self, func: Any, virtual: list[VirtualTensor]) -> None:
+        """An operation that writes into a tensor with data, from one without: the target loses its data for good."""
+        target = virtual[0]
+        if func._schema.is_mutable and target.held.device.type != "meta":
+            target.held = self._claimed_meta(target.held, target.device)
+
     def _claimed_meta(self, inner: torch.Tensor, device: torch.device) -> torch.Tensor:
         made = _as_meta(inner)
         self._wrap(made, device)
@@ -216,7 +213,7 @@ class VirtualHost:
 class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Catches what makes or moves tensors onto virtual GPUs without one among its inputs."""
 
-    def __init__(self, host: VirtualHost) -> None:
+    def __init__(self, host: VirtualGpus) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.host = host
 
@@ -237,13 +234,13 @@ class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Calls(torch.overrides.TorchFunctionMode):
-    """Hands attention on virtual tensors to `VirtualHost.attention` before PyTorch takes it apart.
+    """Hands attention on virtual tensors to `VirtualGpus.attention` before PyTorch takes it apart.
 
     In inference mode PyTorch leaves it to a backend to take operations apart and to follow views; virtual GPUs compute
     without that mode then, to the same bits.
     """
 
-    def __init__(self, host: VirtualHost) -> None:
+    def __init__(self, host: VirtualGpus) -> None:
         super().__init__()
         self.host = host
 
@@ -276,15 +273,6 @@ def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
     if inner.is_meta:
         return inner
     return torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device="meta")
-
-
-def _drop_data(func: Any, virtual: list[VirtualTensor]) -> None:
-    """An operation that writes into a tensor with data, from one without: the target loses its data for good."""
-    if not func._schema.is_mutable:
-        return
-    target = virtual[0]
-    if target.held.device.type != "meta":
-        target.held = target.host._claimed_meta(target.held, target.device)
 
 
 def _common_device(func: Any, leaves: list[torch.Tensor]) -> torch.device:

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..errors import RunError
-
-if TYPE_CHECKING:
-    from .virtual import VirtualHost
+from .ledger import Ledger
 
 DEVICE_TYPE = "vgpu"
+
+
+class Runner(Protocol):
+    """What runs the operations on virtual tensors, and keeps the books of their bytes."""
+
+    ledger: Ledger
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+        """Run one operation; `tensors` are those among its arguments."""
 
 
 def register_device_type() -> None:
@@ -62,12 +69,10 @@ class VirtualTensor(torch.Tensor):
     """A tensor on a virtual GPU (or, without data, on the host): device and shape outside, `held` inside."""
 
     held: torch.Tensor
-    host: VirtualHost
+    host: Runner
 
     @staticmethod
-    def __new__(
-        cls: type[VirtualTensor], inner: torch.Tensor, device: torch.device, host: VirtualHost
-    ) -> VirtualTensor:
+    def __new__(cls: type[VirtualTensor], inner: torch.Tensor, device: torch.device, host: Runner) -> VirtualTensor:
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline, SanaControlNetPipeline
@@ -19,24 +18,23 @@ from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.artifact import Plan
 from ..plan.bind import ResolvedPlan
 from ..plan.identity import check_checkpoint
-from ..rehearsal.meta_modules import StandInTokenizer, stand_in
-from ..rehearsal.virtual import VirtualHost
 from .border import Border, attach, border_of, vae_settings
 from .copies import Copies, watch_copies
+from .host import Host, PresentHost
 from .placed import dtype_of, refuse_group_offload, tell_casts
 from .quantize import quantize_linears
-from .weights import Progress, Wanted, cast_module, load_components, quiet_libraries
+from .weights import LoadRequest, Progress, cast_module
 
 
 def load_pipeline(
-    plan: Plan | ResolvedPlan, progress: Progress | None = None, host: VirtualHost | None = None
+    plan: Plan | ResolvedPlan, progress: Progress | None = None, host: Host | None = None
 ) -> SanaControlNetPipeline:
     """Load the plan's checkpoint and place it.
 
     Args:
         plan: a plan (resolved against the GPUs present) or a resolved plan.
-        progress: told of the bytes read of each component.
-        host: the virtual GPUs, for a plan that was resolved to such.
+        progress: called with the bytes read of each component.
+        host: whose devices the plan was resolved to; this machine's unless given.
 
     Returns:
         An ordinary `SanaControlNetPipeline`, each component on its device in its dtype.
@@ -44,42 +42,22 @@ def load_pipeline(
     Raises:
         CheckpointError: the weights are missing or damaged.
         PlanError: the checkpoint is not the one that the plan was compiled for.
-        RunError: loading failed.
+        RunError: loading failed, or the plan is for another host.
     """
-    resolved = resolved_plan(plan, "load_pipeline(plan)")
-    if resolved.machine.kind == "virtual" and host is None:
-        raise RunError("the plan is for virtual GPUs", hint="use rehearse(plan), or machine=present")
+    resolved, host = resolved_plan(plan, "load_pipeline(plan)"), host or PresentHost()
+    host.check(resolved)
     check_checkpoint(resolved.plan, resolved.allowed)
-    shapes_only = host is not None and host.fidelity == "shapes"
-    checkpoint = open_checkpoint(_pinned(resolved.plan), weights=not shapes_only)
+    checkpoint = open_checkpoint(_pinned(resolved.plan), weights=host.reads_weights)
     _check_same(resolved.plan, checkpoint)
-    parts: dict[str, Any] = {}
-    notes: list[str] = []
-    if shapes_only:
-        for name in COMPONENTS:
-            module = stand_in(checkpoint.components[name], resolved.plan.components[name].format)
-            parts[name] = _place_virtually(host, module, name, waiting_place(resolved, name))
-    else:
-        loaded = load_components(
-            {
-                name: Wanted(
-                    checkpoint.components[name],
-                    _dtype(resolved, name),
-                    waiting_place(resolved, name) if host is None else "cpu",
-                    resolved.plan.components[name].quantization,
-                )
-                for name in COMPONENTS
-            },
-            progress,
-            notes,
+    requests = {
+        name: LoadRequest(
+            checkpoint.components[name], resolved.plan.components[name].format, waiting_place(resolved, name)
         )
-        parts |= {str(name): module for name, module in loaded.items()}
-        if host is not None:
-            for name, module in loaded.items():
-                parts[name] = _place_virtually(host, module, name, waiting_place(resolved, name))
-    with quiet_libraries():
-        parts |= load_helpers(checkpoint)
-    pipeline = SanaControlNetPipeline(**parts)
+        for name in COMPONENTS
+    }
+    notes: list[str] = []
+    modules = host.load_components(requests, progress, notes)
+    pipeline = SanaControlNetPipeline(**modules, **host.load_helpers(checkpoint))
     _bind(pipeline, resolved)
     border = border_of(pipeline)
     assert border is not None
@@ -278,41 +256,3 @@ def _check_same(plan: Plan, checkpoint: Checkpoint) -> None:
             where="model.source",
             hint="compile the plan again",
         )
-
-
-def _place_virtually(host: VirtualHost | None, module: nn.Module, name: Component, device: str) -> nn.Module:
-    assert host is not None
-    try:
-        return host.place_module(module, name, torch.device(device))
-    except torch.OutOfMemoryError as problem:
-        raise RunError(f"out of memory while loading {name}: {problem}", where=name) from problem
-
-
-def load_helpers(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Load tokenizer and scheduler, of whatever class the checkpoint names; stand-ins where nothing of it is here.
-
-    Raises:
-        RunError: the scheduler is of a class that diffusers does not have.
-    """
-    import json
-
-    from transformers import AutoTokenizer
-
-    folder = checkpoint.folder
-    if folder is None:
-        return _stand_in_helpers()
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    class_name = index["scheduler"][1]
-    scheduler = getattr(diffusers, class_name, None)
-    if scheduler is None or not issubclass(scheduler, diffusers.SchedulerMixin):
-        raise RunError(f"diffusers {diffusers.__version__} has no scheduler {class_name}", where="scheduler")
-    return {
-        "scheduler": scheduler.from_pretrained(str(folder), subfolder="scheduler"),
-        "tokenizer": AutoTokenizer.from_pretrained(str(folder / "tokenizer"), local_files_only=True),
-    }
-
-
-def _stand_in_helpers() -> Mapping[str, Any]:
-    """A tokenizer that counts words and SANA's scheduler, for a catalogued model of which nothing is here."""
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-    return {"scheduler": diffusers.DPMSolverMultistepScheduler(**flow), "tokenizer": StandInTokenizer()}

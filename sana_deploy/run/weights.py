@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..declare.formats import Quantization
+from ..declare.formats import Format
 from ..declare.pipelines import Component
 from ..errors import CheckpointError, RunError
 from ..facts.component import ComponentFacts
@@ -40,16 +40,20 @@ Progress = Callable[[Component, int, int], None]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A component to load: what it is, the dtype of its floating-point tensors, and the device they go to.
+class LoadRequest:
+    """A component to load: what it is, the format that its tensors get, and the device that they go to.
 
-    `quantization` is what the weights of its linear layers are turned into, from `dtype` and on the device.
+    Weights of linear layers are quantised, where the format says so, from its dtype and on the device.
     """
 
     facts: ComponentFacts
-    dtype: torch.dtype
+    format: Format
     device: str
-    quantization: Quantization | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What floating-point tensors are cast to."""
+        return getattr(torch, self.format.dtype)  # type: ignore[no-any-return]
 
 
 class _CancelledError(Exception):
@@ -57,13 +61,13 @@ class _CancelledError(Exception):
 
 
 def load_components(
-    wanted: Mapping[Component, Wanted], progress: Progress | None = None, notes: list[str] | None = None
+    requests: Mapping[Component, LoadRequest], on_progress: Progress | None = None, notes: list[str] | None = None
 ) -> dict[Component, nn.Module]:
-    """Load all `wanted` components, in evaluation mode.
+    """Load all requested components, in evaluation mode.
 
     Args:
-        wanted: what to load.
-        progress: told of the bytes read of each component.
+        requests: what to load.
+        on_progress: called with the bytes read of each component.
         notes: gets a sentence for every component whose values do not fit float16.
 
     Raises:
@@ -71,39 +75,48 @@ def load_components(
         RunError: the first component that failed, with its file; the others have stopped and hold nothing.
         InvalidSpecError: the library that quantises is not installed.
     """
-    for quantization in {one.quantization for one in wanted.values() if one.quantization}:
+    for quantization in {one.format.quantization for one in requests.values() if one.format.quantization}:
         require(quantization)
-    stop, lock = threading.Event(), threading.Lock()
-
-    def told(name: Component, done: int, of: int) -> None:
-        if progress:
-            with lock:
-                progress(name, done, of)
-
+    report = _one_at_a_time(on_progress)
     with quiet_libraries():
-        skeletons = {name: _skeleton(one) for name, one in wanted.items()}
-        with ThreadPoolExecutor(len(wanted), thread_name_prefix="load") as pool:
-            jobs = [
-                pool.submit(_fill, skeleton, wanted[name], stop, told, notes if notes is not None else [])
-                for name, skeleton in skeletons.items()
-                if skeleton is not None
-            ]
-            try:
-                wait(jobs, return_when=FIRST_EXCEPTION)
-            except BaseException:  # interrupted
-                stop.set()
-                raise
-        for job in jobs:
-            problem = job.exception()
-            if problem is not None and not isinstance(problem, _CancelledError):
-                raise problem
-        modules = {name: skeletons[name] or _by_library(one, told) for name, one in wanted.items()}
+        skeletons = {name: _skeleton(one) for name, one in requests.items()}
+        found = [(skeleton, requests[name]) for name, skeleton in skeletons.items() if skeleton is not None]
+        _fill_all(found, report, notes if notes is not None else [])
+        modules = {name: skeletons[name] or _by_library(one, report) for name, one in requests.items()}
     return {name: module.eval() for name, module in modules.items()}
 
 
-def _skeleton(wanted: Wanted) -> nn.Module | None:
+def _one_at_a_time(on_progress: Progress | None) -> Progress:
+    """A callback that threads may call together, for one that may not be called so."""
+    lock = threading.Lock()
+
+    def report(name: Component, done: int, of: int) -> None:
+        if on_progress:
+            with lock:
+                on_progress(name, done, of)
+
+    return report
+
+
+def _fill_all(found: Sequence[tuple[nn.Module, LoadRequest]], on_progress: Progress, notes: list[str]) -> None:
+    """Read the files of all these components in threads; raise what made the first of them fail."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(max(1, len(found)), thread_name_prefix="load") as pool:
+        jobs = [pool.submit(_fill, module, request, stop, on_progress, notes) for module, request in found]
+        try:
+            wait(jobs, return_when=FIRST_EXCEPTION)
+        except BaseException:  # interrupted
+            stop.set()
+            raise
+    for job in jobs:
+        problem = job.exception()
+        if problem is not None and not isinstance(problem, _CancelledError):
+            raise problem
+
+
+def _skeleton(request: LoadRequest) -> nn.Module | None:
     """Build the module without parameters; None where its files do not hold exactly the module's own names."""
-    facts = wanted.facts
+    facts = request.facts
     if facts.folder is None:
         raise RunError(f"the weights of {facts.name} are not on this host", where="model.source")
     files = weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle)
@@ -111,7 +124,7 @@ def _skeleton(wanted: Wanted) -> nn.Module | None:
         return None
     try:
         with init_empty_weights(include_buffers=False):
-            module = _build(facts, wanted.dtype)
+            module = _build(facts, request.dtype)
         stored = {key: one.shape for path in files for key, one in read_header(path, facts.name).items()}
     except (OSError, TypeError, ValueError, KeyError, AttributeError) as problem:
         log.info("%s goes to from_pretrained: %s", facts.name, problem)
@@ -137,38 +150,40 @@ def _build(facts: ComponentFacts, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _fill(module: nn.Module, wanted: Wanted, stop: threading.Event, told: Progress, notes: list[str]) -> None:
+def _fill(
+    module: nn.Module, request: LoadRequest, stop: threading.Event, on_progress: Progress, notes: list[str]
+) -> None:
     """Read every tensor of a component's files into `module`."""
-    facts = wanted.facts
+    facts = request.facts
     assert facts.folder is not None
     total, done, lost = sum(facts.stored.values()), 0, 0
-    quantized = dict.fromkeys(linears_of(module), wanted.quantization) if wanted.quantization else {}
+    quantized = dict.fromkeys(linears_of(module), request.format.quantization) if request.format.quantization else {}
     for path in weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle):
         try:
-            with safe_open(path, "pt", device=wanted.device) as file:
+            with safe_open(path, "pt", device=request.device) as file:
                 for key in file.keys():  # noqa: SIM118
                     if stop.is_set():
                         raise _CancelledError
                     value = file.get_tensor(key)
                     size = value.nbytes
-                    cast = value.to(wanted.dtype) if value.is_floating_point() else value
+                    cast = value.to(request.dtype) if value.is_floating_point() else value
                     lost += _overflowed(value, cast)
                     _assign(module, key, quantize(cast, quantized[key]) if key in quantized else cast)
                     done += size
-                    told(facts.name, done, total)
+                    on_progress(facts.name, done, total)
         except torch.OutOfMemoryError as problem:
             stop.set()
-            raise _no_memory(facts.name, wanted.device, problem) from problem
+            raise _no_memory(facts.name, request.device, problem) from problem
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as problem:
             stop.set()
             raise _unreadable(facts.name, path, problem) from problem
     if empty := _empty(module):
         stop.set()
         raise _incomplete(module, facts, empty, {})
-    _move_buffers(module, wanted.device)
+    _move_buffers(module, request.device)
     if lost:
         notes.append(f"{lost} values of the {facts.name} do not fit float16 and became infinite")
-    log.info("loaded %s to %s in %s", facts.name, wanted.device, wanted.dtype)
+    log.info("loaded %s to %s in %s", facts.name, request.device, request.dtype)
 
 
 def _move_buffers(module: nn.Module, device: str) -> None:
@@ -212,29 +227,29 @@ def cast_module(module: nn.Module, dtype: torch.dtype) -> None:
         module.get_submodule(owner)._buffers[leaf] = buffer
 
 
-def _by_library(wanted: Wanted, told: Progress) -> nn.Module:
+def _by_library(request: LoadRequest, on_progress: Progress) -> nn.Module:
     """Let diffusers or transformers load one component."""
-    facts = wanted.facts
+    facts = request.facts
     assert facts.folder is not None
     library: Any = transformers if facts.library == "transformers" else diffusers
-    options: dict[str, Any] = {"dtype": wanted.dtype, "local_files_only": True, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": request.dtype, "local_files_only": True, "output_loading_info": True}
     files = weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle)
     options["use_safetensors"] = all(path.suffix == ".safetensors" for path in files)
-    if wanted.device != "cpu":
-        options["device_map"] = {"": wanted.device}
+    if request.device != "cpu":
+        options["device_map"] = {"": request.device}
     if facts.variant and any(facts.folder.glob(f"*.{facts.variant}*")):
         options["variant"] = facts.variant
     try:
         module, info = getattr(library, facts.class_name).from_pretrained(str(facts.folder), **options)
     except torch.OutOfMemoryError as problem:
-        raise _no_memory(facts.name, wanted.device, problem) from problem
+        raise _no_memory(facts.name, request.device, problem) from problem
     except (OSError, RuntimeError, ValueError, KeyError) as problem:
         raise _unreadable(facts.name, facts.folder, problem) from problem
     _check_loaded(module, info, facts)
-    if wanted.quantization:
-        quantize_linears(module, wanted.quantization)
+    if request.format.quantization:
+        quantize_linears(module, request.format.quantization)
     total = sum(facts.stored.values())
-    told(facts.name, total, total)
+    on_progress(facts.name, total, total)
     loaded: nn.Module = module
     return loaded
 

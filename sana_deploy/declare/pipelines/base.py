@@ -91,6 +91,18 @@ class Crossing:
         return steps if self.per_step else 1
 
 
+@dataclass(frozen=True)
+class SchedulerDescription:
+    """The scheduler that checkpoints come with: its class in diffusers, and the settings that it is given."""
+
+    class_name: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def make(self, library: Any) -> Any:
+        """Make one; `library` is diffusers, which this package does not import here."""
+        return getattr(library, self.class_name)(**dict(self.settings))
+
+
 Configs = Mapping[str, Mapping[str, Any]]
 """Each component's config."""
 
@@ -103,6 +115,7 @@ class PipelineDescription:
         class_name: of the pipeline in diffusers.
         title: what messages call it.
         components: in the order of plans and tables.
+        scheduler: what checkpoints come with.
         crossings: tensors that cross between components for a workload, given configs and dtypes.
         steady: arguments of the denoiser's and the ControlNet's calls that stay the same from step to step.
         repeated: crossings that hold a control image once for every row of a step.
@@ -114,6 +127,7 @@ class PipelineDescription:
     class_name: str
     title: str
     components: tuple[ComponentDescription, ...]
+    scheduler: SchedulerDescription
     crossings: Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]]
     steady: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..formats import DTYPE_BYTES, Dtype
 from ..workload import VAE_FACTOR, Workload
-from .base import Call, ComponentDescription, Configs, Crossing, PipelineDescription
+from .base import Call, ComponentDescription, Configs, Crossing, PipelineDescription, SchedulerDescription
 
 MAX_TOKENS = 300
 """SANA's prompt length in tokens, the pipeline's `max_sequence_length`."""
@@ -98,6 +98,10 @@ SANA_CONTROLNET = PipelineDescription(
             config_keys=_DENOISER_KEYS,
             calls=(Call("forward", "denoise", output="controlnet_block_samples"),),
         ),
+    ),
+    scheduler=SchedulerDescription(
+        "DPMSolverMultistepScheduler",
+        (("prediction_type", "flow_prediction"), ("use_flow_sigmas", True), ("flow_shift", 3.0)),
     ),
     crossings=crossings,
     steady=("encoder_hidden_states", "encoder_attention_mask", "controlnet_cond"),
