@@ -70,7 +70,7 @@ def hooks(rounds: int) -> list[str]:
     from sana_deploy.declare.control_image import read_control_image
     from sana_deploy.declare.pipelines import COMPONENTS
     from sana_deploy.facts.tiny import ensure_tiny
-    from sana_deploy.run.load import place
+    from sana_deploy.run.place import place
 
     spec = compose_spec(["precision=fp32", "workload.height=256", "workload.width=256"])
     sides = {name: SanaControlNetPipeline.from_pretrained(ensure_tiny()) for name in ("plain", "ours", "theirs")}

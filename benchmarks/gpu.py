@@ -44,9 +44,10 @@ from sana_deploy.facts.machine import probe_torch
 from sana_deploy.rehearsal.rehearse import rehearse
 from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import PhaseClock, run_request
-from sana_deploy.run.load import load_pipeline, place, unplace
+from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.nan_guard import NumericsGuard
 from sana_deploy.run.offload import pinned
+from sana_deploy.run.place import place, unplace
 from sana_deploy.run.quantize import require
 
 CASES = [
@@ -131,7 +132,7 @@ def measure(source: Path, precision: str, side: int, batch: int, knobs: str) -> 
         "allocator_bytes": plan.slots[0].allocator_bytes, "reserved_bytes": reserved, "driver_bytes": total - free,
         "context_bytes": total - free - torch.cuda.memory_reserved(), "load_seconds": round(loaded, 3),
     }  # fmt: skip
-    clock = PhaseClock(plan.pipeline, [torch.device("cuda:0")])
+    clock = PhaseClock(plan.pipeline, border.host, [torch.device("cuda:0")])
     border.observers.append(clock)
     pixels, _ = run_request(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)
     clock.switch(None)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from .plan.bind import ResolvedPlan as ResolvedPlan
     from .rehearsal.rehearse import rehearse as rehearse
     from .run.load import load_pipeline as load_pipeline
-    from .run.load import place as place
-    from .run.load import unplace as unplace
     from .run.outcome import Outcome as Outcome
+    from .run.place import place as place
+    from .run.place import unplace as unplace
 
 _HOMES = {
     "DeploySpec": "declare.spec",
@@ -33,9 +33,9 @@ _HOMES = {
     "SanaDeployError": "errors",
     "compile_plan": "api",
     "load_pipeline": "run.load",
-    "place": "run.load",
+    "place": "run.place",
     "rehearse": "rehearsal.rehearse",
-    "unplace": "run.load",
+    "unplace": "run.place",
 }
 
 _MOVED: dict[str, str] = {}

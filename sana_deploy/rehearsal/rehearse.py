@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from diffusers import SanaControlNetPipeline
+from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from .._units import MIB, human_bytes, parse_bytes
@@ -18,8 +18,9 @@ from ..plan.artifact import Plan, Slot
 from ..plan.bind import ResolvedPlan
 from ..run.border import Event, border_of
 from ..run.generate import StepDone, host_peak, run_request, to_images
-from ..run.load import load_pipeline, resolved_plan
+from ..run.load import load_pipeline
 from ..run.outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
+from ..run.place import resolved_plan
 from ..run.traffic import Movement, by_pair
 from .host import VirtualHost, check_virtual
 from .ledger import Ledger
@@ -114,7 +115,7 @@ def rehearse(plan: Plan | ResolvedPlan, fidelity: Fidelity | None = None) -> Reh
 
 
 def rehearse_request(
-    pipeline: SanaControlNetPipeline, resolved: ResolvedPlan, host: VirtualHost, on_step: StepDone | None = None
+    pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: VirtualHost, on_step: StepDone | None = None
 ) -> Rehearsed:
     """Run the plan's request on a pipeline that was loaded onto `host`.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SanaControlNetPipeline
+from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from ..declare.pipelines import Component
@@ -108,7 +108,7 @@ def audit(recorded: Recorder, images: list[Image], plan: Plan, reference: Plan, 
     return Audit(borders=rows, psnr=psnr, identical=mean == 0)
 
 
-def _again(pipeline: SanaControlNetPipeline, name: Component, method: str, recorded: Recorder) -> Any:
+def _again(pipeline: DiffusionPipeline, name: Component, method: str, recorded: Recorder) -> Any:
     """The float32 component's result for the recorded inputs, on the CPU."""
     module = getattr(pipeline, name)
     args, kwargs = recorded.inputs[name, method]

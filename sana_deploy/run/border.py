@@ -21,10 +21,12 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from ..declare.pipelines import DEFAULT, PIPELINES, ComponentDescription, PipelineDescription
+from ..declare.spec import OnDecodeOom
 from ..declare.workload import VAE_FACTOR
 from ..errors import RunError
 from ..plan.profile import VAE_TILE
 from .copies import Copies
+from .host import Host, PresentHost
 from .offload import Visit
 from .traffic import Traffic, move
 
@@ -45,6 +47,7 @@ class Border:
     Attributes:
         home: the device of the denoising loop.
         pipeline: which pipeline it is.
+        host: whose devices its components are on.
         traffic: bytes moved.
         observers: told at every border.
         watchers: shown every input where it is taken, after it moved.
@@ -63,12 +66,13 @@ class Border:
 
     home: torch.device
     pipeline: PipelineDescription = DEFAULT
+    host: Host = field(default_factory=PresentHost)
     traffic: Traffic = field(default_factory=Traffic)
     observers: list[Observer] = field(default_factory=list)
     watchers: list[Watcher] = field(default_factory=list)
     inspectors: list[Inspector] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    on_decode_oom: Literal["tile", "raise"] = "raise"
+    on_decode_oom: OnDecodeOom = "raise"
     inside: tuple[str, str] = ("pipeline", "")
     failure: torch.OutOfMemoryError | None = None
     visits: dict[str, Visit] = field(default_factory=dict)
@@ -232,8 +236,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         remark = f"the VAE ran out of memory in decode: decoded again in tiles of {tile[0]} px, stride {tile[2]}{risk}"
         log.warning(remark)
         self.border.remarks.append(remark)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.border.host.release_cached(self.device)
         settings = vae_settings(module)
         module.enable_slicing()
         module.enable_tiling(*tile)

@@ -53,8 +53,8 @@ class Copies:
         return torch.cat([latents[row : row + 1] for row in map(order.index, self.numbers)])
 
 
-def watch_copies(pipeline: SanaControlNetPipeline, told: Callable[[Copies], None]) -> Callable[[], object] | None:
-    """Have `prepare_image` tell which rows of its result are copies; the result itself is diffusers' own.
+def watch_copies(pipeline: SanaControlNetPipeline, on_copies: Callable[[Copies], None]) -> Callable[[], object] | None:
+    """Have `prepare_image` say which rows of its result are copies; the result itself is diffusers' own.
 
     Returns:
         What undoes it; None, with nothing done, for a pipeline whose `prepare_image` is not diffusers' own.
@@ -74,7 +74,7 @@ def watch_copies(pipeline: SanaControlNetPipeline, told: Callable[[Copies], None
         # Numbers in the images' place come back as the images do.
         numbers = torch.arange(len(given["image"])).reshape(-1, 1, 1, 1)
         rows = prepare(**{**given, "image": numbers, "device": "cpu", "dtype": numbers.dtype})
-        told(Copies.of(images, rows.flatten().tolist()))
+        on_copies(Copies.of(images, rows.flatten().tolist()))
         return images
 
     pipeline.prepare_image = prepare_image

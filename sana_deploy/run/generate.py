@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SanaControlNetPipeline
+from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from .._files import write_bytes
@@ -23,6 +23,7 @@ from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
 from ..declare.workload import Request, Workload
 from ..errors import RunError
 from .border import Border, Event, border_of
+from .host import Host
 from .outcome import Measured
 from .traffic import Movement, by_pair
 
@@ -35,6 +36,7 @@ class PhaseClock:
     """Border observer: seconds from a phase's first entry to the next phase's first entry."""
 
     pipeline: PipelineDescription
+    host: Host
     devices: list[torch.device]
     seconds: dict[str, float] = field(default_factory=dict)
     current: Phase | None = None
@@ -46,9 +48,9 @@ class PhaseClock:
             self.switch(phase)
 
     def switch(self, phase: Phase | None) -> None:
-        """End the current phase, wait for its GPUs, and begin `phase`."""
+        """End the current phase, wait for its devices, and begin `phase`."""
         for device in self.devices:
-            torch.cuda.synchronize(device)
+            self.host.synchronize(device)
         now = time.perf_counter()
         if self.current:
             self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self.since
@@ -75,7 +77,7 @@ class StepTraffic:
 
 
 def generate(
-    pipeline: SanaControlNetPipeline, workload: Workload, request: Request, on_step: StepDone | None = None
+    pipeline: DiffusionPipeline, workload: Workload, request: Request, on_step: StepDone | None = None
 ) -> tuple[list[Image], Measured]:
     """Run `request` once.
 
@@ -102,10 +104,10 @@ def generate(
         if on_step:
             on_step(done, of)
 
-    devices = [torch.device(place) for place in sorted(set(pipeline.hf_device_map.values())) if "cuda" in place]
-    clock = PhaseClock(border.pipeline, devices)
+    devices = [torch.device(place) for place in sorted(set(pipeline.hf_device_map.values()))]
+    clock = PhaseClock(border.pipeline, border.host, devices)
     for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
+        border.host.reset_peak(device)
     border.observers.append(clock)
     border.inspectors.append(guard)
     started = time.perf_counter()
@@ -121,7 +123,7 @@ def generate(
 
 
 def run_request(
-    pipeline: SanaControlNetPipeline, workload: Workload, request: Request, on_step: StepDone | None = None
+    pipeline: DiffusionPipeline, workload: Workload, request: Request, on_step: StepDone | None = None
 ) -> tuple[torch.Tensor, Counter[Movement]]:
     """Call a placed pipeline once.
 
@@ -152,7 +154,7 @@ def run_request(
     return pixels, steps.per_step
 
 
-def _out_of_memory(pipeline: SanaControlNetPipeline, border: Border, problem: torch.OutOfMemoryError) -> RunError:
+def _out_of_memory(pipeline: DiffusionPipeline, border: Border, problem: torch.OutOfMemoryError) -> RunError:
     """Say where memory ran out, what the plan expected there, and what the allocator says."""
     name, method = border.inside
     phase = border.pipeline.phase_of.get(f"{name}.{method}", "generate")
@@ -172,7 +174,7 @@ def _out_of_memory(pipeline: SanaControlNetPipeline, border: Border, problem: to
     )
 
 
-def to_images(pipeline: SanaControlNetPipeline, pixels: torch.Tensor) -> list[Image]:
+def to_images(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> list[Image]:
     """Turn pixels of (batch, 3, height, width) into pictures.
 
     Raises:
@@ -184,7 +186,7 @@ def to_images(pipeline: SanaControlNetPipeline, pixels: torch.Tensor) -> list[Im
     return images
 
 
-def _border(pipeline: SanaControlNetPipeline) -> Border:
+def _border(pipeline: DiffusionPipeline) -> Border:
     border = border_of(pipeline)
     if border is None:
         raise RunError("the pipeline is not placed", hint="use load_pipeline(plan) or place(pipeline, resolved)")
@@ -192,7 +194,7 @@ def _border(pipeline: SanaControlNetPipeline) -> Border:
 
 
 def _call(
-    pipeline: SanaControlNetPipeline, workload: Workload, request: Request, steps: StepTraffic, on_step: StepDone | None
+    pipeline: DiffusionPipeline, workload: Workload, request: Request, steps: StepTraffic, on_step: StepDone | None
 ) -> torch.Tensor:
     done = 0
 
@@ -230,8 +232,9 @@ def _measured(
     clock: PhaseClock, border: Border, per_step: Counter[Movement], devices: list[torch.device], elapsed: float
 ) -> Measured:
     seconds: dict[str, float] = {phase: round(clock.seconds[phase], 6) for phase in PHASES if phase in clock.seconds}
+    peaks = {str(device): border.host.peak_bytes(device) for device in devices}
     return Measured(
-        peak_bytes={str(device): torch.cuda.max_memory_allocated(device) for device in devices},
+        peak_bytes={device: peak for device, peak in peaks.items() if peak is not None},
         seconds={**seconds, "generate": round(elapsed, 6)},
         bytes_moved=by_pair(border.traffic.moved),
         bytes_per_step=by_pair(per_step),
@@ -249,7 +252,7 @@ def host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _dtype_name(pipeline: SanaControlNetPipeline, name: Component) -> str:
+def _dtype_name(pipeline: DiffusionPipeline, name: Component) -> str:
     return str(getattr(pipeline, name).dtype).removeprefix("torch.")
 
 

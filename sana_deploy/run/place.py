@@ -1,0 +1,260 @@
+"""Places a pipeline by a plan, and takes that off again.
+
+A placed pipeline refuses what would break later or in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..declare.pipelines import Component, PipelineDescription
+from ..errors import RunError, UsageError
+from ..plan.artifact import Plan
+from ..plan.bind import ResolvedPlan
+from .border import Border, attach, border_of, vae_settings
+from .copies import Copies, watch_copies
+from .host import Host, PresentHost
+from .quantize import quantize_linears
+from .weights import cast_module
+
+log = logging.getLogger(__name__)
+
+
+def resolved_plan(plan: Plan | ResolvedPlan | None, usage: str) -> ResolvedPlan:
+    """Return a plan as it is resolved, resolving one that is not.
+
+    Args:
+        usage: the call as it should read, for the hint.
+
+    Raises:
+        UsageError: `plan` is something else.
+        PlanError: see `Plan.resolve`.
+    """
+    if isinstance(plan, Plan):
+        return plan.resolve()
+    if not isinstance(plan, ResolvedPlan):
+        given = "nothing" if plan is None else f"a {type(plan).__name__}"
+        hint = f"{usage}, where plan = compile_plan([...]) or Plan.load(PATH)"
+        raise UsageError(f"a plan is needed, {given} was given", where="plan", hint=hint)
+    return plan
+
+
+def place(pipeline: DiffusionPipeline, plan: Plan | ResolvedPlan | None = None) -> DiffusionPipeline:
+    """Place a pipeline that is already in memory: cast and move each component, then hook its border.
+
+    Args:
+        pipeline: a pipeline with all components in memory, not placed yet.
+        plan: a plan (resolved against the GPUs present) or a resolved plan. It must be given: None, too, ends in
+            the sentence on what to give.
+
+    `unplace` undoes it; `pipeline.reset_device_map()` does too, and moves everything to the CPU.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        UsageError: `pipeline` is no pipeline, or `plan` no plan.
+        PlanError: the plan cannot be resolved here.
+        RunError: it is already placed or offloaded, it lacks a component, or a GPU is out of memory.
+    """
+    _check_pipeline(pipeline, "place(pipeline, plan)")
+    resolved = resolved_plan(plan, "place(pipeline, plan)")
+    modules = _unplaced_components(pipeline, resolved.plan.pipeline)
+    dtypes = {name: _dtype_of(module) for name, module in modules.items()}
+    origins: dict[str, torch.device] = {name: next(module.parameters()).device for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            form = resolved.plan.components[name].format
+            cast_module(module, getattr(torch, form.dtype))
+            if form.quantization:
+                quantize_linears(module, form.quantization)
+            module.to(device=waiting_place(resolved, name))
+    except torch.OutOfMemoryError as problem:
+        for moved, device in origins.items():
+            getattr(pipeline, moved).to(device)
+        raise RunError(f"out of memory while moving components: {problem}", where="place") from problem
+    _log_casts(dtypes, modules)
+    bind(pipeline, resolved, PresentHost()).origins |= origins
+    return pipeline
+
+
+def _unplaced_components(pipeline: DiffusionPipeline, description: PipelineDescription) -> dict[Component, nn.Module]:
+    """The components of a pipeline that nothing has placed yet.
+
+    Raises:
+        RunError: it is placed or offloaded, or it lacks a component.
+    """
+    if pipeline.hf_device_map is not None:
+        raise RunError(
+            "the pipeline already has a device map", hint="call unplace or pipeline.reset_device_map() first"
+        )
+    modules: dict[Component, nn.Module] = {}
+    for name in description.names:
+        module = getattr(pipeline, name, None)
+        if not isinstance(module, nn.Module):
+            raise RunError(f"the pipeline has no {name}", where=name)
+        if any(hasattr(child, "_hf_hook") for child in module.modules()):
+            raise RunError(f"{name} has hooks of another placement", hint="call pipeline.remove_all_hooks() first")
+        modules[name] = module
+    return modules
+
+
+def unplace(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Take a placement off: no hooks, the class's own methods, the VAE's own settings, components where they were.
+
+    Components keep the dtype that they were placed in: what a cast rounded off cannot come back. Those that
+    `load_pipeline` put on a device stay there.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        UsageError: it is no pipeline.
+        RunError: it is not placed.
+    """
+    _check_pipeline(pipeline, "unplace(pipeline)")
+    border = border_of(pipeline)
+    if border is None:
+        raise RunError("the pipeline is not placed")
+    for name in border.pipeline.names:
+        module = getattr(pipeline, name)
+        remove_hook_from_module(module)
+        module.__dict__.pop("forward", None)
+        if name in border.origins:
+            module.to(border.origins[name])
+    pipeline.hf_device_map = None
+    return pipeline
+
+
+def _check_pipeline(pipeline: object, usage: str) -> None:
+    if not isinstance(pipeline, DiffusionPipeline):
+        given = f"a {type(pipeline).__name__}"
+        hint = f"{usage}, where pipeline = load_pipeline(plan) or SanaControlNetPipeline.from_pretrained(...)"
+        raise UsageError(f"a diffusers pipeline is needed, {given} was given", where="pipeline", hint=hint)
+
+
+def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Border:
+    """Hook a pipeline whose components are where the plan wants them, and turn its knobs on.
+
+    Args:
+        pipeline: with every component at its `waiting_place`.
+        resolved: the plan.
+        host: whose devices they are.
+
+    Returns:
+        What the hooks share.
+    """
+    plan = resolved.plan
+    border = Border(
+        home=torch.device(resolved.home),
+        pipeline=plan.pipeline,
+        host=host,
+        on_decode_oom=plan.spec.hardware.on_decode_oom,
+        expected={
+            resolved.slot_devices[slot.index]: (slot.peak_bytes, slot.available_bytes)
+            for slot in plan.slots
+            if slot.index in resolved.slot_devices
+        },
+    )
+    for name in plan.pipeline.names:
+        offloaded = waiting_place(resolved, name) != resolved.device_map[name]
+        attach(getattr(pipeline, name), name, torch.device(resolved.device_map[name]), border, offloaded)
+    _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
+    if "encode_once" in plan.knobs:
+        _encode_once(pipeline, border)
+    _refuse_group_offload(pipeline, border)
+    controlnet = plan.pipeline.find("controlnet")
+    if controlnet and resolved.device_map[controlnet] != resolved.home:
+        _cast_prompt_once(pipeline, controlnet, border)
+    pipeline.hf_device_map = dict(resolved.device_map)
+    return border
+
+
+def _set_vae(vae: Any, plan: Plan, border: Border) -> None:
+    """Turn slicing and tiling on as the plan says; the border puts back what was set before."""
+    settings = vae_settings(vae)
+    border.restore.append(lambda: vae.__dict__.update(settings))
+    if "vae_slicing" in plan.knobs:
+        vae.enable_slicing()
+    if tile := plan.vae_tile:
+        vae.enable_tiling(tile.height, tile.width, tile.stride_height, tile.stride_width)
+
+
+def _encode_once(pipeline: DiffusionPipeline, border: Border) -> None:
+    def on_copies(copies: Copies) -> None:
+        border.copies = copies
+
+    if undo := watch_copies(pipeline, on_copies):
+        border.restore.append(undo)
+
+
+def _cast_prompt_once(pipeline: DiffusionPipeline, controlnet: Component, border: Border) -> None:
+    """Have `encode_prompt` return embeddings in the denoiser's dtype, where the pipeline would cast them in each step.
+
+    The values are the same; the tensor is too, in every step, so that it crosses to the ControlNet once.
+    """
+    encode = pipeline.encode_prompt
+
+    @functools.wraps(encode)
+    def encode_prompt(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        embeds, mask, negative, negative_mask = encode(*args, **kwargs)
+        dtype = getattr(pipeline, controlnet).dtype  # asked in each call: `pipeline.controlnet.half()` changes it
+        if dtype != getattr(pipeline, border.pipeline.denoiser).dtype:
+            return embeds, mask, negative, negative_mask
+        return embeds.to(dtype), mask, None if negative is None else negative.to(dtype), negative_mask
+
+    pipeline.encode_prompt = encode_prompt
+    border.restore.append(lambda: pipeline.__dict__.pop("encode_prompt", None))
+
+
+def waiting_place(resolved: ResolvedPlan, name: Component) -> str:
+    """The device where a component's weights are between its turns: its own, or the CPU if it is offloaded."""
+    plan = resolved.plan
+    offloaded = "text_encoder_offload" in plan.knobs and name == plan.pipeline.of("text_encoder")
+    return "cpu" if offloaded else resolved.device_map[name]
+
+
+def _refuse_group_offload(pipeline: DiffusionPipeline, border: Border) -> None:
+    """Refuse group offloading as diffusers refuses its other offloads on a device map; undone with the border."""
+    owners = [pipeline, *(getattr(pipeline, name) for name in border.pipeline.names)]
+    for owner in owners:
+        if hasattr(type(owner), "enable_group_offload"):
+            owner.enable_group_offload = _refuse
+            border.restore.append(_forgetting(owner))
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(
+        "The pipeline is placed: it has a device mapping strategy, so calling `enable_group_offload()` isn't allowed. "
+        "You can call `reset_device_map()` first and then call `enable_group_offload()`."
+    )
+
+
+def _forgetting(owner: Any) -> Callable[[], object]:
+    return lambda: owner.__dict__.pop("enable_group_offload", None)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter; float32 where there is none."""
+    return next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+
+
+def _log_casts(before: Mapping[Component, torch.dtype], modules: Mapping[Component, nn.Module]) -> None:
+    """Log in one line which components were cast on placing, from `before` to the dtype that they have now."""
+    groups: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        now = _dtype_of(module)
+        if now != before[name]:
+            pair = " to ".join(str(dtype).removeprefix("torch.") for dtype in (before[name], now))
+            groups.setdefault(pair, []).append(name)
+    if groups:
+        cast = "; ".join(f"{', '.join(names)} from {pair}" for pair, names in groups.items())
+        log.warning("place cast %s, as the plan says; unplace does not bring back what this rounded off", cast)
