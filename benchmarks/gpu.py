@@ -114,7 +114,6 @@ def measure(source: Path, precision: str, side: int, batch: int, knobs: str) -> 
     loaded = time.perf_counter() - started
     weights = torch.cuda.memory_allocated()
     peaks, border = PhasePeaks(plan.pipeline.phase_of), border_of(pipeline)
-    assert border is not None
     torch.cuda.reset_peak_memory_stats()
     border.observers.append(peaks)
     run_request(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)
@@ -261,7 +260,6 @@ def hook_cost(pipeline: Any, plan: Any) -> dict[str, float]:
 def guard_cost(pipeline: Any, plan: Any, rounds: int = 7) -> float:
     """Median over pairs of a whole request with the search for NaN over one without."""
     border, workload = border_of(pipeline), plan.spec.workload
-    assert border is not None
     ratios: list[float] = []
 
     def seconds(inspected: bool) -> float:

@@ -34,7 +34,7 @@ from sana_deploy.declare.control_image import read_control_image
 from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.facts.tiny import ensure_tiny
 from sana_deploy.rehearsal.rehearse import open_host
-from sana_deploy.run.border import border_of
+from sana_deploy.run.border import find_border
 from sana_deploy.run.load import load_pipeline
 
 ONE = {"text_encoder": 0, "vae": 0, "transformer": 0, "controlnet": 0}
@@ -130,7 +130,7 @@ class Bench:
             side.images.append(time.perf_counter() - started)
             side.steps.append((times[-1] - times[0]) / (len(times) - 1))
             side.result, side.latents = result.images.float().cpu(), side.latents.float().cpu()
-        border = border_of(side.pipeline)
+        border = find_border(side.pipeline)
         if border is not None:
             side.bytes_per_step = sum(border.traffic.moved.values()) // work.steps
 

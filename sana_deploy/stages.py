@@ -181,7 +181,6 @@ def _apply(run: Run) -> None:
         run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of), run.host)
         seconds["load"] = clock.lap()
     border = border_of(run.pipeline)
-    assert border is not None
     run.remarks += [_out_of_range(text, run.resolved.plan) for text in border.notes]
     loaded = 0 if virtual else sum(part.weights_bytes for part in run.resolved.plan.components.values())
     run.measured = Measured(seconds=seconds, loaded_bytes=loaded)
@@ -209,7 +208,6 @@ def _generate(run: Run) -> None:
     from .run.prompts import cut_prompts
 
     border = border_of(run.pipeline)
-    assert border is not None
     if run.host is None or run.host.fidelity == "numbers":  # in shapes, the tokenizer may be a stand-in
         run.remarks += cut_prompts(run.pipeline, run.spec.workload)
     try:
@@ -264,7 +262,6 @@ def _recording(run: Run) -> Iterator[Any]:
     from .run.border import border_of
 
     recorder, border = Recorder(), border_of(run.pipeline)
-    assert border is not None
     recorder.attach(border)
     try:
         yield recorder

@@ -191,8 +191,6 @@ def test_two_pipelines_in_one_process(placed: Placed, small: Small) -> None:
     assert same(first, second)
     assert same(placed.images(), first)
     one, two = border_of(placed.pipeline), border_of(other)
-    assert one is not None
-    assert two is not None
     assert set(by_pair(one.traffic.moved)) != set(by_pair(two.traffic.moved))
 
 

@@ -116,7 +116,6 @@ def test_an_error_while_weights_visit_leaves_the_pipeline_usable(small: Small, t
     host = open_host(resolved)
     pipeline = load_pipeline(resolved, host=host)
     border = border_of(pipeline)
-    assert border is not None
 
     def fail(event: str, place: str) -> None:
         if (event, place) == ("leave", "text_encoder.forward"):

@@ -29,7 +29,6 @@ def run_short_of_memory(small: Small, place: str, spare: int, *overrides: str) -
     host = open_host(resolved)
     pipeline = load_pipeline(resolved, host=host)
     border = border_of(pipeline)
-    assert border is not None
 
     def shrink(event: str, at: str) -> None:
         if (event, at) == ("enter", place):
@@ -46,7 +45,7 @@ def test_decode_is_done_again_in_tiles_once_and_said_aloud(small: Small, caplog:
     pipeline, run = run_short_of_memory(small, "vae.decode", 200 * MIB, *LARGE)
     before = vae_settings(pipeline.vae)
     assert run().report.gpus[0].phase == "prepare"
-    (remark,) = border_of(pipeline).remarks  # type: ignore[union-attr]
+    (remark,) = border_of(pipeline).remarks
     assert remark in caplog.text
     assert "decoded again in tiles of 1024 px, stride 896" in remark
     assert vae_settings(pipeline.vae) == before, "for this once"
@@ -56,7 +55,7 @@ def test_an_image_of_one_tile_takes_smaller_tiles_and_names_the_risk(small: Smal
     size = ["workload.height=1024", "workload.width=1024", "workload.steps=1"]
     pipeline, run = run_short_of_memory(small, "vae.decode", 70 * MIB, *size)
     run()
-    assert "tiles of 512 px, stride 384; tiles this small may show" in border_of(pipeline).remarks[0]  # type: ignore[union-attr]
+    assert "tiles of 512 px, stride 384; tiles this small may show" in border_of(pipeline).remarks[0]
 
 
 @pytest.mark.parametrize("spare", [200 * MIB, MIB])
@@ -77,7 +76,7 @@ def test_anywhere_else_the_component_and_the_plan_are_named(small: Small, place:
     pipeline, run = run_short_of_memory(small, place, MIB)
     with pytest.raises(RunError, match=f"in {where}; the plan expected .* there at most, of 23.65 GiB that were free"):
         run()
-    assert border_of(pipeline).remarks == []  # type: ignore[union-attr]
+    assert border_of(pipeline).remarks == []
 
 
 def test_the_hint_is_a_plan_that_needs_less(small: Small) -> None:

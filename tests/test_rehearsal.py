@@ -72,7 +72,6 @@ def test_traffic_at_the_borders_is_all_there_is_between_gpus(small: Small) -> No
     pipeline = load_pipeline(resolved, host=host)
     rehearse_request(pipeline, resolved, host)
     border = border_of(pipeline)
-    assert border is not None
     between = {f"{a}->{b}": n for (a, b), n in host.ledger.traffic.items() if "cpu" not in (a, b)}
     assert by_pair(border.traffic.moved) == between
 

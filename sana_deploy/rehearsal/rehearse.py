@@ -123,7 +123,6 @@ def rehearse_request(
         RunError: see `rehearse`.
     """
     border, workload = border_of(pipeline), resolved.plan.spec.workload
-    assert border is not None
     steps = min(workload.steps, SHAPE_STEPS) if host.fidelity == "shapes" else workload.steps
     clock, started = LedgerClock(host.ledger, border.pipeline), time.perf_counter()
     border.observers.append(clock)

@@ -318,7 +318,19 @@ def attach(module: nn.Module, name: str, device: torch.device, border: Border, v
     add_hook_to_module(module, BorderHook(border.pipeline.by_name[name], device, border))
 
 
-def border_of(pipeline: Any) -> Border | None:
+def border_of(pipeline: Any) -> Border:
+    """Return the border that a placed pipeline's hooks share.
+
+    Raises:
+        RunError: the pipeline is not placed.
+    """
+    border = find_border(pipeline)
+    if border is None:
+        raise RunError("the pipeline is not placed", hint="use load_pipeline(plan) or place(pipeline, resolved)")
+    return border
+
+
+def find_border(pipeline: Any) -> Border | None:
     """Return the border that a placed pipeline's hooks share, or None for an unplaced one."""
     description = PIPELINES.get(type(pipeline).__name__, DEFAULT)
     hook = getattr(getattr(pipeline, description.denoiser, None), "_hf_hook", None)

@@ -96,7 +96,7 @@ def generate(
     """
     from .nan_guard import NumericsGuard
 
-    border = _border(pipeline)
+    border = border_of(pipeline)
     guard = NumericsGuard(border.pipeline, {name: _dtype_name(pipeline, name) for name in border.pipeline.names})
 
     def stepped(done: int, of: int) -> None:
@@ -133,7 +133,7 @@ def run_request(
     Raises:
         RunError: out of memory, or a failed operation.
     """
-    border = _border(pipeline)
+    border = border_of(pipeline)
     border.traffic.moved.clear()
     border.failure = None
     border.remarks.clear()
@@ -180,17 +180,10 @@ def to_images(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> list[Image]:
     Raises:
         RunError: one of them holds NaN or is one flat colour.
     """
-    description = _border(pipeline).pipeline
+    description = border_of(pipeline).pipeline
     _check_pixels(pixels, description, {name: _dtype_name(pipeline, name) for name in description.names})
     images: list[Image] = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
     return images
-
-
-def _border(pipeline: DiffusionPipeline) -> Border:
-    border = border_of(pipeline)
-    if border is None:
-        raise RunError("the pipeline is not placed", hint="use load_pipeline(plan) or place(pipeline, resolved)")
-    return border
 
 
 def _call(

@@ -19,7 +19,7 @@ from ..declare.pipelines import Component, PipelineDescription
 from ..errors import RunError, UsageError
 from ..plan.artifact import Plan
 from ..plan.bind import ResolvedPlan
-from .border import Border, attach, border_of, vae_settings
+from .border import Border, attach, find_border, vae_settings
 from .copies import Copies, watch_copies
 from .host import Host, PresentHost
 from .quantize import quantize_linears
@@ -121,7 +121,7 @@ def unplace(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         RunError: it is not placed.
     """
     _check_pipeline(pipeline, "unplace(pipeline)")
-    border = border_of(pipeline)
+    border = find_border(pipeline)
     if border is None:
         raise RunError("the pipeline is not placed")
     for name in border.pipeline.names:
