@@ -264,14 +264,14 @@ def guard_cost(pipeline: Any, plan: Any, rounds: int = 7) -> float:
 
     def seconds(inspected: bool) -> float:
         guard = NumericsGuard(plan.pipeline, dict.fromkeys(plan.components, ""))
-        border.inspectors[:] = [guard] if inspected else []
+        border.on_outputs[:] = [guard] if inspected else []
         torch.cuda.synchronize()
         started = time.perf_counter()
         on_step = (lambda done, of: guard.step_done()) if inspected else None
         run_request(pipeline, workload.bounds, workload.request, on_step)
         guard.check()
         torch.cuda.synchronize()
-        border.inspectors.clear()
+        border.on_outputs.clear()
         return time.perf_counter() - started
 
     for _ in range(rounds):

@@ -14,7 +14,7 @@ from sana_deploy.facts import catalogue
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.plan.profile import VaeMode, profile_pipeline
 from sana_deploy.rehearsal.calibrate import MODELS, PLAIN, SLICED, TILED, calibrate
-from sana_deploy.rehearsal.measure import Bench, Point
+from sana_deploy.rehearsal.measure import Point, Profiler
 
 SINGLY, IN_TILES = VaeMode(sliced=True), VaeMode(sliced=True, tiled=True)
 ELSEWHERE = [
@@ -30,8 +30,8 @@ ELSEWHERE = [
 
 
 @cache
-def bench(model: str, dtype: Dtype) -> Bench:
-    return Bench(open_checkpoint(compose_spec([f"model={model}"]).model), dict.fromkeys(COMPONENTS, Format(dtype)))
+def profiler(model: str, dtype: Dtype) -> Profiler:
+    return Profiler(open_checkpoint(compose_spec([f"model={model}"]).model), dict.fromkeys(COMPONENTS, Format(dtype)))
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_memory_is_within_2_percent_and_work_within_5_elsewhere(
         open_checkpoint(spec.model), spec.workload.bounds, dict.fromkeys(COMPONENTS, Format(dtype)), calibrate
     )
     profile = profile.with_vae(sliced=point.mode.sliced, tiled=point.mode.tiled)
-    for (name, phase), measured in bench(model, dtype).run(point, guided).items():
+    for (name, phase), measured in profiler(model, dtype).run(point, guided).items():
         part = profile.components[name]
         weights = part.weights_bytes
         estimated = weights + part.activations[phase]
@@ -77,7 +77,7 @@ def test_every_shipped_architecture_has_its_needs(tiny: object) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_float16_needs_what_bfloat16_needs(tiny: object, model: str) -> None:
     point = Point(256, 2)
-    one, other = (bench(model, dtype).run(point, True) for dtype in ("float16", "bfloat16"))
+    one, other = (profiler(model, dtype).run(point, True) for dtype in ("float16", "bfloat16"))
     for key, measured in one.items():
         assert measured.activation_bytes == other[key].activation_bytes
         assert measured.work.flops == other[key].work.flops

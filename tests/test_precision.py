@@ -114,7 +114,7 @@ def test_the_first_component_that_breaks_is_the_one_named(small: Small, broken: 
         generate(pipeline, spec.workload.bounds, spec.workload.request, lambda done, of: steps.append(done))
     assert steps == [], "it ends with the first step"
     assert "the weights or the inputs are damaged" in caught.value.hint
-    assert border_of(pipeline).inspectors == []
+    assert border_of(pipeline).on_outputs == []
 
 
 def test_values_that_float16_cannot_hold_are_counted_at_load(

@@ -28,7 +28,7 @@ from ..facts.catalogue import FOLDER, NAMES
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.needs import OnProgress, measured_as
 from ..plan.profile import VAE_TILE, VaeMode, covered_pixels, linear
-from .measure import Bench, Measurements, Point
+from .measure import Measurements, Point, Profiler
 
 PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
 SLICED = tuple(Point(side, batch, VaeMode(sliced=True)) for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
@@ -57,11 +57,11 @@ def calibrate(
     points = (*PLAIN, *SLICED, *TILED)
     found: dict[Point, Measurements] = {}
     formats = {**formats, "vae": Format(formats["vae"].dtype)}
-    bench = Bench(checkpoint, formats)
+    profiler = Profiler(checkpoint, formats)
     for point in points:
         if point is SLICED[0]:
-            bench = Bench(checkpoint, formats, vae_only=True)
-        found[point] = bench.run(point, guided)
+            profiler = Profiler(checkpoint, formats, vae_only=True)
+        found[point] = profiler.run(point, guided)
         on_progress(len(found), len(points))
     calibrated: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in COMPONENTS}
     for name, phase in found[PLAIN[0]]:

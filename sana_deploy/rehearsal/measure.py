@@ -61,7 +61,7 @@ class Measurement:
 Measurements = dict[tuple[Component, Phase], Measurement]
 
 
-class Bench:
+class Profiler:
     """A pipeline of stand-ins, each component alone on a virtual GPU, ready to run at any point.
 
     Args:

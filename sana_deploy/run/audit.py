@@ -33,29 +33,29 @@ from .traffic import floating
 
 @dataclass
 class Recorder:
-    """Border watcher and inspector: the first inputs and the first result of every component and method, on the CPU."""
+    """Listens at a border: the first inputs and the first result of every component and method, on the CPU."""
 
     inputs: dict[tuple[Component, str], tuple[Any, Any]] = field(default_factory=dict)
     results: dict[tuple[Component, str], Any] = field(default_factory=dict)
 
-    def watch(self, name: Component, method: str, args: Any, kwargs: Any) -> None:
+    def on_inputs(self, name: Component, method: str, args: Any, kwargs: Any) -> None:
         """Keep the inputs."""
         self.inputs.setdefault((name, method), (_moved(args, _to_host), _moved(kwargs, _to_host)))
 
-    def inspect(self, name: Component, method: str, output: Any) -> None:
+    def on_outputs(self, name: Component, method: str, output: Any) -> None:
         """Keep the result."""
         if (name, method) not in self.results:
             self.results[name, method] = _moved(output, _to_host)
 
     def attach(self, border: Border) -> None:
         """Listen to a pipeline."""
-        border.watchers.append(self.watch)
-        border.inspectors.append(self.inspect)
+        border.on_inputs.append(self.on_inputs)
+        border.on_outputs.append(self.on_outputs)
 
     def detach(self, border: Border) -> None:
         """Stop listening."""
-        border.watchers.remove(self.watch)
-        border.inspectors.remove(self.inspect)
+        border.on_inputs.remove(self.on_inputs)
+        border.on_outputs.remove(self.on_outputs)
 
 
 def in_float32(spec: DeploySpec, compiled: Callable[[DeploySpec], Plan]) -> Plan:

@@ -27,16 +27,16 @@ from ..errors import RunError
 from ..plan.profile import VAE_TILE
 from .copies import Copies
 from .host import Host, PresentHost
-from .offload import Visit
+from .offload import OffloadedWeights
 from .traffic import Traffic, move
 
 log = logging.getLogger(__name__)
 Event = Literal["enter", "leave"]
 Observer = Callable[[Event, str], None]
 """Called with the event and `component.method` at every border, on the calling thread."""
-Watcher = Callable[[Any, str, Any, Any], None]
+OnInputs = Callable[[Any, str, Any, Any], None]
 """Called with the component, its method, and the positional and named inputs."""
-Inspector = Callable[[Any, str, Any], None]
+OnOutputs = Callable[[Any, str, Any], None]
 """Called with the component, its method and the result."""
 
 
@@ -49,14 +49,14 @@ class Border:
         pipeline: which pipeline it is.
         host: whose devices its components are on.
         traffic: bytes moved.
-        observers: told at every border.
-        watchers: shown every input where it is taken, after it moved.
-        inspectors: shown every result where it was made, before it moves.
+        observers: called at every border.
+        on_inputs: called with every input where it is taken, after it moved.
+        on_outputs: called with every result where it was made, before it moves.
         notes: what loading found that the user should know.
         on_decode_oom: `tile` decodes once more in tiles when the VAE runs out of memory.
         inside: the component and method at work, or the last one.
         failure: a decoder's OutOfMemoryError, which diffusers' pipeline swallows.
-        visits: components whose weights wait on the CPU.
+        offloaded: components whose weights wait on the CPU.
         remarks: what was done that the user should know.
         origins: where components were before they were placed.
         copies: which rows of the control images are copies, where each image is encoded once.
@@ -69,13 +69,13 @@ class Border:
     host: Host = field(default_factory=PresentHost)
     traffic: Traffic = field(default_factory=Traffic)
     observers: list[Observer] = field(default_factory=list)
-    watchers: list[Watcher] = field(default_factory=list)
-    inspectors: list[Inspector] = field(default_factory=list)
+    on_inputs: list[OnInputs] = field(default_factory=list)
+    on_outputs: list[OnOutputs] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     on_decode_oom: OnDecodeOom = "raise"
     inside: tuple[str, str] = ("pipeline", "")
     failure: torch.OutOfMemoryError | None = None
-    visits: dict[str, Visit] = field(default_factory=dict)
+    offloaded: dict[str, OffloadedWeights] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     origins: dict[str, torch.device] = field(default_factory=dict)
     copies: Copies | None = None
@@ -95,28 +95,28 @@ class Border:
         )
 
     def enter(self, name: str, method: str) -> None:
-        """A component begins: guests that are not needed leave, observers are told, its own weights arrive."""
+        """A component begins: offloaded weights of others leave, observers are called, its own weights arrive."""
         self.inside = (name, method)
-        for guest, visit in self.visits.items():
-            if guest != name:
-                visit.leave()
+        for other, weights in self.offloaded.items():
+            if other != name:
+                weights.leave()
         self.notify("enter", f"{name}.{method}")
-        if name in self.visits:
-            self.visits[name].arrive(self.traffic)
+        if name in self.offloaded:
+            self.offloaded[name].arrive(self.traffic)
 
-    def watch(self, name: str, method: str, args: Any, kwargs: Any) -> None:
+    def ready(self, name: str, method: str, args: Any, kwargs: Any) -> None:
         """A component has its inputs."""
-        for watcher in self.watchers:
-            watcher(name, method, args, kwargs)
+        for called in self.on_inputs:
+            called(name, method, args, kwargs)
 
     def leave(self, name: str, method: str, output: Any) -> None:
         """A component ends with `output`."""
-        for inspector in self.inspectors:
-            inspector(name, method, output)
+        for called in self.on_outputs:
+            called(name, method, output)
         self.notify("leave", f"{name}.{method}")
 
     def notify(self, event: Event, place: str) -> None:
-        """Tell every observer."""
+        """Call every observer."""
         for observer in self.observers:
             observer(event, place)
 
@@ -146,7 +146,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self._check_place(module)
         names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
         args, kwargs = self._pull(args, names), self._pull(kwargs)
-        self.border.watch(self.name, "forward", args, kwargs)
+        self.border.ready(self.name, "forward", args, kwargs)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -162,8 +162,8 @@ class BorderHook(ModelHook):  # type: ignore[misc]
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Give the methods back as the class defines them, and the weights back to the module."""
-        if visit := self.border.visits.pop(self.name, None):
-            visit.leave()
+        if weights := self.border.offloaded.pop(self.name, None):
+            weights.leave()
         while self.border.restore:
             self.border.restore.pop()()
         for method in self._wrapped_methods():
@@ -184,7 +184,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             if copies:
                 args = (copies.distinct(args[0]), *args[1:])
             args, kwargs = self._pull(args, names), self._pull(kwargs)
-            self.border.watch(self.name, method, args, kwargs)
+            self.border.ready(self.name, method, args, kwargs)
             again = None
             try:
                 with _one_at_a_time(module) if copies else contextlib.nullcontext():
@@ -308,13 +308,13 @@ SMALL_TILE = (512, 512, 384, 384)
 """Tiles for an image that one large tile covers, in pixels, with a wide overlap."""
 
 
-def attach(module: nn.Module, name: str, device: torch.device, border: Border, visits: bool = False) -> None:
+def attach(module: nn.Module, name: str, device: torch.device, border: Border, offloaded: bool = False) -> None:
     """Put the border hook on one component; accelerate's `remove_hook_from_module` takes it off again.
 
-    With `visits` its weights stay on the CPU and are on `device` only while it works.
+    Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works.
     """
-    if visits:
-        border.visits[name] = Visit(module, name, device)
+    if offloaded:
+        border.offloaded[name] = OffloadedWeights(module, name, device)
     add_hook_to_module(module, BorderHook(border.pipeline.by_name[name], device, border))
 
 

@@ -85,7 +85,7 @@ def generate(
         pipeline: a placed pipeline.
         workload: its shape.
         request: its content.
-        on_step: told after every denoising step.
+        on_step: called after every denoising step.
 
     Returns:
         `workload.batch` images of (height, width), and what was measured.
@@ -109,7 +109,7 @@ def generate(
     for device in devices:
         border.host.reset_peak(device)
     border.observers.append(clock)
-    border.inspectors.append(guard)
+    border.on_outputs.append(guard)
     started = time.perf_counter()
     try:
         pixels, per_step = run_request(pipeline, workload, request, stepped)
@@ -117,7 +117,7 @@ def generate(
     finally:
         clock.switch(None)
         border.observers.remove(clock)
-        border.inspectors.remove(guard)
+        border.on_outputs.remove(guard)
     elapsed = time.perf_counter() - started
     return to_images(pipeline, pixels), _measured(clock, border, per_step, devices, elapsed)
 

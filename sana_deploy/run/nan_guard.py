@@ -18,7 +18,7 @@ GUARDED_STEPS = 2
 
 @dataclass
 class NumericsGuard:
-    """Border inspector: one reduction per result, kept on its device, and read together once per step.
+    """Called with every result: one reduction of each, kept on its device, and read together once per step.
 
     `dtypes` are those of the components, for the message.
     """

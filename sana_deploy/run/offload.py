@@ -1,4 +1,4 @@
-"""Weights that wait on the CPU and visit their GPU: what the knob `text_encoder_offload` turns on."""
+"""Weights that wait on the CPU and are on their GPU for a while: what the knob `text_encoder_offload` turns on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class Visit:
+class OffloadedWeights:
     """Weights that wait on the CPU and are on `device` only while their component works: a knob of the plan.
 
     They are copied when the component is entered and dropped when another one is: parameters on the CPU stay the

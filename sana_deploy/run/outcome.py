@@ -100,7 +100,7 @@ class RehearsedWork(Frozen):
 
 
 class Rehearsal(Frozen):
-    """What a run on virtual GPUs told. In shapes only some steps are run: the later ones repeat the last."""
+    """What a run on virtual GPUs found. In shapes only some steps are run: the later ones repeat the last."""
 
     fidelity: str
     steps: int
