@@ -36,6 +36,7 @@ from sana_deploy.facts.tiny import ensure_tiny
 from sana_deploy.rehearsal.rehearse import open_host
 from sana_deploy.run.border import find_border
 from sana_deploy.run.load import load_pipeline
+from sana_deploy.run.request_state import RequestState
 
 ONE = {"text_encoder": 0, "vae": 0, "transformer": 0, "controlnet": 0}
 PLACEMENTS = {
@@ -118,7 +119,8 @@ class Bench:
 
         work = self.spec.workload
         side.pipeline.set_progress_bar_config(disable=True)
-        with self.working():
+        border, state = find_border(side.pipeline), RequestState()
+        with self.working(), border.states.opened(state) if border else contextlib.nullcontext():
             started = time.perf_counter()
             result = side.pipeline(
                 work.prompt, control_image=read_control_image(work, work.bounds), height=work.height, width=work.width,
@@ -130,9 +132,8 @@ class Bench:
             side.images.append(time.perf_counter() - started)
             side.steps.append((times[-1] - times[0]) / (len(times) - 1))
             side.result, side.latents = result.images.float().cpu(), side.latents.float().cpu()
-        border = find_border(side.pipeline)
         if border is not None:
-            side.bytes_per_step = sum(border.traffic.moved.values()) // work.steps
+            side.bytes_per_step = sum(state.traffic.moved.values()) // work.steps
 
     def peer_rate(self) -> float | None:
         """Bytes per second of copies between the two GPUs; None on virtual ones."""

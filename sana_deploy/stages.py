@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shlex
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -180,8 +180,7 @@ def _apply(run: Run) -> None:
             run.host = open_host(run.resolved)
         run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of), run.host)
         seconds["load"] = clock.lap()
-    border = border_of(run.pipeline)
-    run.remarks += [_out_of_range(text, run.resolved.plan) for text in border.notes]
+    run.remarks += [_out_of_range(text, run.resolved.plan) for text in border_of(run.pipeline).notes]
     loaded = 0 if virtual else sum(part.weights_bytes for part in run.resolved.plan.components.values())
     run.measured = Measured(seconds=seconds, loaded_bytes=loaded)
 
@@ -204,14 +203,14 @@ def _out_of_range(text: str, plan: Plan) -> Diagnostic:
 
 
 def _generate(run: Run) -> None:
-    from .run.border import border_of
     from .run.prompts import cut_prompts
+    from .run.request_state import RequestState
 
-    border = border_of(run.pipeline)
+    state = RequestState()
     if run.host is None or run.host.fidelity == "numbers":  # in shapes, the tokenizer may be a stand-in
         run.remarks += cut_prompts(run.pipeline, run.spec.workload)
     try:
-        (_rehearse if run.host is not None else _run)(run)
+        (_rehearse if run.host is not None else _run)(run, state)
     except RunError as problem:
         if run.plan:
             problem.hint = _checked_hint(problem, run.plan)
@@ -220,7 +219,7 @@ def _generate(run: Run) -> None:
         hint = "hardware.on_decode_oom=raise makes this an error"
         run.remarks += [
             Diagnostic(type="decoded_in_tiles", severity="warning", message=text, where="generate", hint=hint)
-            for text in border.remarks
+            for text in state.remarks
         ]
 
 
@@ -237,13 +236,14 @@ def _checked_hint(problem: RunError, plan: Plan) -> str:
     return problem.hint
 
 
-def _run(run: Run) -> None:
+def _run(run: Run, state: Any) -> None:
     from .run.generate import generate, save_images
 
     asked = run.spec.workload
-    with progress("denoising", run.brief) as advance, _recording(run) as recorder:
+    recorder = _recorder(state) if run.spec.precision.audit else None
+    with progress("denoising", run.brief) as advance:
         images, measured = generate(
-            run.pipeline, asked.bounds, asked, lambda done, of: advance(f"step {done}/{of}", done, of)
+            run.pipeline, asked.bounds, asked, lambda done, of: advance(f"step {done}/{of}", done, of), state
         )
     seconds = {**run.measured.seconds, **measured.seconds}
     run.measured = measured.model_copy(update={"seconds": seconds, "loaded_bytes": run.measured.loaded_bytes})
@@ -252,21 +252,13 @@ def _run(run: Run) -> None:
         _audit(run, recorder, images)
 
 
-@contextlib.contextmanager
-def _recording(run: Run) -> Iterator[Any]:
-    """Record what passes the borders while the block runs, if an audit is wanted."""
-    if not run.spec.precision.audit:
-        yield None
-        return
+def _recorder(state: Any) -> Any:
+    """Record what passes the borders of one request, for an audit."""
     from .run.audit import Recorder
-    from .run.border import border_of
 
-    recorder, border = Recorder(), border_of(run.pipeline)
-    recorder.attach(border)
-    try:
-        yield recorder
-    finally:
-        recorder.detach(border)
+    recorder = Recorder()
+    recorder.attach(state)
+    return recorder
 
 
 def _audit(run: Run, recorder: Any, images: list[Any]) -> None:
@@ -280,7 +272,7 @@ def _audit(run: Run, recorder: Any, images: list[Any]) -> None:
         run.audit = audit(recorder, images, run.plan, reference, run.spec.workload)
 
 
-def _rehearse(run: Run) -> None:
+def _rehearse(run: Run, state: Any) -> None:
     from .rehearsal.rehearse import rehearse_request
     from .run.generate import save_images
 
@@ -288,7 +280,7 @@ def _rehearse(run: Run) -> None:
     resolved = replace(run.resolved, plan=run.resolved.plan.model_copy(update={"spec": run.spec}))
     with progress("rehearsing", run.brief) as advance:
         ended = rehearse_request(
-            run.pipeline, resolved, run.host, lambda done, of: advance(f"step {done}/{of}", done, of)
+            run.pipeline, resolved, run.host, lambda done, of: advance(f"step {done}/{of}", done, of), state
         )
     run.rehearsal = ended.report
     if run.spec.precision.audit:

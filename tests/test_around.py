@@ -191,7 +191,7 @@ def test_two_pipelines_in_one_process(placed: Placed, small: Small) -> None:
     assert same(first, second)
     assert same(placed.images(), first)
     one, two = border_of(placed.pipeline), border_of(other)
-    assert set(by_pair(one.traffic.moved)) != set(by_pair(two.traffic.moved))
+    assert set(by_pair(one.state.traffic.moved)) != set(by_pair(two.state.traffic.moved))
 
 
 @pytest.mark.parametrize("where", ["text_encoder", "vae", "controlnet", "transformer"])

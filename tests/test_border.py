@@ -55,8 +55,8 @@ def test_inputs_are_pulled_and_outputs_pushed_home_and_nothing_inside_is_hooked(
     attach(model, "transformer", META, border)
     with pytest.raises((NotImplementedError, RuntimeError)):
         model(torch.zeros(1, 3))  # the output has no data to bring home: proof that it was pushed
-    assert border.traffic.moved["cpu", "meta", "input"] == 12
-    assert border.traffic.moved["meta", "cpu", "noise_pred"] == 8
+    assert border.state.traffic.moved["cpu", "meta", "input"] == 12
+    assert border.state.traffic.moved["meta", "cpu", "noise_pred"] == 8
     assert seen == [("enter", "transformer.forward"), ("leave", "transformer.forward")]
     assert not any(hasattr(child, "_hf_hook") for child in model.children())
 

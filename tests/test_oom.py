@@ -16,15 +16,17 @@ from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
 from sana_deploy.plan.remedies import roomier
 from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
-from sana_deploy.run.border import border_of, vae_settings
+from sana_deploy.run.border import border_of
+from sana_deploy.run.decode_retry import vae_settings
 from sana_deploy.run.load import load_pipeline
+from sana_deploy.run.request_state import RequestState
 
 Small = Callable[..., DeploySpec]
 ONE = ["machine=virtual", "machine.gpus=rtx4090", "hardware=single_gpu", "precision=fp32", "machine.fidelity=shapes"]
 
 
-def run_short_of_memory(small: Small, place: str, spare: int, *overrides: str) -> tuple[Any, Any]:
-    """Rehearse with a GPU that has only `spare` bytes left once `place` is entered."""
+def run_short_of_memory(small: Small, place: str, spare: int, *overrides: str) -> tuple[Any, Any, RequestState]:
+    """Rehearse with a GPU that has only `spare` bytes left once `place` is entered: pipeline, request and its state."""
     resolved = compile_spec(small(*ONE, *overrides)).resolve()
     host = open_host(resolved)
     pipeline = load_pipeline(resolved, host=host)
@@ -35,17 +37,18 @@ def run_short_of_memory(small: Small, place: str, spare: int, *overrides: str) -
             host.ledger.capacities[0] = host.ledger.live(0) + spare
 
     border.observers.append(shrink)
-    return pipeline, lambda: rehearse_request(pipeline, resolved, host)
+    state = RequestState()
+    return pipeline, lambda: rehearse_request(pipeline, resolved, host, state=state), state
 
 
 LARGE = ["workload.height=2048", "workload.width=1536", "workload.steps=1"]
 
 
 def test_decode_is_done_again_in_tiles_once_and_said_aloud(small: Small, caplog: pytest.LogCaptureFixture) -> None:
-    pipeline, run = run_short_of_memory(small, "vae.decode", 200 * MIB, *LARGE)
+    pipeline, run, state = run_short_of_memory(small, "vae.decode", 200 * MIB, *LARGE)
     before = vae_settings(pipeline.vae)
     assert run().report.gpus[0].phase == "prepare"
-    (remark,) = border_of(pipeline).remarks
+    (remark,) = state.remarks
     assert remark in caplog.text
     assert "decoded again in tiles of 1024 px, stride 896" in remark
     assert vae_settings(pipeline.vae) == before, "for this once"
@@ -53,15 +56,15 @@ def test_decode_is_done_again_in_tiles_once_and_said_aloud(small: Small, caplog:
 
 def test_an_image_of_one_tile_takes_smaller_tiles_and_names_the_risk(small: Small) -> None:
     size = ["workload.height=1024", "workload.width=1024", "workload.steps=1"]
-    pipeline, run = run_short_of_memory(small, "vae.decode", 70 * MIB, *size)
+    _, run, state = run_short_of_memory(small, "vae.decode", 70 * MIB, *size)
     run()
-    assert "tiles of 512 px, stride 384; tiles this small may show" in border_of(pipeline).remarks[0]
+    assert "tiles of 512 px, stride 384; tiles this small may show" in state.remarks[0]
 
 
 @pytest.mark.parametrize("spare", [200 * MIB, MIB])
 def test_decode_fails_where_tiles_are_not_wanted_or_do_not_help(small: Small, spare: int) -> None:
     wanted = ["hardware.on_decode_oom=raise"] if spare > MIB else []
-    _, run = run_short_of_memory(small, "vae.decode", spare, *LARGE, *wanted)
+    _, run, _ = run_short_of_memory(small, "vae.decode", spare, *LARGE, *wanted)
     with pytest.raises(RunError, match=r"out of memory on vgpu:0, in vae during decode; the plan expected") as caught:
         run()
     assert caught.value.exit_code == 6
@@ -73,10 +76,10 @@ def test_decode_fails_where_tiles_are_not_wanted_or_do_not_help(small: Small, sp
     [("text_encoder.forward", "text_encoder during encode"), ("transformer.forward", "transformer during denoise")],
 )
 def test_anywhere_else_the_component_and_the_plan_are_named(small: Small, place: str, where: str) -> None:
-    pipeline, run = run_short_of_memory(small, place, MIB)
+    _, run, state = run_short_of_memory(small, place, MIB)
     with pytest.raises(RunError, match=f"in {where}; the plan expected .* there at most, of 23.65 GiB that were free"):
         run()
-    assert border_of(pipeline).remarks == []
+    assert state.remarks == []
 
 
 def test_the_hint_is_a_plan_that_needs_less(small: Small) -> None:

@@ -20,9 +20,9 @@ from sana_deploy.declare.spec import DeploySpec, VirtualMachine
 from sana_deploy.errors import CheckpointError, InfeasibleError, RunError
 from sana_deploy.facts.virtual_machine import describe_machine
 from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
-from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import generate, run_request
 from sana_deploy.run.load import load_pipeline
+from sana_deploy.run.request_state import RequestState
 from sana_deploy.run.traffic import by_pair
 
 Small = Callable[..., DeploySpec]
@@ -70,10 +70,10 @@ def test_traffic_at_the_borders_is_all_there_is_between_gpus(small: Small) -> No
     resolved = compile_spec(small(*FOUR, *EACH_ALONE)).resolve()
     host = open_host(resolved)
     pipeline = load_pipeline(resolved, host=host)
-    rehearse_request(pipeline, resolved, host)
-    border = border_of(pipeline)
+    state = RequestState()
+    rehearse_request(pipeline, resolved, host, state=state)
     between = {f"{a}->{b}": n for (a, b), n in host.ledger.traffic.items() if "cpu" not in (a, b)}
-    assert by_pair(border.traffic.moved) == between
+    assert by_pair(state.traffic.moved) == between
 
 
 @pytest.mark.parametrize("precision", ["mixed_bf16", "bf16", "fp32"])

@@ -16,11 +16,12 @@ from ..errors import InfeasibleError
 from ..facts.allocator import context_bytes
 from ..plan.artifact import Plan, Slot
 from ..plan.bind import ResolvedPlan
-from ..run.border import Event, border_of
+from ..run.border import border_of
 from ..run.generate import StepDone, host_peak, run_request, to_images
 from ..run.load import load_pipeline
 from ..run.outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
 from ..run.place import resolved_plan
+from ..run.request_state import Event, RequestState
 from ..run.traffic import Movement, by_pair
 from .host import VirtualHost, check_virtual
 from .ledger import Ledger
@@ -115,26 +116,33 @@ def rehearse(plan: Plan | ResolvedPlan, fidelity: Fidelity | None = None) -> Reh
 
 
 def rehearse_request(
-    pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: VirtualHost, on_step: StepDone | None = None
+    pipeline: DiffusionPipeline,
+    resolved: ResolvedPlan,
+    host: VirtualHost,
+    on_step: StepDone | None = None,
+    state: RequestState | None = None,
 ) -> Rehearsed:
     """Run the plan's request on a pipeline that was loaded onto `host`.
+
+    Args:
+        pipeline: loaded by `resolved`.
+        resolved: a plan that was resolved to virtual GPUs.
+        host: these GPUs.
+        on_step: called after every denoising step.
+        state: a new one that the request gathers in, for a caller that reads it afterwards, also where it fails.
 
     Raises:
         RunError: see `rehearse`.
     """
-    border, workload = border_of(pipeline), resolved.plan.spec.workload
+    state, workload = state or RequestState(), resolved.plan.spec.workload
     steps = min(workload.steps, SHAPE_STEPS) if host.fidelity == "shapes" else workload.steps
-    clock, started = LedgerClock(host.ledger, border.pipeline), time.perf_counter()
-    border.observers.append(clock)
-    try:
-        with host:
-            pixels, per_step = run_request(
-                pipeline, workload.bounds.model_copy(update={"steps": steps}), workload.request, on_step
-            )
-            images = to_images(pipeline, pixels.cpu()) if host.fidelity == "numbers" else []
-    finally:
-        border.observers.remove(clock)
-    moved = Counter({key: n + (workload.steps - steps) * per_step[key] for key, n in border.traffic.moved.items()})
+    bounds = workload.bounds.model_copy(update={"steps": steps})
+    state.observers.append(LedgerClock(host.ledger, border_of(pipeline).pipeline))
+    started = time.perf_counter()
+    with host:
+        pixels, per_step = run_request(pipeline, bounds, workload.request, on_step, state)
+        images = to_images(pipeline, pixels.cpu()) if host.fidelity == "numbers" else []
+    moved = Counter({key: n + (workload.steps - steps) * per_step[key] for key, n in state.traffic.moved.items()})
     report = report_of(host, resolved, moved, per_step, steps)
     measured = Measured(
         peak_bytes={gpu.device: gpu.peak_bytes for gpu in report.gpus},

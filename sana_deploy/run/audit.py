@@ -24,10 +24,10 @@ from ..declare.spec import DeploySpec
 from ..declare.workload import DeclaredWorkload
 from ..errors import InfeasibleError
 from ..plan.artifact import Plan
-from .border import Border
 from .generate import run_request, to_images
 from .load import load_pipeline
 from .outcome import Audit, AuditedBorder
+from .request_state import RequestState
 from .traffic import floating
 
 
@@ -47,15 +47,10 @@ class Recorder:
         if (name, method) not in self.results:
             self.results[name, method] = _moved(output, _to_host)
 
-    def attach(self, border: Border) -> None:
-        """Listen to a pipeline."""
-        border.on_inputs.append(self.on_inputs)
-        border.on_outputs.append(self.on_outputs)
-
-    def detach(self, border: Border) -> None:
-        """Stop listening."""
-        border.on_inputs.remove(self.on_inputs)
-        border.on_outputs.remove(self.on_outputs)
+    def attach(self, state: RequestState) -> None:
+        """Listen to one call."""
+        state.on_inputs.append(self.on_inputs)
+        state.on_outputs.append(self.on_outputs)
 
 
 def in_float32(spec: DeploySpec, compiled: Callable[[DeploySpec], Plan]) -> Plan:

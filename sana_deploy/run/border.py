@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -22,65 +20,47 @@ from torch import nn
 
 from ..declare.pipelines import DEFAULT, PIPELINES, ComponentDescription, PipelineDescription
 from ..declare.spec import OnDecodeOom
-from ..declare.workload import VAE_FACTOR
 from ..errors import RunError
-from ..plan.profile import VAE_TILE
 from .copies import Copies
+from .decode_retry import Tile, attempt, one_at_a_time, retry_tile
 from .host import Host, PresentHost
 from .offload import OffloadedWeights
-from .traffic import Traffic, move
-
-log = logging.getLogger(__name__)
-Event = Literal["enter", "leave"]
-Observer = Callable[[Event, str], None]
-"""Called with the event and `component.method` at every border, on the calling thread."""
-OnInputs = Callable[[Any, str, Any, Any], None]
-"""Called with the component, its method, and the positional and named inputs."""
-OnOutputs = Callable[[Any, str, Any], None]
-"""Called with the component, its method and the result."""
+from .request_state import Event, Listeners, RequestState, States
+from .traffic import move
 
 
-@dataclass
-class Border:
-    """What all hooks of one pipeline share.
+@dataclass(kw_only=True)
+class Border(Listeners):
+    """What all hooks of one pipeline share. What listens here hears of all calls.
 
     Attributes:
         home: the device of the denoising loop.
         pipeline: which pipeline it is.
         host: whose devices its components are on.
-        traffic: bytes moved.
-        observers: called at every border.
-        on_inputs: called with every input where it is taken, after it moved.
-        on_outputs: called with every result where it was made, before it moves.
         notes: what loading found that the user should know.
         on_decode_oom: `tile` decodes once more in tiles when the VAE runs out of memory.
-        inside: the component and method at work, or the last one.
-        failure: a decoder's OutOfMemoryError, which diffusers' pipeline swallows.
         offloaded: components whose weights wait on the CPU.
-        remarks: what was done that the user should know.
         origins: where components were before they were placed.
-        copies: which rows of the control images are copies, where each image is encoded once.
         expected: device -> bytes that the plan expects at its fullest, and that it found free.
         restore: undoes what placing changed on the pipeline besides hooks; run when the first hook is taken off.
+        states: what calls gather, each for itself.
     """
 
     home: torch.device
     pipeline: PipelineDescription = DEFAULT
     host: Host = field(default_factory=PresentHost)
-    traffic: Traffic = field(default_factory=Traffic)
-    observers: list[Observer] = field(default_factory=list)
-    on_inputs: list[OnInputs] = field(default_factory=list)
-    on_outputs: list[OnOutputs] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     on_decode_oom: OnDecodeOom = "raise"
-    inside: tuple[str, str] = ("pipeline", "")
-    failure: torch.OutOfMemoryError | None = None
     offloaded: dict[str, OffloadedWeights] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
     origins: dict[str, torch.device] = field(default_factory=dict)
-    copies: Copies | None = None
     expected: dict[str, tuple[int, int]] = field(default_factory=dict)
     restore: list[Callable[[], object]] = field(default_factory=list)
+    states: States = field(default_factory=States)
+
+    @property
+    def state(self) -> RequestState:
+        """What the call at work in this thread gathers."""
+        return self.states.current
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         """Refuse `copy.deepcopy` and pickle: a copied module's methods would go on working on the original.
@@ -96,28 +76,28 @@ class Border:
 
     def enter(self, name: str, method: str) -> None:
         """A component begins: offloaded weights of others leave, observers are called, its own weights arrive."""
-        self.inside = (name, method)
+        state = self.state
+        state.inside = (name, method)
         for other, weights in self.offloaded.items():
             if other != name:
                 weights.leave()
-        self.notify("enter", f"{name}.{method}")
+        self._notify("enter", f"{name}.{method}")
         if name in self.offloaded:
-            self.offloaded[name].arrive(self.traffic)
+            self.offloaded[name].arrive(state.traffic)
 
     def ready(self, name: str, method: str, args: Any, kwargs: Any) -> None:
         """A component has its inputs."""
-        for called in self.on_inputs:
-            called(name, method, args, kwargs)
+        for on_inputs in (*self.on_inputs, *self.state.on_inputs):
+            on_inputs(name, method, args, kwargs)
 
     def leave(self, name: str, method: str, output: Any) -> None:
         """A component ends with `output`."""
-        for called in self.on_outputs:
-            called(name, method, output)
-        self.notify("leave", f"{name}.{method}")
+        for on_outputs in (*self.on_outputs, *self.state.on_outputs):
+            on_outputs(name, method, output)
+        self._notify("leave", f"{name}.{method}")
 
-    def notify(self, event: Event, place: str) -> None:
-        """Call every observer."""
-        for observer in self.observers:
+    def _notify(self, event: Event, place: str) -> None:
+        for observer in (*self.observers, *self.state.observers):
             observer(event, place)
 
 
@@ -136,7 +116,6 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self.device = device
         self.border = border
         self.execution_device = border.home
-        self._kept: dict[str, _Kept] = {}
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
@@ -179,23 +158,14 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         def outer(*args: Any, **kwargs: Any) -> Any:
             self.border.enter(self.name, method)
             self._check_place(module)
-            names = [self.calls[method].input]
             copies = self._copies(method, args)
             if copies:
                 args = (copies.distinct(args[0]), *args[1:])
-            args, kwargs = self._pull(args, names), self._pull(kwargs)
+            args, kwargs = self._pull(args, [self.calls[method].input]), self._pull(kwargs)
             self.border.ready(self.name, method, args, kwargs)
-            again = None
-            try:
-                with _one_at_a_time(module) if copies else contextlib.nullcontext():
-                    output = inner(*args, **kwargs)
-            except torch.OutOfMemoryError as problem:
-                again = self._tiles_for(module, method, args)
-                if again is None:
-                    self.border.failure = problem
-                    raise
-            if again is not None:  # outside `except`, whose traceback keeps the activations alive
-                output = self._in_tiles(module, again, lambda: inner(*args, **kwargs))
+            work = functools.partial(inner, *args, **kwargs)
+            with one_at_a_time(module) if copies else contextlib.nullcontext():
+                output = attempt(work, module, self._retry_tile(module, method, args), self.border.state, self._release)
             self.border.leave(self.name, method, output)
             if not self.calls[method].keeps:
                 output = self._push(output, self.calls[method].output)
@@ -205,8 +175,16 @@ class BorderHook(ModelHook):  # type: ignore[misc]
 
     def _copies(self, method: str, args: Any) -> Copies | None:
         """How the images to encode were repeated, where they were."""
-        copies = self.border.copies if method == "encode" and args else None
+        copies = self.border.state.copies if method == "encode" and args else None
         return copies if copies and copies.hold(args[0]) else None
+
+    def _retry_tile(self, module: nn.Module, method: str, args: Any) -> Tile | None:
+        """Tile to decode in after running out of memory; None where that is not wanted or would change nothing."""
+        wanted = method == "decode" and self.border.on_decode_oom == "tile" and args
+        return retry_tile(module, args[0]) if wanted else None
+
+    def _release(self) -> None:
+        self.border.host.release_cached(self.device)
 
     def _check_place(self, module: nn.Module) -> None:
         """Refuse to work with weights that were moved since: inputs go to the device that the plan says.
@@ -222,32 +200,6 @@ class BorderHook(ModelHook):  # type: ignore[misc]
                 hint=f"move it back, or unplace(pipeline) and place it by a plan that has {self.name} on {found}",
             )
 
-    def _tiles_for(self, module: nn.Module, method: str, args: Any) -> tuple[int, int, int, int] | None:
-        """Tiles to decode in after running out of memory; None where that is not wanted or would change nothing."""
-        if method != "decode" or self.border.on_decode_oom != "tile" or module.use_tiling or not args:
-            return None
-        side = max(args[0].shape[-2:]) * VAE_FACTOR
-        chosen = VAE_TILE if side > VAE_TILE[0] else SMALL_TILE
-        return chosen if side > chosen[0] else None
-
-    def _in_tiles(self, module: Any, tile: tuple[int, int, int, int], decode: Callable[[], Any]) -> Any:
-        """Decode with slicing and tiling on, for this once, and say so."""
-        risk = "; tiles this small may show in flat areas" if tile == SMALL_TILE else ""
-        remark = f"the VAE ran out of memory in decode: decoded again in tiles of {tile[0]} px, stride {tile[2]}{risk}"
-        log.warning(remark)
-        self.border.remarks.append(remark)
-        self.border.host.release_cached(self.device)
-        settings = vae_settings(module)
-        module.enable_slicing()
-        module.enable_tiling(*tile)
-        try:
-            return decode()
-        except torch.OutOfMemoryError as problem:
-            self.border.failure = problem
-            raise
-        finally:
-            module.__dict__.update(settings)
-
     def _pull(self, value: Any, names: Sequence[str] = ()) -> Any:
         if isinstance(value, tuple):
             padded = [*names, *[f"argument {i}" for i in range(len(names), len(value))]]
@@ -256,56 +208,14 @@ class BorderHook(ModelHook):  # type: ignore[misc]
 
     def _fetch(self, value: Any, name: str) -> Any:
         """Move one argument here; one that stays the same from step to step crosses once."""
+        state = self.border.state
         steady = name in self.border.pipeline.steady and isinstance(value, torch.Tensor) and value.device != self.device
-        if not steady or value.is_inference():
-            return move(value, self.device, self.border.traffic, name)
-        kept = self._kept.get(name)
-        if kept is None or not kept.holds(value):
-            copy = move(value, self.device, self.border.traffic, name)
-            source = weakref.ref(value, lambda ref: self._drop(name, ref))
-            kept = self._kept[name] = _Kept(source, value._version, copy, copy._version)
-        return kept.copy
-
-    def _drop(self, name: str, source: weakref.ref[torch.Tensor]) -> None:
-        if name in self._kept and self._kept[name].source is source:
-            del self._kept[name]
+        if steady and not value.is_inference():
+            return state.steady(self.name, name, value, self.device)
+        return move(value, self.device, state.traffic, name)
 
     def _push(self, value: Any, name: str) -> Any:
-        return move(value, self.border.home, self.border.traffic, name)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """The copy of an argument, good for as long as the same tensor comes again and neither was written to."""
-
-    source: weakref.ref[torch.Tensor]
-    source_version: int
-    copy: torch.Tensor
-    copy_version: int
-
-    def holds(self, value: torch.Tensor) -> bool:
-        same = self.source() is value and value._version == self.source_version
-        return same and self.copy._version == self.copy_version
-
-
-def vae_settings(vae: Any) -> dict[str, Any]:
-    """The VAE's slicing and tiling attributes, to be put back into its `__dict__`."""
-    return {key: value for key, value in vae.__dict__.items() if key.startswith("tile_") or key in _VAE_SWITCHES}
-
-
-@contextlib.contextmanager
-def _one_at_a_time(vae: Any) -> Iterator[None]:
-    settings = vae_settings(vae)
-    vae.enable_slicing()
-    try:
-        yield
-    finally:
-        vae.__dict__.update(settings)
-
-
-_VAE_SWITCHES = ("use_slicing", "use_tiling")
-SMALL_TILE = (512, 512, 384, 384)
-"""Tiles for an image that one large tile covers, in pixels, with a wide overlap."""
+        return move(value, self.border.home, self.border.state.traffic, name)
 
 
 def attach(module: nn.Module, name: str, device: torch.device, border: Border, offloaded: bool = False) -> None:

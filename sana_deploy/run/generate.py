@@ -22,10 +22,11 @@ from ..declare.control_image import read_control_image
 from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
 from ..declare.workload import Request, Workload
 from ..errors import RunError
-from .border import Border, Event, border_of
+from .border import border_of
 from .host import Host
 from .outcome import Measured
-from .traffic import Movement, by_pair
+from .request_state import Event, RequestState
+from .traffic import Movement, Traffic, by_pair
 
 StepDone = Callable[[int, int], None]
 """Called after each denoising step with the steps done and the steps in all."""
@@ -61,23 +62,28 @@ class PhaseClock:
 class StepTraffic:
     """Border observer: bytes moved in one denoising step, from its first border or the end of the step before."""
 
-    border: Border
+    pipeline: PipelineDescription
+    traffic: Traffic
     before: Counter[Movement] | None = None
     per_step: Counter[Movement] = field(default_factory=Counter)
 
     def __call__(self, event: Event, place: str) -> None:
-        if self.before is None and self.border.pipeline.phase_of.get(place) == "denoise":
-            self.before = Counter(self.border.traffic.moved)
+        if self.before is None and self.pipeline.phase_of.get(place) == "denoise":
+            self.before = Counter(self.traffic.moved)
 
     def step_done(self) -> None:
         """A step has ended: what moved since the last note is its own."""
-        now = Counter(self.border.traffic.moved)
+        now = Counter(self.traffic.moved)
         self.per_step = now - (self.before or Counter())
         self.before = now
 
 
 def generate(
-    pipeline: DiffusionPipeline, workload: Workload, request: Request, on_step: StepDone | None = None
+    pipeline: DiffusionPipeline,
+    workload: Workload,
+    request: Request,
+    on_step: StepDone | None = None,
+    state: RequestState | None = None,
 ) -> tuple[list[Image], Measured]:
     """Run `request` once.
 
@@ -86,6 +92,7 @@ def generate(
         workload: its shape.
         request: its content.
         on_step: called after every denoising step.
+        state: a new one that this call gathers in, for a caller that reads it afterwards, also where the call fails.
 
     Returns:
         `workload.batch` images of (height, width), and what was measured.
@@ -96,36 +103,43 @@ def generate(
     """
     from .nan_guard import NumericsGuard
 
-    border = border_of(pipeline)
+    border, state = border_of(pipeline), state or RequestState()
     guard = NumericsGuard(border.pipeline, {name: _dtype_name(pipeline, name) for name in border.pipeline.names})
-
-    def stepped(done: int, of: int) -> None:
-        guard.step_done()
-        if on_step:
-            on_step(done, of)
-
     devices = [torch.device(place) for place in sorted(set(pipeline.hf_device_map.values()))]
     clock = PhaseClock(border.pipeline, border.host, devices)
     for device in devices:
         border.host.reset_peak(device)
-    border.observers.append(clock)
-    border.on_outputs.append(guard)
+    state.observers.append(clock)
+    state.on_outputs.append(guard)
     started = time.perf_counter()
     try:
-        pixels, per_step = run_request(pipeline, workload, request, stepped)
+        pixels, per_step = run_request(pipeline, workload, request, _also(guard.step_done, on_step), state)
         guard.check()
     finally:
         clock.switch(None)
-        border.observers.remove(clock)
-        border.on_outputs.remove(guard)
     elapsed = time.perf_counter() - started
-    return to_images(pipeline, pixels), _measured(clock, border, per_step, devices, elapsed)
+    return to_images(pipeline, pixels), _measured(clock, state, per_step, elapsed)
+
+
+def _also(first: Callable[[], None], on_step: StepDone | None) -> StepDone:
+    """Call `first` after each step, then what the caller gave."""
+
+    def stepped(done: int, of: int) -> None:
+        first()
+        if on_step:
+            on_step(done, of)
+
+    return stepped
 
 
 def run_request(
-    pipeline: DiffusionPipeline, workload: Workload, request: Request, on_step: StepDone | None = None
+    pipeline: DiffusionPipeline,
+    workload: Workload,
+    request: Request,
+    on_step: StepDone | None = None,
+    state: RequestState | None = None,
 ) -> tuple[torch.Tensor, Counter[Movement]]:
-    """Call a placed pipeline once.
+    """Call a placed pipeline once; arguments as in `generate`.
 
     Returns:
         Pixels of (batch, 3, height, width) in 0..1 on the VAE's device, and the bytes that one step moved.
@@ -133,30 +147,26 @@ def run_request(
     Raises:
         RunError: out of memory, or a failed operation.
     """
-    border = border_of(pipeline)
-    border.traffic.moved.clear()
-    border.failure = None
-    border.remarks.clear()
-    steps = StepTraffic(border)
-    border.observers.append(steps)
+    border, state = border_of(pipeline), state or RequestState()
+    steps = StepTraffic(border.pipeline, state.traffic)
+    state.observers.append(steps)
     try:
-        pixels = _call(pipeline, workload, request, steps, on_step)
+        with border.states.opened(state):
+            pixels = _call(pipeline, workload, request, steps, on_step)
     except (torch.OutOfMemoryError, UnboundLocalError) as problem:
         # In decode the pipeline only warns of an OutOfMemoryError, then trips over the image that it never got.
-        cause = problem if isinstance(problem, torch.OutOfMemoryError) else border.failure
-        if cause is None:
+        said = str(problem) if isinstance(problem, torch.OutOfMemoryError) else state.failure
+        if said is None:
             raise RunError(f"the request failed: {problem}", where="generate") from problem
-        raise _out_of_memory(pipeline, border, cause) from problem
+        raise _out_of_memory(pipeline, state, said) from problem
     except (RuntimeError, ValueError) as problem:
         raise RunError(f"the request failed: {problem}", where="generate") from problem
-    finally:
-        border.observers.remove(steps)
     return pixels, steps.per_step
 
 
-def _out_of_memory(pipeline: DiffusionPipeline, border: Border, problem: torch.OutOfMemoryError) -> RunError:
+def _out_of_memory(pipeline: DiffusionPipeline, state: RequestState, said: str) -> RunError:
     """Say where memory ran out, what the plan expected there, and what the allocator says."""
-    name, method = border.inside
+    border, (name, method) = border_of(pipeline), state.inside
     phase = border.pipeline.phase_of.get(f"{name}.{method}", "generate")
     device = pipeline.hf_device_map.get(name, str(border.home))
     planned = ""
@@ -164,7 +174,7 @@ def _out_of_memory(pipeline: DiffusionPipeline, border: Border, problem: torch.O
         peak, free = (human_bytes(size) for size in border.expected[device])
         planned = f"; the plan expected {peak} there at most, of {free} that were free"
     return RunError(
-        f"out of memory on {device}, in {name} during {phase}{planned} ({str(problem).splitlines()[0]})",
+        f"out of memory on {device}, in {name} during {phase}{planned} ({said.splitlines()[0]})",
         where="generate",
         hint="a smaller height, width or batch, or more GPUs",
         out_of_memory=True,
@@ -221,15 +231,13 @@ def _call(
     return pixels
 
 
-def _measured(
-    clock: PhaseClock, border: Border, per_step: Counter[Movement], devices: list[torch.device], elapsed: float
-) -> Measured:
+def _measured(clock: PhaseClock, state: RequestState, per_step: Counter[Movement], elapsed: float) -> Measured:
+    peaks = {str(device): clock.host.peak_bytes(device) for device in clock.devices}
     seconds: dict[str, float] = {phase: round(clock.seconds[phase], 6) for phase in PHASES if phase in clock.seconds}
-    peaks = {str(device): border.host.peak_bytes(device) for device in devices}
     return Measured(
         peak_bytes={device: peak for device, peak in peaks.items() if peak is not None},
         seconds={**seconds, "generate": round(elapsed, 6)},
-        bytes_moved=by_pair(border.traffic.moved),
+        bytes_moved=by_pair(state.traffic.moved),
         bytes_per_step=by_pair(per_step),
         host_peak_bytes=host_peak(),
     )

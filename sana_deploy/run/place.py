@@ -19,8 +19,9 @@ from ..declare.pipelines import Component, PipelineDescription
 from ..errors import RunError, UsageError
 from ..plan.artifact import Plan
 from ..plan.bind import ResolvedPlan
-from .border import Border, attach, find_border, vae_settings
+from .border import Border, attach, find_border
 from .copies import Copies, watch_copies
+from .decode_retry import vae_settings
 from .host import Host, PresentHost
 from .quantize import quantize_linears
 from .weights import cast_module
@@ -190,7 +191,7 @@ def _set_vae(vae: Any, plan: Plan, border: Border) -> None:
 
 def _encode_once(pipeline: DiffusionPipeline, border: Border) -> None:
     def on_copies(copies: Copies) -> None:
-        border.copies = copies
+        border.state.copies = copies
 
     if undo := watch_copies(pipeline, on_copies):
         border.restore.append(undo)
