@@ -17,16 +17,15 @@ from ._models import Diagnostic
 from ._startup import Laps, quick_imports, read_ahead, start_gpus
 from .api import compile_spec
 from .declare.control_image import check_control_image, drawn_seed
-from .declare.pipelines import COMPONENTS
 from .declare.policies import fragile_components
 from .declare.spec import STAGES, DeploySpec, Stage, VirtualMachine
-from .declare.workload import DeclaredWorkload
-from .errors import InfeasibleError, RunError, SanaDeployError, UsageError
+from .errors import InfeasibleError, RunError, SanaDeployError
 from .facts.headers import weight_files
 from .facts.virtual_machine import describe_machine
 from .plan.artifact import Plan
 from .plan.bind import ResolvedPlan
 from .plan.remedies import out_of_float16, roomier
+from .plan.saved import saved_plan
 from .report import terminal as report
 from .report.progress import progress, progress_each
 from .run.outcome import Audit, Measured, Outcome, Rehearsal, failure_of
@@ -97,7 +96,7 @@ def _deploy(run: Run) -> tuple[Outcome, Plan | None]:
     spec, folder = run.spec, run.folder
     try:
         if spec.plan_file:
-            run.plan, run.spec = _saved_plan(spec, run.overrides)
+            run.plan, run.spec = saved_plan(spec, run.overrides)
         for stage in STAGES[: STAGES.index(spec.until) + 1]:
             run.stage = stage
             _STEPS[stage](run)
@@ -191,14 +190,14 @@ def _ahead_of_load(resolved: ResolvedPlan) -> threading.Thread | None:
     folder = Path(getattr(model, "source", None) or "").expanduser()
     with contextlib.suppress(SanaDeployError):  # loading will say it
         variant = getattr(model, "variant", None)
-        parts = [folder / name for name in COMPONENTS if (folder / name / "config.json").is_file()]
+        parts = [folder / name for name in resolved.plan.pipeline.names if (folder / name / "config.json").is_file()]
         read_ahead([file for part in parts for file in weight_files(part, variant, part.name)])
     return start_gpus(set(resolved.device_map.values()))
 
 
 def _out_of_range(text: str, plan: Plan) -> Diagnostic:
     """Values of a component, which `text` names, that its dtype cannot hold."""
-    hint = out_of_float16(plan, [name for name in COMPONENTS if f" {name} " in text], compile_spec)
+    hint = out_of_float16(plan, [name for name in plan.pipeline.names if f" {name} " in text], compile_spec)
     return Diagnostic(type="out_of_range", severity="warning", message=text, where="precision.components", hint=hint)
 
 
@@ -232,7 +231,7 @@ def _checked_hint(problem: RunError, plan: Plan) -> str:
         return out_of_float16(plan, [facts["component"]], compile_spec)
     if "image" in facts:
         fragile = fragile_components({name: part.dtype for name, part in plan.components.items()}, plan.pipeline)
-        return out_of_float16(plan, fragile or COMPONENTS, compile_spec)
+        return out_of_float16(plan, fragile or plan.pipeline.names, compile_spec)
     return problem.hint
 
 
@@ -292,54 +291,3 @@ def _rehearse(run: Run, state: Any) -> None:
 
 
 _STEPS = {"compile": _compile, "resolve": _resolve, "apply": _apply, "generate": _generate}
-
-
-_REQUEST = ("prompt", "prompt_file", "negative_prompt", "seed", "control_image", "control_fit", "conditioning_scale")
-"""Keys of the workload that a saved plan leaves open; `_keeps_plan` names those that it bounds."""
-
-
-def _keeps_plan(name: str, given: DeclaredWorkload, planned: DeclaredWorkload) -> bool:
-    """Whether a key of the request leaves bytes and places as planned: fewer steps, another value of guidance."""
-    if name == "steps":
-        return given.steps <= planned.steps
-    return name in _REQUEST or (name == "guidance_scale" and given.guided == planned.guided)
-
-
-def _saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, DeploySpec]:
-    """Return the saved plan, and its declaration with what was given of the request.
-
-    Raises:
-        UsageError: an override would plan anew; all of them are named.
-    """
-    assert spec.plan_file is not None
-    plan = Plan.load(spec.plan_file)
-    given: dict[str, Any] = {}
-    clashing = []
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        group, _, name = key.partition(".")
-        if group == "workload" and _keeps_plan(name, spec.workload, plan.spec.workload):
-            name = "prompt" if name == "prompt_file" else name  # a file is read when the declaration is composed
-            given[name] = getattr(spec.workload, name)
-        elif group.partition("@")[0] in ("model", "hardware", "precision", "machine", "workload"):
-            clashing.append(override)
-    if clashing:
-        bounds = plan.spec.workload
-        guided = "above 1" if bounds.guided else "up to 1"
-        raise UsageError(
-            f"plan_file applies a saved plan exactly; {', '.join(clashing)} would change it",
-            where="plan_file",
-            hint=f"leave them out, or compile a new plan without plan_file; this one leaves {', '.join(_REQUEST)}, "
-            f"workload.steps up to {bounds.steps} and workload.guidance_scale {guided} open",
-        )
-    planned = plan.spec
-    workload = planned.workload.model_copy(update=given)
-    return plan, spec.model_copy(
-        update={
-            "workload": workload,
-            "model": planned.model,
-            "hardware": planned.hardware,
-            "precision": planned.precision,
-            "machine": planned.machine,
-        }
-    )

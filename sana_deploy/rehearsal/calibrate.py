@@ -23,12 +23,12 @@ import numpy as np
 
 from ..declare.compose import compose_spec
 from ..declare.formats import Dtype, Format, Quantization
-from ..declare.pipelines import COMPONENTS, Component, Phase
+from ..declare.pipelines import Component, Phase
 from ..facts.catalogue import FOLDER, NAMES
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.needs import OnProgress, measured_as
 from ..plan.profile import VAE_TILE, VaeMode, covered_pixels, linear
-from .measure import Measurements, Point, Profiler
+from .measure import Measurement, Measurements, Point, Profiler
 
 PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
 SLICED = tuple(Point(side, batch, VaeMode(sliced=True)) for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
@@ -54,32 +54,34 @@ def calibrate(
         CheckpointError: a config is incomplete.
         RunError: this PyTorch has no virtual GPUs.
     """
-    points = (*PLAIN, *SLICED, *TILED)
+    pipeline, points = checkpoint.pipeline, (*PLAIN, *SLICED, *TILED)
+    vae = pipeline.of("vae")
     found: dict[Point, Measurements] = {}
-    formats = {**formats, "vae": Format(formats["vae"].dtype)}
+    formats = {**formats, vae: Format(formats[vae].dtype)}
     profiler = Profiler(checkpoint, formats)
     for point in points:
         if point is SLICED[0]:
             profiler = Profiler(checkpoint, formats, vae_only=True)
         found[point] = profiler.run(point, guided)
         on_progress(len(found), len(points))
-    calibrated: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in COMPONENTS}
+    calibrated: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in pipeline.names}
     for name, phase in found[PLAIN[0]]:
-        measured = [found[point][name, phase] for point in PLAIN]
-        calibrated[name][phase] = {
-            "activation_bytes": _solve(PLAIN, [m.activation_bytes for m in measured]),
-            "operations": measured[0].work.operations,
-            **{
-                key: _solve(PLAIN, [getattr(m.work, key) for m in measured])
-                for key in ("flops", "product_bytes", "other_bytes")
-            },
-        }
-    for phase, entry in calibrated["vae"].items():
-        sliced = _solve(SLICED, [found[point]["vae", phase].activation_bytes for point in SLICED])
-        entry["sliced_bytes"] = sliced
-        entry["tiling_bytes"] = _solve_tiling(entry, [found[point]["vae", phase].activation_bytes for point in TILED],
-                                              doubled=guided and phase == "prepare")  # fmt: skip
+        calibrated[name][phase] = _solve_work([found[point][name, phase] for point in PLAIN])
+    for phase, entry in calibrated[vae].items():
+        sliced, tiled = ([found[point][vae, phase].activation_bytes for point in points] for points in (SLICED, TILED))
+        entry["sliced_bytes"] = _solve(SLICED, sliced)
+        entry["tiling_bytes"] = _solve_tiling(entry, tiled, doubled=guided and phase == "prepare")
     return calibrated
+
+
+def _solve_work(measured: Sequence[Measurement]) -> dict[str, Any]:
+    """Solve what was measured at PLAIN of one component in one phase."""
+    work = {
+        key: _solve(PLAIN, [getattr(one.work, key) for one in measured])
+        for key in ("flops", "product_bytes", "other_bytes")
+    }
+    activations = _solve(PLAIN, [one.activation_bytes for one in measured])
+    return {"activation_bytes": activations, "operations": measured[0].work.operations, **work}
 
 
 def _solve(points: Sequence[Point], values: Sequence[int]) -> list[float]:
@@ -104,16 +106,14 @@ def shipped(checkpoint: Checkpoint, known: set[str]) -> dict[str, Any]:
         for name in checkpoint.components
         if checkpoint.needs_key(name) not in known
     }
+    names = checkpoint.pipeline.names
     for form in FORMATS:
         for key, guided in GUIDANCE.items():
-            for name, phases in calibrate(checkpoint, dict.fromkeys(COMPONENTS, form), guided).items():
-                for phase, entry in phases.items() if name in entries and _differs(name, form) else ():
+            for name, phases in calibrate(checkpoint, dict.fromkeys(names, form), guided).items():
+                differs = form.quantization is None or not checkpoint.pipeline.by_name[name].unquantized
+                for phase, entry in phases.items() if name in entries and differs else ():
                     entries[name]["needs"].setdefault(phase, {}).setdefault(str(form), {})[key] = entry
     return entries
-
-
-def _differs(name: Component, form: Format) -> bool:
-    return name != "vae" or form.quantization is None
 
 
 def main() -> None:

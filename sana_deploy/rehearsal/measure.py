@@ -1,8 +1,8 @@
 """Measures what components need by rehearsing them: every component on a virtual GPU of its own, in shapes.
 
 One pipeline is laid out from configs alone and run at a few points (image size, batch, the VAE's mode); the ledger
-tells each component's activation peak and work per phase. What waits on the transformer's GPU (prompt embeddings, the
-control image, residuals) counts as the transformer's, and so does the pipeline's own arithmetic between components.
+tells each component's activation peak and work per phase. What waits on the denoiser's GPU (prompt embeddings, the
+control image, residuals) counts as the denoiser's, and so does the pipeline's own arithmetic between components.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import SanaControlNetPipeline
 
 from .._units import GIB
 from ..declare.formats import Format
-from ..declare.pipelines import COMPONENTS, PHASES, Component, Phase
+from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
 from ..declare.workload import Request, Workload
 from ..facts.checkpoint import Checkpoint
 from ..facts.component import ComponentFacts
@@ -27,12 +27,11 @@ from ..run.generate import run_request
 from .host import VirtualHost
 from .ledger import Ledger, Tally
 from .meta_modules import stand_in
-from .rehearse import LedgerClock
+from .rehearse import SHAPE_STEPS, LedgerClock
+from .virtual_tensor import DEVICE_TYPE
 
 ENDLESS = 1 << 22
 """Memory of the virtual GPUs, in GiB."""
-STEPS = 2
-"""Denoising steps of a run: from the second on, every step is like the last."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,21 @@ class Profiler:
     """
 
     def __init__(self, checkpoint: Checkpoint, formats: Mapping[Component, Format], vae_only: bool = False) -> None:
-        self.host = VirtualHost([ENDLESS * GIB] * len(COMPONENTS), "shapes")
+        self.description = checkpoint.pipeline
+        names = self.description.names
+        self.host = VirtualHost([ENDLESS * GIB] * len(names), "shapes")
+        devices = {name: torch.device(DEVICE_TYPE, index) for index, name in enumerate(names)}
         parts: dict[str, Any] = {}
-        for index, name in enumerate(COMPONENTS):
+        for name, device in devices.items():
             facts = checkpoint.components[name]
             module = stand_in(_single_layer(facts) if vae_only else facts, formats[name])
-            parts[name] = self.host.place_module(module, name, torch.device("vgpu", index))
-        self.pipeline = SanaControlNetPipeline(**parts, **self.host.load_helpers(checkpoint))
-        border = Border(home=torch.device("vgpu", COMPONENTS.index("transformer")))
-        for index, name in enumerate(COMPONENTS):
-            attach(parts[name], name, torch.device("vgpu", index), border)
-        self.pipeline.hf_device_map = {name: f"vgpu:{index}" for index, name in enumerate(COMPONENTS)}
+            parts[name] = self.host.place_module(module, name, device)
+        pipeline_class = getattr(diffusers, self.description.class_name)
+        self.pipeline = pipeline_class(**parts, **self.host.load_helpers(checkpoint))
+        border = Border(home=devices[self.description.denoiser], pipeline=self.description, host=self.host)
+        for name, device in devices.items():
+            attach(parts[name], name, device, border)
+        self.pipeline.hf_device_map = {name: str(device) for name, device in devices.items()}
         border.observers.append(LedgerClock(self.host.ledger, border.pipeline))
 
     def run(self, point: Point, guided: bool) -> Measurements:
@@ -96,16 +99,16 @@ class Profiler:
         ledger.phase_peaks.clear()
         ledger.work.clear()
         workload = Workload(
-            height=point.side, width=point.width or point.side, batch=point.batch, steps=STEPS, guided=guided
+            height=point.side, width=point.width or point.side, batch=point.batch, steps=SHAPE_STEPS, guided=guided
         )
         request = Request(prompt="a small lighthouse", guidance_scale=4.5 if guided else 1.0)
         with self._mode(point.mode), self.host:
             run_request(self.pipeline, workload, request)
-        return {key: value for key, value in _collect(ledger) if value.activation_bytes}
+        return {key: value for key, value in _collect(ledger, self.description) if value.activation_bytes}
 
     @contextmanager
     def _mode(self, mode: VaeMode) -> Iterator[None]:
-        vae = self.pipeline.vae
+        vae = getattr(self.pipeline, self.description.of("vae"))
         if mode.sliced:
             vae.enable_slicing()
         if mode.tiled:
@@ -127,15 +130,15 @@ def _single_layer(facts: ComponentFacts) -> ComponentFacts:
     return replace(facts, config=config)
 
 
-def _collect(ledger: Ledger) -> Iterator[tuple[tuple[Component, Phase], Measurement]]:
+def _collect(ledger: Ledger, pipeline: PipelineDescription) -> Iterator[tuple[tuple[Component, Phase], Measurement]]:
     for (index, phase), peak in ledger.phase_peaks.items():
         if phase not in PHASES:
             continue
-        name = COMPONENTS[index]
+        name = pipeline.names[index]
         work = [ledger.work.get((phase, name), Tally())]
-        if name == "transformer":
+        if name == pipeline.denoiser:
             work.append(ledger.work.get((phase, "pipeline"), Tally()))
-        steps = STEPS if phase == "denoise" else 1
+        steps = SHAPE_STEPS if phase == "denoise" else 1
         yield (name, phase), Measurement(peak.activation_bytes, _per_step(work, steps))
 
 

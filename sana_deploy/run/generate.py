@@ -104,11 +104,8 @@ def generate(
     from .nan_guard import NumericsGuard
 
     border, state = border_of(pipeline), state or RequestState()
-    guard = NumericsGuard(border.pipeline, {name: _dtype_name(pipeline, name) for name in border.pipeline.names})
-    devices = [torch.device(place) for place in sorted(set(pipeline.hf_device_map.values()))]
-    clock = PhaseClock(border.pipeline, border.host, devices)
-    for device in devices:
-        border.host.reset_peak(device)
+    guard = NumericsGuard(border.pipeline, _dtypes(pipeline))
+    clock = _started_clock(pipeline)
     state.observers.append(clock)
     state.on_outputs.append(guard)
     started = time.perf_counter()
@@ -119,6 +116,15 @@ def generate(
         clock.switch(None)
     elapsed = time.perf_counter() - started
     return to_images(pipeline, pixels), _measured(clock, state, per_step, elapsed)
+
+
+def _started_clock(pipeline: DiffusionPipeline) -> PhaseClock:
+    """A clock for all devices of a placed pipeline; their peaks begin anew."""
+    border, places = border_of(pipeline), sorted(set(pipeline.hf_device_map.values()))
+    clock = PhaseClock(border.pipeline, border.host, [torch.device(place) for place in places])
+    for device in clock.devices:
+        clock.host.reset_peak(device)
+    return clock
 
 
 def _also(first: Callable[[], None], on_step: StepDone | None) -> StepDone:
@@ -190,8 +196,7 @@ def to_images(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> list[Image]:
     Raises:
         RunError: one of them holds NaN or is one flat colour.
     """
-    description = border_of(pipeline).pipeline
-    _check_pixels(pixels, description, {name: _dtype_name(pipeline, name) for name in description.names})
+    _check_pixels(pixels, border_of(pipeline).pipeline, _dtypes(pipeline))
     images: list[Image] = pipeline.image_processor.numpy_to_pil(pipeline.image_processor.pt_to_numpy(pixels))
     return images
 
@@ -253,8 +258,10 @@ def host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _dtype_name(pipeline: DiffusionPipeline, name: Component) -> str:
-    return str(getattr(pipeline, name).dtype).removeprefix("torch.")
+def _dtypes(pipeline: DiffusionPipeline) -> dict[Component, str]:
+    """What each component computes in."""
+    names = border_of(pipeline).pipeline.names
+    return {name: str(getattr(pipeline, name).dtype).removeprefix("torch.") for name in names}
 
 
 def _check_pixels(pixels: torch.Tensor, description: PipelineDescription, dtypes: dict[Component, str]) -> None:

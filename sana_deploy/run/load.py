@@ -47,8 +47,8 @@ def load_pipeline(
     }
     notes: list[str] = []
     modules = host.load_components(requests, progress, notes)
-    made = getattr(diffusers, resolved.plan.pipeline.class_name)
-    pipeline = made(**modules, **host.load_helpers(checkpoint))
+    pipeline_class = getattr(diffusers, resolved.plan.pipeline.class_name)
+    pipeline = pipeline_class(**modules, **host.load_helpers(checkpoint))
     bind(pipeline, resolved, host).notes += notes
     return pipeline
 

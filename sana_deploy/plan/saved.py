@@ -1,0 +1,61 @@
+"""A saved plan that is applied with another request: what a request may change, and what would plan anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..declare.spec import DeploySpec
+from ..declare.workload import DeclaredWorkload
+from ..errors import UsageError
+from .artifact import Plan
+
+_REQUEST = ("prompt", "prompt_file", "negative_prompt", "seed", "control_image", "control_fit", "conditioning_scale")
+"""Keys of the workload that a saved plan leaves open; `_keeps_plan` names those that it bounds."""
+
+
+def _keeps_plan(name: str, given: DeclaredWorkload, planned: DeclaredWorkload) -> bool:
+    """Whether a key of the request leaves bytes and places as planned: fewer steps, another value of guidance."""
+    if name == "steps":
+        return given.steps <= planned.steps
+    return name in _REQUEST or (name == "guidance_scale" and given.guided == planned.guided)
+
+
+def saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, DeploySpec]:
+    """Return the saved plan, and its declaration with what was given of the request.
+
+    Raises:
+        UsageError: an override would plan anew; all of them are named.
+    """
+    assert spec.plan_file is not None
+    plan = Plan.load(spec.plan_file)
+    given: dict[str, Any] = {}
+    clashing = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        group, _, name = key.partition(".")
+        if group == "workload" and _keeps_plan(name, spec.workload, plan.spec.workload):
+            name = "prompt" if name == "prompt_file" else name  # a file is read when the declaration is composed
+            given[name] = getattr(spec.workload, name)
+        elif group.partition("@")[0] in ("model", "hardware", "precision", "machine", "workload"):
+            clashing.append(override)
+    if clashing:
+        bounds = plan.spec.workload
+        guided = "above 1" if bounds.guided else "up to 1"
+        raise UsageError(
+            f"plan_file applies a saved plan exactly; {', '.join(clashing)} would change it",
+            where="plan_file",
+            hint=f"leave them out, or compile a new plan without plan_file; this one leaves {', '.join(_REQUEST)}, "
+            f"workload.steps up to {bounds.steps} and workload.guidance_scale {guided} open",
+        )
+    planned = plan.spec
+    workload = planned.workload.model_copy(update=given)
+    return plan, spec.model_copy(
+        update={
+            "workload": workload,
+            "model": planned.model,
+            "hardware": planned.hardware,
+            "precision": planned.precision,
+            "machine": planned.machine,
+        }
+    )
