@@ -16,7 +16,7 @@ from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.plan import needs
-from sana_deploy.rehearsal import calibrate as fit
+from sana_deploy.rehearsal import calibrate
 
 
 @dataclass
@@ -54,7 +54,7 @@ def test_it_is_measured_once_and_the_plan_holds(measured: Measured, monkeypatch:
     assert measured.told[-1][0] == measured.told[-1][1] > 5
     for gpu in rehearse(plan, "shapes").report.gpus:
         assert abs(gpu.planned_error) < 0.03
-    monkeypatch.setattr(fit, "fit", None)  # a second measurement would fail
+    monkeypatch.setattr(calibrate, "calibrate", None)  # a second measurement would fail
     assert compile_spec(measured.spec) == plan
     needs._read.cache_clear()
     assert compile_spec(measured.spec) == plan
