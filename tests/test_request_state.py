@@ -24,7 +24,7 @@ from sana_deploy.declare.workload import Request, Workload
 from sana_deploy.errors import RunError
 from sana_deploy.run.border import Border, attach
 from sana_deploy.run.generate import run_request
-from sana_deploy.run.request_state import MOST_REMARKS, RequestState
+from sana_deploy.run.request_state import MOST_REMARKS, OnInputs, RequestState
 
 META = torch.device("meta")
 LARGE, LITTLE = 2048, 64
@@ -179,8 +179,12 @@ def test_what_listens_to_one_call_hears_nothing_of_others() -> None:
     turns = Turns(["one", "two"] * 4)
     pipeline, states = Pipeline(turns), {"one": RequestState(), "two": RequestState()}
     heard: dict[str, list[Any]] = {"one": [], "two": []}
+
+    def listener(name: str) -> OnInputs:
+        return lambda component, method, args, kwargs: heard[name].append(args[0].numel())
+
     for name, state in states.items():
-        state.on_inputs.append(lambda component, method, args, kwargs, name=name: heard[name].append(args[0].numel()))
+        state.on_inputs.append(listener(name))
     turns.run({"one": pipeline.work(64, states["one"]), "two": pipeline.work(96, states["two"])})
     assert heard == {"one": [64, 64, 2], "two": [96, 96, 3]}
 

@@ -17,7 +17,7 @@ from sana_deploy import compile_plan
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.texts import as_typed, command_texts, literal
 from sana_deploy.errors import InputError, InvalidSpecError, UsageError
-from sana_deploy.stages import _saved_plan
+from sana_deploy.plan.saved import saved_plan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ORDINARY = [
@@ -138,7 +138,7 @@ def test_a_saved_plan_takes_a_prompt_from_a_file(tmp_path: Path) -> None:
         f"plan_file={Path(__file__).parent / 'plans' / '1.2.json'}",
         f"workload.prompt_file={tmp_path}/prompt.txt",
     ]
-    assert _saved_plan(compose_spec(overrides), overrides)[1].workload.prompt == "a fox, red"
+    assert saved_plan(compose_spec(overrides), overrides)[1].workload.prompt == "a fox, red"
 
 
 @pytest.mark.parametrize(
