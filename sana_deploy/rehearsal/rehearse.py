@@ -83,9 +83,9 @@ class LedgerClock:
     def __init__(self, ledger: Ledger, pipeline: PipelineDescription) -> None:
         self.ledger, self.pipeline = ledger, pipeline
 
-    def __call__(self, event: Event, place: str) -> None:
+    def __call__(self, event: Event, call: str) -> None:
         if event == "enter":
-            self.ledger.enter(self.pipeline.phase_of[place], place.partition(".")[0])
+            self.ledger.enter(self.pipeline.phase_of[call], call.partition(".")[0])
         else:
             self.ledger.leave()
 

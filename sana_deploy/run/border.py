@@ -96,9 +96,9 @@ class Border(Listeners):
             on_outputs(name, method, output)
         self._notify("leave", f"{name}.{method}")
 
-    def _notify(self, event: Event, place: str) -> None:
+    def _notify(self, event: Event, call: str) -> None:
         for observer in (*self.observers, *self.state.observers):
-            observer(event, place)
+            observer(event, call)
 
 
 class BorderHook(ModelHook):  # type: ignore[misc]
@@ -122,7 +122,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         if not args and not kwargs:
             return args, kwargs
         self.border.enter(self.name, "forward")
-        self._check_place(module)
+        self._check_device(module)
         names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
         args, kwargs = self._pull(args, names), self._pull(kwargs)
         self.border.ready(self.name, "forward", args, kwargs)
@@ -157,7 +157,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         @functools.wraps(inner)
         def outer(*args: Any, **kwargs: Any) -> Any:
             self.border.enter(self.name, method)
-            self._check_place(module)
+            self._check_device(module)
             copies = self._copies(method, args)
             if copies:
                 args = (copies.distinct(args[0]), *args[1:])
@@ -186,7 +186,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
     def _release(self) -> None:
         self.border.host.release_cached(self.device)
 
-    def _check_place(self, module: nn.Module) -> None:
+    def _check_device(self, module: nn.Module) -> None:
         """Refuse to work with weights that were moved since: inputs go to the device that the plan says.
 
         Raises:

@@ -43,8 +43,8 @@ class PhaseClock:
     current: Phase | None = None
     since: float = 0.0
 
-    def __call__(self, event: Event, place: str) -> None:
-        phase = self.pipeline.phase_of.get(place)
+    def __call__(self, event: Event, call: str) -> None:
+        phase = self.pipeline.phase_of.get(call)
         if event == "enter" and phase and phase != self.current:
             self.switch(phase)
 
@@ -67,8 +67,8 @@ class StepTraffic:
     before: Counter[Movement] | None = None
     per_step: Counter[Movement] = field(default_factory=Counter)
 
-    def __call__(self, event: Event, place: str) -> None:
-        if self.before is None and self.pipeline.phase_of.get(place) == "denoise":
+    def __call__(self, event: Event, call: str) -> None:
+        if self.before is None and self.pipeline.phase_of.get(call) == "denoise":
             self.before = Counter(self.traffic.moved)
 
     def step_done(self) -> None:
@@ -120,8 +120,8 @@ def generate(
 
 def _started_clock(pipeline: DiffusionPipeline) -> PhaseClock:
     """A clock for all devices of a placed pipeline; their peaks begin anew."""
-    border, places = border_of(pipeline), sorted(set(pipeline.hf_device_map.values()))
-    clock = PhaseClock(border.pipeline, border.host, [torch.device(place) for place in places])
+    border, names = border_of(pipeline), sorted(set(pipeline.hf_device_map.values()))
+    clock = PhaseClock(border.pipeline, border.host, [torch.device(name) for name in names])
     for device in clock.devices:
         clock.host.reset_peak(device)
     return clock

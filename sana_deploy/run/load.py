@@ -12,7 +12,7 @@ from ..plan.artifact import Plan
 from ..plan.bind import ResolvedPlan
 from ..plan.identity import check_checkpoint
 from .host import Host, PresentHost
-from .place import bind, resolved_plan, waiting_place
+from .place import bind, resolved_plan, waiting_device
 from .weights import LoadRequest, Progress
 
 
@@ -41,7 +41,7 @@ def load_pipeline(
     _check_same(resolved.plan, checkpoint)
     requests = {
         name: LoadRequest(
-            checkpoint.components[name], resolved.plan.components[name].format, waiting_place(resolved, name)
+            checkpoint.components[name], resolved.plan.components[name].format, waiting_device(resolved, name)
         )
         for name in resolved.plan.pipeline.names
     }

@@ -77,7 +77,7 @@ def place(pipeline: DiffusionPipeline, plan: Plan | ResolvedPlan | None = None) 
             cast_module(module, getattr(torch, form.dtype))
             if form.quantization:
                 quantize_linears(module, form.quantization)
-            module.to(device=waiting_place(resolved, name))
+            module.to(device=waiting_device(resolved, name))
     except torch.OutOfMemoryError as problem:
         for moved, device in origins.items():
             getattr(pipeline, moved).to(device)
@@ -146,7 +146,7 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
     """Hook a pipeline whose components are where the plan wants them, and turn its knobs on.
 
     Args:
-        pipeline: with every component at its `waiting_place`.
+        pipeline: with every component at its `waiting_device`.
         resolved: the plan.
         host: whose devices they are.
 
@@ -166,7 +166,7 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
         },
     )
     for name in plan.pipeline.names:
-        offloaded = waiting_place(resolved, name) != resolved.device_map[name]
+        offloaded = waiting_device(resolved, name) != resolved.device_map[name]
         attach(getattr(pipeline, name), name, torch.device(resolved.device_map[name]), border, offloaded)
     _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
     if "encode_once" in plan.knobs:
@@ -216,7 +216,7 @@ def _cast_prompt_once(pipeline: DiffusionPipeline, controlnet: Component, border
     border.restore.append(lambda: pipeline.__dict__.pop("encode_prompt", None))
 
 
-def waiting_place(resolved: ResolvedPlan, name: Component) -> str:
+def waiting_device(resolved: ResolvedPlan, name: Component) -> str:
     """The device where a component's weights are between its turns: its own, or the CPU if it is offloaded."""
     plan = resolved.plan
     offloaded = "text_encoder_offload" in plan.knobs and name == plan.pipeline.of("text_encoder")
