@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from .errors import InvalidSpecError
@@ -31,14 +32,14 @@ def fullness(peak_bytes: int, free_bytes: int, total_bytes: int) -> float:
     return (total_bytes - free_bytes + peak_bytes) / max(total_bytes, 1)
 
 
-def parse_bytes(text: str, where: str) -> int:
+def parse_bytes(text: str, where: str = "") -> int:
     """Read `8GiB` or `500 MB` as bytes; binary and decimal units mean what they say.
 
     Raises:
         InvalidSpecError: no number with a unit, or a negative one.
     """
     match = SIZE.fullmatch(text.strip())
-    if not match:
+    if not match or math.isinf(float(match.group(1))):
         raise InvalidSpecError(f"{text!r} is no size in bytes", where=where, hint="write it like 8GiB or 500MiB")
     size = int(float(match.group(1)) * _UNITS[match.group(2).lower()])
     if size < 0:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from sana_deploy._units import GIB
 from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.spec import VirtualMachine
 from sana_deploy.errors import InvalidSpecError
 
 
@@ -69,3 +71,39 @@ def test_the_declaration_is_immutable() -> None:
 def test_yaml_11_words_are_not_taken_for_other_types() -> None:
     assert compose_spec(["workload.prompt='12:30:45'"]).workload.prompt == "12:30:45"
     assert compose_spec(["workload.negative_prompt='on'"]).workload.negative_prompt == "on"
+
+
+VIRTUAL = ("machine=virtual", "machine.gpus=2xt4")
+FORM = "write it like 8GiB or 500MiB"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where", "message", "hint"),
+    [
+        (["hardware.keep_free=much"], "hardware.keep_free", "'much' is no size in bytes", FORM),
+        (["hardware.keep_free='8'"], "hardware.keep_free", "'8' is no size in bytes", FORM),
+        (["hardware.keep_free=-1GiB"], "hardware.keep_free", "memory cannot be negative (got '-1GiB')", ""),
+        ([*VIRTUAL, "machine.memory='{a}'"], "machine.memory", "'{a}' is no size in bytes", FORM),
+        ([*VIRTUAL, "machine.used=much"], "machine.used", "'much' is no size in bytes", FORM),
+        ([*VIRTUAL, "machine.used=[1GiB,much]"], "machine.used", "'much' is no size in bytes", FORM),
+        ([*VIRTUAL, f"machine.used={'9' * 400}GiB"], "machine.used", f"'{'9' * 400}GiB' is no size in bytes", FORM),
+    ],
+)
+def test_a_size_is_checked_with_the_declaration(overrides: list[str], where: str, message: str, hint: str) -> None:
+    with pytest.raises(InvalidSpecError) as caught:
+        compose_spec(overrides)
+    assert caught.value.where == where
+    assert caught.value.message.startswith(message)
+    assert caught.value.hint.startswith(hint)
+    assert type(caught.value) is InvalidSpecError
+
+
+def test_a_size_stays_as_it_was_written_and_a_copy_has_its_own_bytes() -> None:
+    spec = compose_spec(["hardware.keep_free=0.5 GiB", *VIRTUAL, "machine.used=[1GiB,500MB]", "machine.memory=8GiB"])
+    assert spec.hardware.keep_free_bytes == GIB // 2
+    assert spec.hardware.model_copy(update={"keep_free": "2GiB"}).keep_free_bytes == 2 * GIB
+    assert isinstance(spec.machine, VirtualMachine)
+    assert (spec.machine.memory_bytes, spec.machine.used_bytes) == (8 * GIB, [GIB, 500_000_000])
+    values = spec.model_dump(mode="json")
+    assert (values["hardware"]["keep_free"], values["machine"]["used"]) == ("0.5 GiB", ["1GiB", "500MB"])
+    assert compose_spec(["hardware=custom_map"]).hardware.keep_free_bytes == 0

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InvalidSpecError, did_you_mean
+from . import sizes
 from .keys import nearest_key
 from .knobs import KNOBS
 
@@ -37,6 +38,8 @@ def first_error(problem: ValidationError) -> InvalidSpecError:
             hint=did_you_mean(str(value), allowed),
             value=value,
         )
+    if error["type"] == sizes.ERROR:
+        return InvalidSpecError(context["message"], where=where, hint=context["hint"])
     message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     shown = "" if isinstance(value, Mapping) else f" (got {value!r})"
     return InvalidSpecError(message + shown, where=where, hint=_form(where, value, context), value=value)

@@ -18,10 +18,12 @@ from pydantic import (
 )
 
 from .._models import Declared
+from .._units import parse_bytes
 from .explain import first_error
 from .formats import Dtype, Format, Quantization
 from .knobs import KNOBS, Knob, MapKnob, clash, ordered
 from .pipelines import DEFAULT, Component, PipelineDescription
+from .sizes import Size, Sizes
 from .workload import DeclaredWorkload, Side
 
 Stage = Literal["compile", "resolve", "apply", "generate"]
@@ -91,6 +93,11 @@ class Placed(Declared):
     on_decode_oom: OnDecodeOom = "tile"
     force: bool = False
 
+    @property
+    def keep_free_bytes(self) -> int:
+        """What stays free on every GPU for others, in bytes; a map of the user's own keeps nothing."""
+        return 0
+
 
 class Planned(Placed):
     """What strategies share that choose places themselves.
@@ -105,10 +112,15 @@ class Planned(Placed):
     """
 
     use: Annotated[list[GpuIndex], Field(min_length=1)] | None = None
-    keep_free: str = "0GiB"
+    keep_free: Size = "0GiB"
     on_shortfall: Literal["cpu", "error"] = "cpu"
     allow: list[Knob] = [name for name, knob in KNOBS.items() if not knob.asked]
     objective: Literal["balance", "latency", "fit"] = "balance"
+
+    @property
+    def keep_free_bytes(self) -> int:
+        """`keep_free` in bytes. Not cached: a copy with another `keep_free` would keep the old value."""
+        return parse_bytes(self.keep_free)
 
 
 class SingleGpu(Planned):
@@ -209,9 +221,21 @@ class VirtualMachine(Declared):
 
     kind: Literal["virtual"]
     gpus: str | list[str]
-    memory: str | None = None
-    used: str | list[str] | None = None
+    memory: Size | None = None
+    used: Sizes | None = None
     fidelity: Literal["auto", Fidelity] = "auto"
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes; None where each GPU has its own."""
+        return None if self.memory is None else parse_bytes(self.memory)
+
+    @property
+    def used_bytes(self) -> int | list[int]:
+        """`used` in bytes."""
+        if isinstance(self.used, list):
+            return [parse_bytes(text) for text in self.used]
+        return 0 if self.used is None else parse_bytes(self.used)
 
 
 class Resolve(Declared):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from dataclasses import replace
 
 from .._units import MIB, SIZE, human_bytes, parse_bytes
 from ..declare.spec import VirtualMachine
@@ -29,8 +29,10 @@ def describe_machine(spec: VirtualMachine) -> Machine:
             where="machine.gpus",
             hint="machine.gpus=2xt4; machine=present plans for this host, GPUs or none",
         )
-    used = _per_gpu(spec.used, len(rows), "machine.used")
-    given = None if spec.memory is None else _memory(spec.memory, "machine.memory")
+    used = _per_gpu(spec.used_bytes, len(rows))
+    given = spec.memory_bytes
+    if given is not None:
+        _check_memory(given, str(spec.memory), "machine.memory")
     gpus = []
     for index, (row, taken) in enumerate(zip(rows, used, strict=True)):
         total = row.memory_mib * MIB if given is None else given
@@ -56,8 +58,9 @@ def _rows(word: str) -> list[KnownGpu]:
     if count > MOST_GPUS:
         raise InvalidSpecError(f"a virtual machine has 1 to {MOST_GPUS} GPUs (got {count})", where="machine.gpus")
     if SIZE.fullmatch(name):
-        size = _memory(name, "machine.gpus")
-        return [KnownGpu(f"GPU {name}", size // MIB, *list(vars(_PLAIN).values())[2:])] * count
+        size = parse_bytes(name, "machine.gpus")
+        _check_memory(size, name, "machine.gpus")
+        return [replace(_PLAIN, name=f"GPU {name}", memory_mib=size // MIB)] * count
     return [_row(name)] * count
 
 
@@ -83,17 +86,15 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]|nvidia|geforce|tesla", "", name.lower())
 
 
-def _memory(text: str, where: str) -> int:
-    size = parse_bytes(text, where)
+def _check_memory(size: int, text: str, where: str) -> None:
     if size < MIB:
         raise InvalidSpecError(f"a GPU has memory (got {text!r})", where=where, hint="write it like 8GiB or 500MiB")
-    return size
 
 
-def _per_gpu(value: str | list[str] | None, count: int, where: str) -> Sequence[int]:
-    if value is None:
-        return [0] * count
-    sizes = [parse_bytes(text, where) for text in ([value] * count if isinstance(value, str) else value)]
+def _per_gpu(sizes: int | list[int], count: int) -> list[int]:
+    """One size for each of `count` GPUs."""
+    if isinstance(sizes, int):
+        return [sizes] * count
     if len(sizes) != count:
-        raise InvalidSpecError(f"{len(sizes)} sizes for {count} GPUs", where=where)
+        raise InvalidSpecError(f"{len(sizes)} sizes for {count} GPUs", where="machine.used")
     return sizes

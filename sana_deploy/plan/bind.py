@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .._models import Diagnostic
-from .._units import human_bytes, parse_bytes
+from .._units import human_bytes
 from ..declare.pipelines import Component
 from ..declare.spec import CustomMap, VirtualMachine
 from ..errors import InfeasibleError, InvalidSpecError, PlanError
@@ -177,13 +177,10 @@ def _on_cpu(plan: Plan, machine: Machine, allowed: Sequence[str]) -> ResolvedPla
 
 def _lacks(slot: Slot, plan: Plan, gpu: Gpu) -> str:
     hardware = plan.spec.hardware
-    try:
-        kept = 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")
-    except InvalidSpecError as problem:
-        raise PlanError(f"the plan's declaration is not valid: {problem}", where="plan_file") from problem
+    needed = slot.peak_bytes + hardware.keep_free_bytes
     forced = isinstance(hardware, CustomMap) and hardware.force
-    if gpu.free_bytes < slot.peak_bytes + kept and not forced:
-        return f"it needs {human_bytes(slot.peak_bytes + kept)}"
+    if gpu.free_bytes < needed and not forced:
+        return f"it needs {human_bytes(needed)}"
     for name, part in plan.components.items():
         emulated = not plan.spec.precision.allow_emulated and not is_native(part.dtype, gpu)
         if part.slot == slot.index and emulated:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from .._models import Diagnostic
-from .._units import human_bytes, parse_bytes
+from .._units import human_bytes
 from ..declare.policies import fragile_components, overflowing_components
 from ..declare.spec import CustomMap, DeploySpec, MultiGpuBalanced, Overrides, Planned, SingleGpu, VirtualMachine
 from ..errors import InfeasibleError
@@ -94,10 +94,9 @@ def _usable(spec: DeploySpec, machine: Machine) -> tuple[Gpu, ...]:
 
 def _offered(spec: DeploySpec, machine: Machine) -> Machine:
     """The part of `machine` that the planner may take: `hardware.use` and `hardware.keep_free`."""
-    hardware = spec.hardware
-    if isinstance(hardware, CustomMap):
+    if isinstance(spec.hardware, CustomMap):
         return machine
-    kept = parse_bytes(hardware.keep_free, "hardware.keep_free")
+    kept = spec.hardware.keep_free_bytes
     gpus = tuple(replace(gpu, free_bytes=max(0, gpu.free_bytes - kept)) for gpu in _usable(spec, machine))
     return replace(machine, gpus=gpus)
 

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import get_args
 
-from .._units import MIB, human_bytes, parse_bytes
+from .._units import MIB, human_bytes
 from ..declare.formats import Quantization
 from ..declare.knobs import KNOBS, Knob, ordered
 from ..declare.pipelines import Component
@@ -60,7 +60,6 @@ def _first(changes: Iterator[Change], checkpoint: Checkpoint, machine: Machine, 
 def _less_kept_free(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, fits: Fits) -> str:
     """The most that can be kept free on every GPU, in steps of 256 MiB, where less than what was asked for fits."""
     hardware = spec.hardware
-    kept = 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")
 
     def words(step: int) -> str:
         return f"{step * 256}MiB" if step % 4 else f"{step // 4}GiB"
@@ -68,7 +67,7 @@ def _less_kept_free(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, 
     def freed(step: int) -> DeploySpec:
         return spec.model_copy(update={"hardware": hardware.model_copy(update={"keep_free": words(step)})})
 
-    steps = range(-(-kept // (256 * MIB)))
+    steps = range(-(-hardware.keep_free_bytes // (256 * MIB)))
     fitting = bisect.bisect_left(steps, True, key=lambda step: not fits(freed(step), checkpoint, machine))
     return f"hardware.keep_free={words(fitting - 1)}" if fitting else ""
 

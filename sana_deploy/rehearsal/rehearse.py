@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
-from .._units import MIB, human_bytes, parse_bytes
+from .._units import MIB, human_bytes
 from ..declare.pipelines import PipelineDescription
-from ..declare.spec import CustomMap, Fidelity, Hardware, VirtualMachine
+from ..declare.spec import Fidelity, VirtualMachine
 from ..errors import InfeasibleError
 from ..facts.allocator import context_bytes
 from ..plan.artifact import Plan, Slot
@@ -219,10 +219,5 @@ def _gpu(index: int, resolved: ResolvedPlan, ledger: Ledger) -> RehearsedGpu:
         planned_error=round(planned / max(peak.total_bytes, 1) - 1, 4),
         phase_peaks={phase: p.total_bytes for (i, phase), p in ledger.phase_peaks.items() if i == index},
         phase_activations={phase: p.activation_bytes for (i, phase), p in ledger.phase_peaks.items() if i == index},
-        others_bytes=gpu.total_bytes - gpu.free_bytes + _kept_free(resolved.plan.spec.hardware),
+        others_bytes=gpu.total_bytes - gpu.free_bytes + resolved.plan.spec.hardware.keep_free_bytes,
     )
-
-
-def _kept_free(hardware: Hardware) -> int:
-    """What the declaration keeps free on every GPU, in bytes; a map of the user's own keeps nothing."""
-    return 0 if isinstance(hardware, CustomMap) else parse_bytes(hardware.keep_free, "hardware.keep_free")
