@@ -11,7 +11,7 @@ import pytest
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.machine import Machine
 from sana_deploy.run import gpu_locks as claims
-from sana_deploy.run.gpu_locks import claimed, gpus_wanted
+from sana_deploy.run.gpu_locks import claimed
 
 Small = Callable[..., DeploySpec]
 Describe = Callable[..., Machine]
@@ -31,7 +31,7 @@ MAP = "hardware.device_map={text_encoder: 0, vae: cpu, transformer: 2, controlne
 def test_it_wants_the_gpus_that_it_may_take(
     small: Small, machine: Describe, overrides: list[str], wanted: list[int]
 ) -> None:
-    assert [gpu.index for gpu in gpus_wanted(small(*overrides), machine(8, 8, 8))] == wanted
+    assert [gpu.index for gpu in machine(8, 8, 8).named(small(*overrides).hardware.gpu_indices)] == wanted
 
 
 def holds_up(holder: DeploySpec, other: DeploySpec) -> bool:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sana_deploy._units import GIB
-from sana_deploy.api import compile_spec
+from sana_deploy.api import compile_plan, compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.pipelines import SANA_CONTROLNET
 from sana_deploy.declare.policies import dtypes_of
@@ -206,3 +206,10 @@ def test_an_audit_that_does_not_fit_says_so(small: Small, machine: Describe) -> 
     spec = small("model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024", "precision.audit=true")
     with pytest.raises(InfeasibleError, match="an audit runs the request in float32 too, and that does not fit"):
         in_float32(spec, lambda changed: compile_spec(changed, machine(8, 8)))
+
+
+def test_hints_speak_of_the_gpu_that_is_named() -> None:
+    box = ["machine=virtual", "machine.gpus=[t4,rtx4090]", "hardware=single_gpu", "precision=fp16"]
+    for gpu, policy in (("0", "mixed_fp32"), ("1", "mixed_bf16")):
+        (remark, *_) = compile_plan([*box, f"hardware.gpu={gpu}"]).diagnostics
+        assert remark.hint == f"precision={policy} keeps them out of float16"

@@ -12,14 +12,13 @@ from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ComposeError, InputError, InvalidSpecError, SanaDeployError, UsageError, did_you_mean
+from .explain import no_component
 from .keys import conf_dir as conf_dir
 from .keys import known_keys, nearest_key
 from .pipelines import COMPONENTS
-from .spec import DeploySpec
+from .spec import DeploySpec, component_mappings
 from .texts import as_typed, key_of, literal, prompt_of, quoted_hint
 
-_OF_COMPONENTS = ("hardware.device_map", "hardware.pin", "precision.components", "precision.quantization")
-"""Mappings with an entry per component."""
 _LOCK = threading.Lock()
 """Hydra's composition state is one global."""
 
@@ -100,8 +99,8 @@ def compose_error(problem: Exception) -> SanaDeployError:
         inner = re.search(rf"full_key: ({re.escape(key.group(1))}\.[\w.]+)", text)  # of a mapping given as a whole
         path = inner.group(1) if inner else key.group(1)
         parent, _, word = path.rpartition(".")
-        if parent in _OF_COMPONENTS and word not in COMPONENTS and known_keys().get(parent):
-            return InvalidSpecError(f"{word!r} is not a component", where=path, hint=did_you_mean(word, COMPONENTS))
+        if parent in component_mappings() and word not in COMPONENTS and known_keys().get(parent):
+            return no_component(path)
         return ComposeError("there is no such key", where=path, hint=nearest_key(path))
     option = re.search(r"Could not find '(\w+)/([\w.-]+)'", text)
     if option:

@@ -12,6 +12,7 @@ from ..errors import InvalidSpecError, did_you_mean
 from . import sizes
 from .keys import nearest_key
 from .knobs import KNOBS
+from .pipelines import COMPONENTS, DEFAULT
 
 _TAGS = {
     "tiny", "catalogue", "checkpoint", "single_gpu", "multi_gpu_balanced", "custom_map", "[key]", "int",
@@ -26,8 +27,7 @@ def first_error(problem: ValidationError) -> InvalidSpecError:
     where, value = ".".join(path), error.get("input")
     context = error.get("ctx", {})
     if error["loc"] and error["loc"][-1] == "[key]":
-        hint = did_you_mean(path[-1], _words(context["expected"]))
-        return InvalidSpecError(f"{path[-1]!r} is not a component", where=where, hint=hint, value=path[-1])
+        return no_component(where)
     if error["type"] == "extra_forbidden":
         return InvalidSpecError("this key is not known here", where=where, hint=nearest_key(where), value=value)
     if error["type"] == "literal_error":
@@ -43,6 +43,14 @@ def first_error(problem: ValidationError) -> InvalidSpecError:
     message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     shown = "" if isinstance(value, Mapping) else f" (got {value!r})"
     return InvalidSpecError(message + shown, where=where, hint=_form(where, value, context), value=value)
+
+
+def no_component(where: str) -> InvalidSpecError:
+    """Say that the last word of a key is no component."""
+    word = where.rpartition(".")[2]
+    return InvalidSpecError(
+        f"{word!r} is not a component", where=where, hint=did_you_mean(word, COMPONENTS), value=word
+    )
 
 
 def _words(expected: str) -> list[str]:
@@ -82,5 +90,5 @@ def _gpu_form(where: str, value: Any) -> str:
         return f"it is a list of GPU indices: hardware.use=[{number}]"
     other = "cpu" if where.startswith("hardware.device_map") else "null"
     if where in ("hardware.device_map", "hardware.pin"):
-        return f"it has a GPU index for each component: {where}.vae=0"
+        return f"it has a GPU index for each component: {where}.{DEFAULT.of('vae')}=0"
     return f"it is a GPU index, or {other}: {where}={number}"

@@ -7,7 +7,8 @@ Sizes are pixels, counts are counts, times are not declared here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     Field,
@@ -98,6 +99,11 @@ class Placed(Declared):
         """What stays free on every GPU for others, in bytes; a map of the user's own keeps nothing."""
         return 0
 
+    @property
+    def gpu_indices(self) -> frozenset[int] | None:
+        """GPUs that may be taken; None means all."""
+        return None
+
 
 class Planned(Placed):
     """What strategies share that choose places themselves.
@@ -122,12 +128,22 @@ class Planned(Placed):
         """`keep_free` in bytes. Not cached: a copy with another `keep_free` would keep the old value."""
         return parse_bytes(self.keep_free)
 
+    @property
+    def gpu_indices(self) -> frozenset[int] | None:
+        """Those of `use`."""
+        return None if self.use is None else frozenset(self.use)
+
 
 class SingleGpu(Planned):
     """All components on one GPU: the one named by `gpu`, or the best one that fits."""
 
     strategy: Literal["single_gpu"]
     gpu: GpuIndex | None = None
+
+    @property
+    def gpu_indices(self) -> frozenset[int] | None:
+        """Only the GPU that is named, else those of `use`."""
+        return super().gpu_indices if self.gpu is None else frozenset({self.gpu})
 
 
 class MultiGpuBalanced(Planned):
@@ -150,6 +166,11 @@ class CustomMap(Placed):
     strategy: Literal["custom_map"]
     knobs: list[MapKnob] = [name for name, knob in KNOBS.items() if knob.in_maps and knob.always]
     device_map: dict[Component, GpuIndex | Literal["cpu"]]
+
+    @property
+    def gpu_indices(self) -> frozenset[int] | None:
+        """Those of the map."""
+        return frozenset(place for place in self.device_map.values() if place != "cpu")
 
     @model_validator(mode="after")
     def _complete(self) -> CustomMap:
@@ -294,3 +315,15 @@ class DeploySpec(Declared):
             return cls.model_validate(values)
         except ValidationError as problem:
             raise first_error(problem) from None
+
+
+@cache
+def component_mappings() -> frozenset[str]:
+    """Keys that hold a value for each component, e.g. `precision.components`."""
+    return frozenset(
+        f"{group}.{name}"
+        for group, field in DeploySpec.model_fields.items()
+        for model in get_args(field.annotation) or (field.annotation,)
+        for name, inner in (getattr(model, "model_fields", None) or {}).items()
+        if get_origin(inner.annotation) is dict and get_args(inner.annotation)[0] is Component
+    )

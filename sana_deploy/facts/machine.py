@@ -12,7 +12,7 @@ import ctypes
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,10 @@ class Machine:
     kind: str
     gpus: tuple[Gpu, ...]
     host_bytes: int
+
+    def named(self, indices: Collection[int] | None) -> tuple[Gpu, ...]:
+        """Return the GPUs of `indices` that are here, in CUDA's order; all for None."""
+        return tuple(gpu for gpu in self.gpus if indices is None or gpu.index in indices)
 
     def inventory(self) -> str:
         """Return one line that names every GPU, for messages."""

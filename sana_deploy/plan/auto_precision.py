@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from .._models import Diagnostic
 from ..declare.formats import Dtype
@@ -10,7 +10,7 @@ from ..declare.pipelines import Component
 from ..declare.policies import dtypes_of
 from ..declare.spec import DeploySpec
 from ..facts.checkpoint import Checkpoint
-from ..facts.machine import Machine, is_native
+from ..facts.machine import Gpu, Machine, is_native
 from .remedies import Fits
 
 ORDER = ("mixed_bf16", "mixed_fp32", "bf16", "fp32")
@@ -22,19 +22,20 @@ def choose_precision(
 ) -> tuple[DeploySpec, Diagnostic]:
     """Return `spec` with a policy for `precision=auto`, its own entries in `components` kept, and the reason.
 
-    Without a GPU it is float32, the one dtype that CPUs compute natively. Where none fits, the first one that some GPU
-    computes natively is taken, so that the refusal speaks of memory.
+    Without a GPU that may be taken it is float32, the one dtype that CPUs compute natively. Where none fits, the first
+    one that some GPU computes natively is taken, so that the refusal speaks of memory.
     """
-    if not machine.gpus:
+    gpus = machine.named(spec.hardware.gpu_indices)
+    if not gpus:
         return _with(spec, "fp32"), _remark("fp32", "float32 is what CPUs compute natively")
     passed: list[str] = []
     for name, changed in _candidates(spec):
         if fits(changed, checkpoint, machine):
             reason = f"native here and it fits{'; ' if passed else ''}{'; '.join(passed)}"
             return changed, _remark(name, reason)
-        passed.append(f"{name}: {_why_not(changed.precision.components, machine)}")
+        passed.append(f"{name}: {_why_not(changed.precision.components, gpus)}")
     name, changed = next(
-        (one for one in _candidates(spec) if _native_somewhere(one[1], machine)), ("fp32", _with(spec, "fp32"))
+        (one for one in _candidates(spec) if _native_somewhere(one[1], gpus)), ("fp32", _with(spec, "fp32"))
     )
     return changed, _remark(name, f"none fits; {'; '.join(passed)}")
 
@@ -49,14 +50,14 @@ def _with(spec: DeploySpec, name: str) -> DeploySpec:
     return spec.model_copy(update={"precision": given.model_copy(update={"name": name, "components": components})})
 
 
-def _why_not(dtypes: Mapping[Component, Dtype], machine: Machine) -> str:
-    emulated = sorted({f"{dtype} is not native on {gpu.name}" for dtype in dtypes.values() for gpu in machine.gpus
+def _why_not(dtypes: Mapping[Component, Dtype], gpus: Iterable[Gpu]) -> str:
+    emulated = sorted({f"{dtype} is not native on {gpu.name}" for dtype in dtypes.values() for gpu in gpus
                        if not is_native(dtype, gpu)})  # fmt: skip
     return ", ".join(emulated) or "does not fit"
 
 
-def _native_somewhere(spec: DeploySpec, machine: Machine) -> bool:
-    return all(any(is_native(dtype, gpu) for gpu in machine.gpus) for dtype in spec.precision.components.values())
+def _native_somewhere(spec: DeploySpec, gpus: Collection[Gpu]) -> bool:
+    return all(any(is_native(dtype, gpu) for gpu in gpus) for dtype in spec.precision.components.values())
 
 
 def _remark(name: str, reason: str) -> Diagnostic:

@@ -13,7 +13,7 @@ from ..declare.spec import CustomMap, DeploySpec, MultiGpuBalanced, Overrides, P
 from ..errors import InfeasibleError
 from ..facts import machine as machines
 from ..facts.checkpoint import Checkpoint, open_checkpoint
-from ..facts.machine import Gpu, Machine, is_native
+from ..facts.machine import Machine, is_native
 from ..facts.virtual_machine import describe_machine
 from .artifact import Place, Plan
 from .assemble import assemble
@@ -46,7 +46,7 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     offered = _offered(spec, machine)
     diagnostics: list[Diagnostic] = []
     if spec.precision.name == "auto":
-        spec, reason = choose_precision(spec, checkpoint, replace(machine, gpus=_usable(spec, machine)), fits)
+        spec, reason = choose_precision(spec, checkpoint, machine, fits)
         diagnostics.append(reason)
     diagnostics += [
         *_precision_remarks(spec, machine),
@@ -83,21 +83,12 @@ def machine_of(spec: DeploySpec) -> Machine:
     return machines.probe()
 
 
-def _usable(spec: DeploySpec, machine: Machine) -> tuple[Gpu, ...]:
-    """The GPUs that the declaration leaves to choose from."""
-    hardware = spec.hardware
-    if isinstance(hardware, CustomMap):
-        named = {place for place in hardware.device_map.values() if place != "cpu"}
-        return tuple(gpu for gpu in machine.gpus if gpu.index in named)
-    return tuple(gpu for gpu in machine.gpus if hardware.use is None or gpu.index in hardware.use)
-
-
 def _offered(spec: DeploySpec, machine: Machine) -> Machine:
-    """The part of `machine` that the planner may take: `hardware.use` and `hardware.keep_free`."""
+    """The part of `machine` that the planner may take: its GPUs less `hardware.keep_free`."""
     if isinstance(spec.hardware, CustomMap):
         return machine
-    kept = spec.hardware.keep_free_bytes
-    gpus = tuple(replace(gpu, free_bytes=max(0, gpu.free_bytes - kept)) for gpu in _usable(spec, machine))
+    kept, usable = spec.hardware.keep_free_bytes, machine.named(spec.hardware.gpu_indices)
+    gpus = tuple(replace(gpu, free_bytes=max(0, gpu.free_bytes - kept)) for gpu in usable)
     return replace(machine, gpus=gpus)
 
 
@@ -179,7 +170,7 @@ def _overflow_remarks(spec: DeploySpec) -> list[Diagnostic]:
 
 def _has_bfloat16(spec: DeploySpec, machine: Machine) -> bool:
     """Whether every GPU that may be taken computes natively in bfloat16; a CPU emulates it."""
-    gpus = _usable(spec, machine)
+    gpus = machine.named(spec.hardware.gpu_indices)
     return bool(gpus) and all(is_native("bfloat16", gpu) for gpu in gpus)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from .._units import human_bytes
 from ..errors import SanaDeployError
-from .artifact import Place, Plan
+from .artifact import Plan
+from .records import place_words
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,8 @@ def _shown(one: Difference, value: Any) -> str:
     if one.kind == "cost":
         return human_bytes(value) if "bytes" in one.where else f"{value:.2f} s"
     if one.where.endswith(".slot"):
-        return _place(value)
+        return place_words(value)
     return str(value)
-
-
-def _place(place: Place) -> str:
-    return "CPU" if place == "cpu" else f"GPU {place}"
 
 
 def _change(one: Difference) -> str:

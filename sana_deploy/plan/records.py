@@ -12,6 +12,11 @@ from ..declare.pipelines import Component
 Place = int | Literal["cpu"]
 
 
+def place_words(place: Place) -> str:
+    """`GPU 1` or `CPU`."""
+    return "CPU" if place == "cpu" else f"GPU {place}"
+
+
 class FileContent(Record):
     """What one file holds: its size, a digest of samples of it, and of the whole file where that was asked for."""
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from .._units import GIB, human_bytes
 from ..plan.artifact import Place, Plan
+from ..plan.records import place_words
 from ..run.outcome import Rehearsal, RehearsedGpu
-from .wording import place_words, taken_words
+from .wording import taken_words
 
 LINE, GAP, LABEL, BOX = 760, 2, 80, 150
 """Width of a timeline, the gap between its bars, the widest label, and a place's width in the drawing of transfers."""

@@ -18,6 +18,7 @@ from .._version import __version__
 from ..declare.pipelines import COMPONENTS
 from ..declare.spec import VirtualMachine
 from ..plan.artifact import Place, Plan, Slot
+from ..plan.records import place_words
 from ..run.outcome import Outcome
 from .drawings import chart, flow, timeline
 from .wording import (
@@ -26,7 +27,6 @@ from .wording import (
     image_words,
     knob_sentence,
     knob_words,
-    place_words,
     rejection_words,
     taken_words,
 )

@@ -18,6 +18,7 @@ from typing import Any
 
 from .._files import write_text
 from .._units import fullness, human_bytes
+from ..declare.formats import Format
 from ..declare.pipelines import COMPONENTS
 from .jobs import Job, read_jobs
 
@@ -83,7 +84,11 @@ def _row(job: Job) -> dict[str, Any]:
         "psnr": audit.get("psnr"),
         "worst_error": max((border["relative_error"] for border in audit.get("borders", [])), default=None),
         "knobs": plan.get("knobs", []),
-        "dtypes": {name: _format(parts[name]) for name in COMPONENTS if name in parts},
+        "dtypes": {
+            name: str(Format(parts[name]["dtype"], parts[name].get("quantization")))
+            for name in COMPONENTS
+            if name in parts
+        },
         "device_map": outcome.get("device_map") or plan.get("device_map", {}),
         "workload": workload,
         "report": job.report,
@@ -93,10 +98,6 @@ def _row(job: Job) -> dict[str, Any]:
 
 def _fullness(slot: Mapping[str, Any]) -> float:
     return round(fullness(slot["peak_bytes"], slot["available_bytes"], slot["capacity_bytes"]), 6)
-
-
-def _format(part: Mapping[str, Any]) -> str:
-    return f"{part['dtype']} + {part['quantization']}" if part.get("quantization") else str(part["dtype"])
 
 
 def _workload(plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:

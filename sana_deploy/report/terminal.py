@@ -18,6 +18,7 @@ from .._units import human_bytes
 from ..errors import SanaDeployError
 from ..facts.machine import host_memory
 from ..plan.artifact import Place, Plan, Slot, Transfer
+from ..plan.records import place_words
 from ..run.outcome import Audit, Measured, Outcome, Rehearsal
 from .wording import (
     OTHERS_WORDS,
@@ -25,7 +26,6 @@ from .wording import (
     groups_words,
     image_words,
     knob_sentence,
-    place_words,
     rejection_words,
     taken_words,
 )

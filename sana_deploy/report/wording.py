@@ -14,11 +14,6 @@ OTHERS_WORDS = "for others (used, or kept free)"
 """What is drawn of a GPU that is not the plan's to take."""
 
 
-def place_words(place: Place) -> str:
-    """`GPU 1` or `CPU`."""
-    return "CPU" if place == "cpu" else f"GPU {place}"
-
-
 def groups_words(device_map: Mapping[Component, Place]) -> str:
     """Which components are together: `text_encoder | vae, transformer, controlnet`, by place."""
     places = sorted(set(device_map.values()), key=lambda place: -1 if place == "cpu" else place)

@@ -11,23 +11,10 @@ from collections.abc import Iterator
 from filelock import FileLock, Timeout
 
 from .._files import cache_root
-from ..declare.spec import CustomMap, DeploySpec, PresentMachine, SingleGpu
-from ..facts.machine import Gpu, Machine, probe
+from ..declare.spec import DeploySpec, PresentMachine
+from ..facts.machine import probe
 
 log = logging.getLogger(__name__)
-
-
-def gpus_wanted(spec: DeploySpec, machine: Machine) -> list[Gpu]:
-    """GPUs that a run of `spec` may take: those that its hardware names, else all; none if it stays on the CPU."""
-    hardware = spec.hardware
-    indices: set[int | str | None] = {gpu.index for gpu in machine.gpus}
-    if isinstance(hardware, CustomMap):
-        indices &= set(hardware.device_map.values())
-    elif isinstance(hardware, SingleGpu) and hardware.gpu is not None:
-        indices &= {hardware.gpu}
-    elif hardware.use is not None:
-        indices &= set(hardware.use)
-    return [gpu for gpu in machine.gpus if gpu.index in indices]
 
 
 @contextlib.contextmanager
@@ -38,7 +25,7 @@ def claimed(spec: DeploySpec) -> Iterator[None]:
     taken in one order everywhere, so that no two jobs wait for each other; the system drops them with their process.
     """
     works = isinstance(spec.machine, PresentMachine) and spec.until in ("apply", "generate")
-    gpus = gpus_wanted(spec, probe()) if works else []
+    gpus = probe().named(spec.hardware.gpu_indices) if works else ()
     with contextlib.ExitStack() as held:
         for gpu in sorted(gpus, key=lambda one: one.uuid or str(one.index)):
             folder = cache_root() / "locks"
