@@ -6,8 +6,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from sana_deploy.declare.compose import compose_spec, conf_dir
+from sana_deploy.declare.keys import known_keys
 from sana_deploy.declare.pipelines import SANA_CONTROLNET
 from sana_deploy.declare.policies import POLICIES, QUANTIZED, dtypes_of, quantization_of
 from sana_deploy.errors import ComposeError
@@ -29,6 +31,17 @@ def test_every_file_begins_with_its_purpose_and_a_command(path: Path) -> None:
     head = [line for line in lines if line.startswith("#") and not line.startswith("# @package")][:6]
     assert len(head[0]) > 20
     assert any("python -m sana_deploy" in line for line in head)
+
+
+@pytest.mark.parametrize("option", sorted({*POLICIES, *QUANTIZED}))
+def test_a_policy_derives_from_auto_and_says_only_what_differs(option: str) -> None:
+    base, own = (OmegaConf.load(conf_dir() / "precision" / f"{name}.yaml") for name in ("auto", option))
+    assert own.defaults == ["auto", "_self_"]
+    assert list(own) == ["defaults", "name", "components", *(["quantization"] if option in QUANTIZED else [])]
+    assert all(value is not None for key in list(own)[2:] for value in own[key].values())
+    composed = compose_spec([f"precision={option}", "precision.audit=true"]).precision
+    assert composed.audit
+    assert set(composed.model_dump()) == set(base) <= {key.rpartition(".")[2] for key in known_keys()}
 
 
 def test_hardware_and_precision_combine_freely() -> None:

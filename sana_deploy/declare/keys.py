@@ -19,9 +19,10 @@ def conf_dir() -> Path:
 
 @cache
 def known_keys() -> dict[str, tuple[str, ...]]:
-    """Return every key with the options of its group that have it: `hardware.gpu` -> `hardware=single_gpu`.
+    """Return every key with the options of its group whose file has it: `hardware.gpu` -> `hardware=single_gpu`.
 
-    Groups are keys as well; what is not in a group has no option.
+    An option inherits further keys from the one that its file derives from, which is an option of the same group, so
+    that no key is missing here. Groups are keys as well; what is not in a group has no option.
     """
     found: dict[str, list[str]] = {}
     for file in sorted([conf_dir() / "config.yaml", *conf_dir().glob("*/*.yaml")]):
