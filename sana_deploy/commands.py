@@ -1,4 +1,4 @@
-"""What the command line is beside deployments: subcommands, the version, and how a failure is told."""
+"""The command line apart from deployments: subcommands, the version, and how a failure is reported."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def read_control_image(request: Request, workload: Workload) -> Image:
     bits, and `control_fit` says what becomes of a picture of other proportions.
 
     Raises:
-        InputError: the file is missing, no picture, damaged, too large or an animation, or its values tell no range.
+        InputError: the file is missing, no picture, damaged, too large or an animation, or the range of its values is
+            not clear.
     """
     if request.control_image is None:
         return _drawing(workload.width, workload.height)
@@ -104,7 +105,7 @@ def _unreadable(path: Path, why: str, hint: str = "") -> InputError:
 
 
 def _greatest_of(picture: Image) -> int | None:
-    """The value that stands for white, of a file whose grey has more than 8 bits; None where its mode does not tell."""
+    """The value that stands for white, of a file whose grey has more than 8 bits; None where its mode has none."""
     if picture.mode.startswith("I;16"):
         bits = getattr(picture, "tag_v2", {}).get(258, 16)  # BitsPerSample of a TIFF: Pillow does not scale 12 bits
         return 4095 if bits in (12, (12,)) else 65535

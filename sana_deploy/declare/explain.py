@@ -1,4 +1,4 @@
-"""What is wrong with a declaration, in one sentence: the first rule it breaks, its place, and a form that works."""
+"""What is wrong with a declaration, in one sentence: the first rule that it breaks, the key, and a form that works."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _DEVICE = re.compile(r"(?:cuda|gpu):?(\d+)", re.IGNORECASE)
 
 
 def _form(where: str, value: Any, context: Mapping[str, Any]) -> str:
-    """Say which form a key takes, with the value given where it can be told what was meant."""
+    """Say which form a key takes, with the given value where its meaning is clear."""
     group, _, name = where.partition(".")
     if where in _SIZES:
         number = value if isinstance(value, (int, float)) and value > 0 else 8

@@ -52,7 +52,7 @@ def _paths(values: dict[str, Any], parent: str) -> Iterator[str]:
 
 
 def nearest_key(path: str) -> str:
-    """Return a hint for a key that is not known where it stands: where it belongs, or the nearest that is known."""
+    """Return a hint for a key that is not known in its group: the group it belongs to, or the nearest key."""
     known = known_keys()
     parent, _, word = path.rpartition(".")
     if owners := known.get(path):

@@ -31,7 +31,7 @@ class KnobDescription:
         note: what people should read of its exactness, where that is not `changes`.
         includes: knobs whose effect it has as well.
         excludes: knobs that cannot be on beside it.
-        in_maps: whether a map of the user's own may name it.
+        in_maps: whether a custom map may name it.
         always: whether it is on wherever it is allowed and has something to do, since it costs nothing.
         asked: whether it must be asked for: `hardware.allow` names it only where the user does.
         needs_gpu: whether it has something to do only where its component is on a GPU.
@@ -112,7 +112,7 @@ if TYPE_CHECKING:
 else:
     Knob = Literal[tuple(KNOBS)]
     MapKnob = Literal[tuple(name for name, one in KNOBS.items() if one.in_maps)]
-"""The name of a knob; of one that a map of the user's own may name."""
+"""The name of a knob; of one that a custom map may name."""
 
 
 def ordered(knobs: Iterable[Knob]) -> tuple[Knob, ...]:

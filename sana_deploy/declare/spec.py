@@ -88,7 +88,7 @@ class Placed(Declared):
 
     Attributes:
         on_decode_oom: when the VAE runs out of memory in decode, decode once more in tiles and say so, or give up.
-        force: go on where memory is expected to run out: on the GPUs of a map of the user's own, or on the host.
+        force: go on where memory is expected to run out: on the GPUs of a custom map, or on the host.
     """
 
     on_decode_oom: OnDecodeOom = "tile"
@@ -96,7 +96,7 @@ class Placed(Declared):
 
     @property
     def keep_free_bytes(self) -> int:
-        """What stays free on every GPU for others, in bytes; a map of the user's own keeps nothing."""
+        """What stays free on every GPU for others, in bytes; a custom map keeps nothing."""
         return 0
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 from ..declare.pipelines import DEFAULT, Component, ComponentDescription, PipelineDescription
 from ..declare.spec import CatalogueModel, Model, TinyModel
 from ..errors import CheckpointError
-from ..facts import catalogue, hub
+from . import catalogue, hub
 from .component import ComponentFacts, component_facts, read_json
 from .shapes import Linears, digest
 from .tiny import ensure_tiny

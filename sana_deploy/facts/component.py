@@ -55,7 +55,7 @@ class ComponentFacts:
     def unsplit_bytes(self, form: Format) -> int:
         """Bytes that blocks of a GPU's memory have beyond the weights in `form`; see `allocator.py`.
 
-        A hundredth of the weights where the config does not tell their shapes.
+        A hundredth of the weights where the config does not determine their shapes.
         """
         shapes = expected_shapes(self.class_name, self.config)
         if shapes is None:
@@ -74,7 +74,7 @@ class ComponentFacts:
 
 
 Remote = Callable[[str], Mapping[str, TensorFacts]]
-"""Reads the headers of files that are not on this host; takes the place for messages."""
+"""Reads the headers of files that are not on this host; takes the key that messages name."""
 
 
 def component_facts(
@@ -86,26 +86,50 @@ def component_facts(
     allow_pickle: bool = False,
     title: str = "pipeline",
 ) -> ComponentFacts:
-    """Read one component's config and the headers of its files, which `remote` tells where they are not here.
+    """Read one component's config and the headers of its files; `remote` reads those that are not on this host.
 
     Args:
         part: what the component must be.
         title: what messages call the pipeline.
 
     Raises:
-        CheckpointError: the folder, its config or a weight file is missing, damaged or of another class, or the files
-            do not hold exactly the tensors that the config declares.
+        CheckpointError: a file is missing, damaged or of another class, or the tensors are not those of the config.
     """
     config = read_json(folder / "config.json", where)
-    class_name = str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
-    if class_name in part.aliases:
-        class_name = part.class_name
-    if class_name != part.class_name:
-        raise CheckpointError(
-            f"{folder} holds a {class_name}, but the {part.name} of a {title} is a {part.class_name}",
-            where=where,
-        )
+    class_name = _class_of(config, part, folder, title, where)
     headers = _headers(folder, variant, where, remote, allow_pickle)
+    _check_complete(config, part, folder, where)
+    tensors = taken(class_name, config, headers, part.name, str(folder), where)
+    stored = _stored(tensors)
+    cast, kept = buffers(class_name, config)
+    return ComponentFacts(
+        name=part.name,
+        library=part.library,
+        class_name=class_name,
+        config=config,
+        parameters=sum(facts.numel for facts in tensors.values() if facts.dtype in FLOATING) + cast,
+        fixed_bytes=sum(size for dtype, size in stored.items() if dtype not in FLOATING) + kept,
+        shapes_digest=shapes_digest({key: facts.shape for key, facts in headers.items()}),
+        linears=linears({key: facts.shape for key, facts in tensors.items()}),
+        stored=stored,
+        folder=folder,
+        variant=variant,
+        allow_pickle=allow_pickle,
+    )
+
+
+def _class_of(config: Mapping[str, Any], part: ComponentDescription, folder: Path, title: str, where: str) -> str:
+    """The class that a config names, which must be the component's."""
+    named = str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
+    if named != part.class_name and named not in part.aliases:
+        raise CheckpointError(
+            f"{folder} holds a {named}, but the {part.name} of a {title} is a {part.class_name}", where=where
+        )
+    return part.class_name
+
+
+def _check_complete(config: Mapping[str, Any], part: ComponentDescription, folder: Path, where: str) -> None:
+    """Refuse a config without a key that planning reads."""
     missing = [key for key in part.config_keys if config.get(key) is None]
     if missing:
         raise CheckpointError(
@@ -113,27 +137,14 @@ def component_facts(
             where=where,
             hint="save the component anew with save_pretrained, which writes every key",
         )
-    tensors = taken(class_name, config, headers, part.name, str(folder), where)
+
+
+def _stored(tensors: Mapping[str, TensorFacts]) -> dict[str, int]:
+    """Bytes of the files by safetensors dtype word, in alphabetical order."""
     stored: dict[str, int] = {}
     for facts in tensors.values():
         stored[facts.dtype] = stored.get(facts.dtype, 0) + facts.numel * ITEM_BYTES[facts.dtype]
-    parameters = sum(facts.numel for facts in tensors.values() if facts.dtype in FLOATING)
-    cast, kept = buffers(class_name, config)
-    integers = sum(size for dtype, size in stored.items() if dtype not in FLOATING)
-    return ComponentFacts(
-        name=part.name,
-        library=part.library,
-        class_name=class_name,
-        config=config,
-        parameters=parameters + cast,
-        fixed_bytes=integers + kept,
-        shapes_digest=shapes_digest({key: facts.shape for key, facts in headers.items()}),
-        linears=linears({key: facts.shape for key, facts in tensors.items()}),
-        stored=dict(sorted(stored.items())),
-        folder=folder,
-        variant=variant,
-        allow_pickle=allow_pickle,
-    )
+    return dict(sorted(stored.items()))
 
 
 def _headers(

@@ -46,7 +46,7 @@ def locate(
         revision: branch, tag or commit.
         variant: the file variant whose weights are wanted.
         where: the key that named the source, for messages.
-        weights: fetch them too; else configs, tokenizer and scheduler only, a few MB (`remote_headers` tells sizes).
+        weights: fetch them too; else configs, tokenizer and scheduler only, a few MB (`remote_headers` reads sizes).
         pickles: fetch pickled weights too.
 
     Raises:

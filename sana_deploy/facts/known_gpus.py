@@ -4,7 +4,7 @@ Columns: memory in MiB as CUDA reports it (total less what the driver keeps, the
 messages; it varies by a few dozen MiB with driver and ECC), compute capability, streaming multiprocessors, dense
 TFLOPS of matrix products in float16 with float32 accumulation, bfloat16 (0: not native) and float32, memory
 bandwidth in GB/s, PCIe and NVLink bandwidth in GB/s per direction (0: none). `source` names the public document
-with the rates; `fabric` tells boards that are always wired by NVLink from those that take an optional bridge.
+with the rates; `fabric` marks boards that are always wired by NVLink; others may take an optional bridge.
 """
 
 from __future__ import annotations

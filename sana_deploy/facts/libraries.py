@@ -28,7 +28,7 @@ def _installed(name: str) -> str:
 def install_hint(extra: str, otherwise: Iterable[str]) -> str:
     """The command that installs what an extra of this package names, however the package itself was installed.
 
-    An extra is known by name in a registry only; its requirements are named instead.
+    Its requirements are named, since pip finds an extra by name only where the package is in a registry.
 
     Args:
         otherwise: distributions to name where this package's own metadata is not here.

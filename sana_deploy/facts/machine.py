@@ -13,7 +13,7 @@ import os
 import sys
 import uuid
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .._startup import quick_imports
@@ -88,7 +88,7 @@ class Machine:
 
 
 def probe() -> Machine:
-    """Describe this host without importing torch; through torch where only torch can tell (ROCm)."""
+    """Describe this host without importing torch; through torch where only torch finds GPUs (ROCm)."""
     if Path("/dev/kfd").exists():
         return probe_torch()
     return Machine("present", _driver_gpus(), host_memory())
@@ -145,13 +145,7 @@ def _driver_gpus() -> tuple[Gpu, ...]:
         return ()
     gpus = [_driver_gpu(driver, index) for index in range(count.value)]
     free = _free_by_uuid()
-    return tuple(
-        Gpu(
-            gpu.index, gpu.name, gpu.total_bytes, _grained(free.get(gpu.uuid, gpu.total_bytes)), gpu.capability,
-            gpu.multiprocessors, gpu.uuid,
-        )
-        for gpu in gpus
-    )  # fmt: skip
+    return tuple(replace(gpu, free_bytes=_grained(free.get(gpu.uuid, gpu.total_bytes))) for gpu in gpus)
 
 
 def _driver_gpu(driver: ctypes.CDLL, index: int) -> Gpu:
@@ -180,7 +174,7 @@ def _driver_gpu(driver: ctypes.CDLL, index: int) -> Gpu:
 
 
 def _free_by_uuid() -> dict[str, int]:
-    """Free bytes per GPU UUID from NVML; empty where NVML is not to be had."""
+    """Free bytes per GPU UUID from NVML; empty where NVML is missing."""
     free: dict[str, int] = {}
     with contextlib.suppress(Exception):
         import pynvml

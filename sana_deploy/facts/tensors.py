@@ -85,7 +85,7 @@ def taken(
 ) -> dict[str, TensorFacts]:
     """Return those of the `stored` tensors that the component loads, under their stored names.
 
-    All of them where the config does not tell the architecture: then loading compares them.
+    All of them where the config does not determine the architecture: then loading compares them.
 
     Raises:
         CheckpointError: one is missing, unexpected, or of another shape.

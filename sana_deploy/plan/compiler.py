@@ -48,11 +48,7 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     if spec.precision.name == "auto":
         spec, reason = choose_precision(spec, checkpoint, machine, fits)
         diagnostics.append(reason)
-    diagnostics += [
-        *_precision_remarks(spec, machine),
-        *_overflow_remarks(spec),
-        *_stored_remarks(spec, checkpoint, machine),
-    ]
+    diagnostics += _remarks(spec, checkpoint, machine)
     profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         diagnostics.insert(0, _on_cpu(spec.hardware, offered))
@@ -138,6 +134,15 @@ def _check_present(named: Iterable[tuple[str, Place | None]], prefix: str, prese
 
 def _range(indices: set[int]) -> str:
     return f"an index from 0 to {max(indices)}" if len(indices) > 1 else "0"
+
+
+def _remarks(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> list[Diagnostic]:
+    """What is to say of the precision, whatever is placed where."""
+    return [
+        *_precision_remarks(spec, machine),
+        *_overflow_remarks(spec),
+        *_stored_remarks(spec, checkpoint, machine),
+    ]
 
 
 def _precision_remarks(spec: DeploySpec, machine: Machine) -> list[Diagnostic]:

@@ -1,8 +1,8 @@
 """What components need as functions of the request: shipped, kept from an earlier run, or measured now.
 
 Shipped are the catalogued architectures and `tiny` (`architectures/*.needs.json`, which `rehearsal/calibrate.py`
-writes). Any other checkpoint is measured on first use, which imports torch and takes some ten seconds, and kept in the
-cache folder under a digest of its configs, shapes and the versions of the libraries that run it.
+writes). Any other checkpoint is measured on first use, which imports torch and takes some ten seconds. The result is
+kept in the cache folder under a digest of its configs, shapes and the versions of the libraries that run it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..facts.shapes import digest
 
 log = logging.getLogger(__name__)
 _SAME_BYTES: Mapping[Dtype, Dtype] = {"float16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
-"""float16 and bfloat16 take the same bytes, and the same operations but for clipping; a test holds that."""
+"""float16 and bfloat16 take the same bytes, and the same operations but for clipping; a test checks it."""
 OnProgress = Callable[[int, int], None]
 """Called with what is done and what there is in all."""
 Measured = Mapping[Component, Mapping[Phase, Mapping[str, Any]]]

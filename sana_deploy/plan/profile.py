@@ -1,6 +1,6 @@
 """What each component needs for a workload: weights (exact), activations per phase and crossings (estimated).
 
-Activation peaks and work are functions of the request fitted to rehearsals (`needs.py`), evaluated here.
+Activation peaks and work are functions of the request, calibrated on rehearsals (`needs.py`) and evaluated here.
 """
 
 from __future__ import annotations

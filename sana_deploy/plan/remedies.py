@@ -73,7 +73,7 @@ def _less_kept_free(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, 
 
 
 def with_all_knobs(spec: DeploySpec) -> DeploySpec:
-    """Return the declaration with every knob allowed (turned on, for a map of the user's own)."""
+    """Return the declaration with every knob allowed (turned on, for a custom map)."""
     *_, (_, changed) = [("", spec), *_more_knobs(spec)]
     return changed
 

@@ -14,7 +14,7 @@ from ..run.outcome import Rehearsal, RehearsedGpu
 from .wording import taken_words
 
 LINE, GAP, LABEL, BOX = 760, 2, 80, 150
-"""Width of a timeline, the gap between its bars, the widest label, and a place's width in the drawing of transfers."""
+"""Width of a timeline, the gap between its bars, the widest label, and a slot's width in the drawing of transfers."""
 
 
 def timeline(gpu: RehearsedGpu, rehearsal: Rehearsal) -> dict[str, Any]:

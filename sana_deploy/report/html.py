@@ -15,7 +15,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from .._units import MIB, human_bytes
 from .._version import __version__
-from ..declare.pipelines import COMPONENTS
 from ..declare.spec import VirtualMachine
 from ..plan.artifact import Place, Plan, Slot
 from ..plan.records import place_words
@@ -102,7 +101,7 @@ def _legend(plan: Plan) -> list[tuple[str, str]]:
     """What the colours of the bars mean; others only where they take any."""
     others = [("others", OTHERS_WORDS)] if any(slot.others_bytes for slot in plan.slots) else []
     parts = [("activations", "activations ~"), ("overhead", "context and headroom ~"), *others, ("free", "free")]
-    return [*((name, name) for name in COMPONENTS), *parts]
+    return [*((name, name) for name in plan.pipeline.names), *parts]
 
 
 def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:
@@ -111,7 +110,8 @@ def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:
         name: part.weights_bytes for name, part in plan.components.items() if part.slot == slot.index
     }
     if sum(here.values()) > slot.weights_bytes:  # the peak is in a phase when offloaded weights wait on the CPU
-        here.pop("text_encoder", None)
+        uploaded = {one.tensor for one in plan.transfers if one.src == "cpu"}
+        here = {name: size for name, size in here.items() if f"{name} weights" not in uploaded}
     sizes: dict[str, int] = {**here, "activations": slot.activation_bytes, "overhead": slot.overhead_bytes,
                              "others": slot.others_bytes}  # fmt: skip
     total = max(slot.capacity_bytes, sum(sizes.values()))
@@ -130,7 +130,7 @@ def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:
 def _components(plan: Plan) -> list[tuple[str, ...]]:
     return [
         (
-            f"{name} (home)" if name == "transformer" else name,
+            f"{name} (home)" if name == plan.pipeline.denoiser else name,
             place_words(part.slot),
             str(part.format),
             human_bytes(part.weights_bytes),

@@ -1,4 +1,4 @@
-"""The jobs of a sweep as their files tell: folders, outcomes, plans, and what was asked for though it never started."""
+"""The jobs of a sweep as their files record them: folders, outcomes, plans, and jobs that never started."""
 
 from __future__ import annotations
 
@@ -133,39 +133,38 @@ def planned_jobs(folder: Path) -> list[list[str]]:
 
     Empty where that file is missing, names another sweeper, or is damaged, which is logged.
     """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from ..declare.compose import conf_dir
-
+    damaged = (OSError, ValueError, AttributeError, TypeError, YAMLError, HydraException, OmegaConfBaseException)
     path = folder / "multirun.yaml"
     if not path.is_file():
         return []
     try:
-        hydra = OmegaConf.load(path).hydra
-        if not str(hydra.sweeper._target_).endswith("BasicSweeper"):
-            return []
-        given = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
-        given += [str(one) for one in hydra.overrides.task if not str(one).startswith(RESUME)]
-        loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)
-        batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, None)
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        YAMLError,
-        HydraException,
-        OmegaConfBaseException,
-    ) as problem:
+        return _split_up(path)
+    except damaged as problem:
         reason = " ".join(str(problem).split())
         log.warning("%s is damaged, so that jobs which did not start are not known: %s", path, reason)
         return []
+
+
+def _split_up(path: Path) -> list[list[str]]:
+    """Make jobs of the overrides in a multirun.yaml, with Hydra's own parser; none of another sweeper's."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    from ..declare.compose import conf_dir
+
+    hydra = OmegaConf.load(path).hydra
+    if not str(hydra.sweeper._target_).endswith("BasicSweeper"):
+        return []
+    given = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+    given += [str(one) for one in hydra.overrides.task if not str(one).startswith(RESUME)]
+    loader = ConfigLoaderImpl(create_config_search_path(str(conf_dir())))
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)
+    batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, None)
     return batches[0]

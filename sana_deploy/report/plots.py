@@ -32,12 +32,8 @@ def plot_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         seconds, memory = _coordinates(front)
         axes.plot(seconds, memory, drawstyle="steps-post", color=points.get_facecolor()[0], alpha=1, lw=1)
         axes.scatter(seconds, memory, s=60, color=points.get_facecolor(), edgecolor="black", alpha=1)
-        labels: dict[tuple[float, float], list[str]] = {}
-        for x, y, row in zip(seconds, memory, front, strict=True):
-            labels.setdefault((x, y), []).append(str(row["job"]))
-        for place, jobs in labels.items():
-            text = ", ".join(jobs[:3]) + (" ..." if len(jobs) > 3 else "")
-            axes.annotate(text, place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+        for point, text in _labels(front).items():
+            axes.annotate(text, point, xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.set(xlabel="seconds per image", ylabel="GiB on all GPUs, at their peaks", xscale="log", ylim=(0, None))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
@@ -51,6 +47,14 @@ def plot_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
             figure.savefig(drawn, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else {})
             written.append(write_bytes(folder / f"summary.{suffix}", drawn.getvalue()))
     return written
+
+
+def _labels(front: Sequence[Mapping[str, Any]]) -> dict[tuple[float, float], str]:
+    """Job numbers by the point that they share; three at most."""
+    jobs: dict[tuple[float, float], list[str]] = {}
+    for x, y, row in zip(*_coordinates(front), front, strict=True):
+        jobs.setdefault((x, y), []).append(str(row["job"]))
+    return {point: ", ".join(names[:3]) + (" ..." if len(names) > 3 else "") for point, names in jobs.items()}
 
 
 def _title(workload: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 from .terminal import console
 
 Advance = Callable[[str, int, int], None]
-"""Told the current item, how many are done, and how many there are."""
+"""Called with the current item, how many are done, and how many there are."""
 
 
 @contextlib.contextmanager

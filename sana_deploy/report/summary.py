@@ -30,6 +30,8 @@ COLUMNS = (
 )  # fmt: skip
 _NESTED = ("overrides", "knobs", "dtypes", "device_map", "per_gpu", "workload")
 """Columns that hold JSON in summary.csv."""
+_PER_GPU = ("index", "gpu", "weights_bytes", "peak_bytes", "available_bytes", "capacity_bytes")
+"""What a row says of each GPU."""
 NUMBERS: Mapping[str, str] = {
     "job": "job", "GPUs": "gpus", "fullest": "fullness", "weights": "weights_bytes", "peak": "peak_bytes",
     "per step": "bytes_per_step", "~s/image": "estimated_seconds_per_image", "~images/s": "images_per_second",
@@ -68,13 +70,7 @@ def _row(job: Job) -> dict[str, Any]:
         "weights_bytes": sum(part["weights_bytes"] for part in parts.values()) if plan else None,
         "peak_bytes": max((slot["peak_bytes"] for slot in slots), default=None),
         "total_peak_bytes": sum(slot["peak_bytes"] for slot in slots) or None,
-        "per_gpu": [
-            {
-                key: slot[key]
-                for key in ("index", "gpu", "weights_bytes", "peak_bytes", "available_bytes", "capacity_bytes")
-            }
-            for slot in slots
-        ],
+        "per_gpu": [{key: slot[key] for key in _PER_GPU} for slot in slots],
         "bytes_per_step": estimates.get("bytes_per_step"),
         "estimated_seconds_per_image": estimated,
         "images_per_second": round(1 / estimated, 4) if estimated else None,
@@ -84,11 +80,7 @@ def _row(job: Job) -> dict[str, Any]:
         "psnr": audit.get("psnr"),
         "worst_error": max((border["relative_error"] for border in audit.get("borders", [])), default=None),
         "knobs": plan.get("knobs", []),
-        "dtypes": {
-            name: str(Format(parts[name]["dtype"], parts[name].get("quantization")))
-            for name in COMPONENTS
-            if name in parts
-        },
+        "dtypes": {name: str(_format(parts[name])) for name in COMPONENTS if name in parts},
         "device_map": outcome.get("device_map") or plan.get("device_map", {}),
         "workload": workload,
         "report": job.report,
@@ -98,6 +90,10 @@ def _row(job: Job) -> dict[str, Any]:
 
 def _fullness(slot: Mapping[str, Any]) -> float:
     return round(fullness(slot["peak_bytes"], slot["available_bytes"], slot["capacity_bytes"]), 6)
+
+
+def _format(part: Mapping[str, Any]) -> Format:
+    return Format(part["dtype"], part.get("quantization"))
 
 
 def _workload(plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:

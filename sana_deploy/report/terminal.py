@@ -112,9 +112,10 @@ def _slot_line(slot: Slot, unicode: bool) -> Text:
 def _component_lines(plan: Plan, place: Place) -> list[RenderableType]:
     lines: list[RenderableType] = []
     longest = max(len(str(part.format)) for part in plan.components.values())
+    home = plan.pipeline.denoiser if len(set(plan.device_map.values())) > 1 else None
     for name, part in plan.components.items():
         if part.slot == place:
-            label = f"{name} (home)" if name == "transformer" and len(set(plan.device_map.values())) > 1 else name
+            label = f"{name} (home)" if name == home else name
             needs = f"{human_bytes(part.weights_bytes):>10} weights  ~{human_bytes(part.activation_bytes)} activations"
             lines.append(Text(f"  {label:<18} {part.format!s:<{longest}} {needs}"))
     return lines
@@ -176,7 +177,7 @@ def show_resolved(resolved: ResolvedPlan) -> None:
 
 
 def show_error(problem: SanaDeployError) -> None:
-    """Print one error: the sentence with its place, then the hint."""
+    """Print one error: the sentence with its key, then the hint."""
     _print_error(problem.message, problem.where, problem.hint)
 
 

@@ -1,4 +1,4 @@
-"""The pipelines that the package knows, one description for each class of diffusers."""
+"""The pipelines that can be planned and run: one description for each class of diffusers."""
 
 from __future__ import annotations
 

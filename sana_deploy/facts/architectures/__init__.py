@@ -23,7 +23,7 @@ _KNOWN = {
 def expected_shapes(class_name: str, config: Mapping[str, Any]) -> Shapes | None:
     """Return the tensors that a checkpoint of this class must hold, as `state_dict` names them.
 
-    None where the config does not tell: a key or a value that is not known here, or packed (quantised) storage.
+    None where the config does not determine them: a key or a value is not known here, or storage is packed (quantised).
     """
     defaults, shapes_of = _KNOWN[class_name]
     given = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}

@@ -9,7 +9,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class UnknownArchitectureError(Exception):
-    """A config says something whose tensors this package does not know."""
+    """A config has a value whose tensors are not described here."""
 
 
 def linear(name: str, wide: int, out: int, bias: bool = True) -> Shapes:
