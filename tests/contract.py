@@ -180,7 +180,7 @@ def component_names(sources: dict[str, Source], names: Iterable[str], roles: Ite
     """Lines that quote a component's name.
 
     A name that is a role as well counts as one, and is none, in `pipeline.of("vae")`, `pipeline.find("vae")`, in a
-    comparison with `.role`, and in the tables by role of declare/policies.py.
+    comparison with `.role`, as `role=` or `apart=` of a knob, and in the tables by role of declare/policies.py.
     """
     components, spoken = frozenset(names), frozenset(roles)
     found: list[tuple[str, int, str]] = []
@@ -204,3 +204,5 @@ def _roles(source: Source) -> Iterator[ast.expr]:
             case ast.Compare(left=ast.Attribute(attr="role"), comparators=others):
                 for other in others:
                     yield from (other, *getattr(other, "elts", ()))
+            case ast.keyword(arg="role" | "apart", value=value):
+                yield from (value, *getattr(value, "elts", ()))

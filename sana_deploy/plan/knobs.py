@@ -57,7 +57,7 @@ EFFECTS: dict[Knob, Effect] = {
     "encode_once": Effect(_encode_once, useful=lambda profile: profile.control_rows > 1),
     "vae_slicing": Effect(lambda profile: profile.with_vae(sliced=True)),
     "split_controlnet": Effect(),
-    "text_encoder_offload": Effect(_offloaded("text_encoder")),
+    "text_encoder_offload": Effect(_offloaded(role="text_encoder")),
     "vae_tiling": Effect(lambda profile: profile.with_vae(tiled=True)),
 }
 """By name; every knob of the registry has one."""
