@@ -29,6 +29,7 @@ from .workload import DeclaredWorkload, Side
 
 Stage = Literal["compile", "resolve", "apply", "generate"]
 STAGES: tuple[Stage, ...] = ("compile", "resolve", "apply", "generate")
+Objective = Literal["balance", "latency", "fit"]
 Fidelity = Literal["shapes", "numbers"]
 """What a rehearsal computes with: shapes alone, or real arithmetic on the CPU."""
 OnDecodeOom = Literal["tile", "raise"]
@@ -121,7 +122,7 @@ class Planned(Placed):
     keep_free: Size = "0GiB"
     on_shortfall: Literal["cpu", "error"] = "cpu"
     allow: list[Knob] = [name for name, knob in KNOBS.items() if not knob.asked]
-    objective: Literal["balance", "latency", "fit"] = "balance"
+    objective: Objective = "balance"
 
     @property
     def keep_free_bytes(self) -> int:

@@ -77,4 +77,4 @@ def shapes_digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def digest(value: Any) -> str:
     """sha256 of the canonical JSON of `value`, in hexadecimal."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

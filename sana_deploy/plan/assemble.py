@@ -8,23 +8,23 @@ from ..declare.pipelines import COMPONENTS
 from ..declare.spec import DeploySpec
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Gpu, Machine
-from .artifact import (
+from .artifact import Plan
+from .cost import Placement, bytes_per_request, bytes_per_step, crossings_of, slot_use
+from .grid import Candidate
+from .identity import record_of
+from .knobs import price_of, under
+from .profile import VAE_TILE, PipelineProfile
+from .records import (
     Considered,
     Estimates,
     Miss,
     PlacedComponent,
-    Plan,
     RejectionCount,
     RunnerUp,
     Slot,
     Tile,
     Transfer,
 )
-from .cost import Placement, bytes_per_request, bytes_per_step, crossings_of, slot_use
-from .grid import Candidate
-from .identity import record_of
-from .knobs import price_of, under
-from .profile import VAE_TILE, PipelineProfile
 from .search import Search
 
 

@@ -15,7 +15,7 @@ from ..facts import machine as machines
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..facts.machine import Machine, is_native
 from ..facts.virtual_machine import describe_machine
-from .artifact import Place, Plan
+from .artifact import Plan
 from .assemble import assemble
 from .auto_precision import choose_precision
 from .cost import host_bytes
@@ -23,6 +23,7 @@ from .grid import Candidate, Rejection, Rules
 from .knobs import under
 from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
+from .records import Place
 from .remedies import Fits, with_all_knobs, working_changes
 from .search import Search, search_balanced, search_custom, search_host, search_single
 

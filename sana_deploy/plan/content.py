@@ -20,7 +20,7 @@ from .._units import MIB
 from ..errors import CheckpointError, InputError
 from ..facts.headers import data_ranges
 from ..facts.shapes import digest
-from .artifact import FileContent
+from .records import FileContent
 
 SMALL = 4 * MIB
 """Files up to this many bytes are sampled whole."""

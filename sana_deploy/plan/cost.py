@@ -15,9 +15,8 @@ from ..facts.allocator import context_bytes, workspace_bytes
 from ..facts.known_gpus import KnownGpu
 from ..facts.machine import Gpu
 from .profile import ComponentProfile, PipelineProfile, Work
+from .records import Place
 
-Place = int | Literal["cpu"]
-"""A slot index, or the host."""
 Placement = Mapping[Component, Place]
 
 HEADROOM = 0.02

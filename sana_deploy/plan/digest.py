@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from typing import Any
+
+from ..facts.shapes import digest
 
 _OUTSIDE_DIGEST = ("digest", "tool_version", "libraries")
 _PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
@@ -52,5 +53,4 @@ def digest_of(values: dict[str, Any]) -> str:
     match spec:
         case {"model": {"components": {"controlnet": str(apart)} as named}} if not _PINNED.fullmatch(apart):
             del named["controlnet"]
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return "sha256:" + digest(content)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from .._units import human_bytes
 from ..declare.knobs import KNOBS, Knob, ordered
 from ..declare.pipelines import COMPONENTS, Component, Phase
+from ..declare.spec import Objective
 from ..facts.allocator import workspace_bytes
 from ..facts.machine import Gpu, is_native
 from .cost import (
-    Place,
     Placement,
     SlotUse,
     bytes_per_request,
@@ -33,8 +33,8 @@ from .cost import (
 )
 from .knobs import of_placement, parted, under
 from .profile import PipelineProfile
+from .records import Place
 
-Objective = Literal["balance", "latency", "fit"]
 Reason = Literal["split", "dtype", "host memory", "memory"]
 Integers = NDArray[np.int64]
 REASONS: tuple[Reason, ...] = ("memory", "host memory", "dtype", "split")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from ..declare.knobs import KNOBS, Knob, completed, ordered
 from ..declare.pipelines import Component, PipelineDescription, Role
 from ..facts.machine import Gpu
-from .cost import Place, Placement, bytes_per_request, phase_seconds, slot_use
+from .cost import Placement, bytes_per_request, phase_seconds, slot_use
 from .profile import PipelineProfile
-from .records import KnobPrice
+from .records import KnobPrice, Place
 
 
 def _same(profile: PipelineProfile) -> PipelineProfile:

@@ -10,6 +10,7 @@ from ..declare.formats import Dtype, Format, Quantization
 from ..declare.pipelines import Component
 
 Place = int | Literal["cpu"]
+"""A slot index, or the host."""
 
 
 def place_words(place: Place) -> str:

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 
 from ..declare.knobs import KNOBS, Knob, clash, completed
 from ..declare.pipelines import COMPONENTS, Component
+from ..declare.spec import Objective
 from ..facts.machine import Gpu
-from .cost import Place, Placement
-from .grid import CPU, FITS, Board, Candidate, Integers, Objective, Rejection, Rows, Rules
+from .cost import Placement
+from .grid import CPU, FITS, Board, Candidate, Integers, Rejection, Rows, Rules
 from .knobs import under, useful
 from .profile import PipelineProfile
+from .records import Place
 
 
 @dataclass
