@@ -111,7 +111,7 @@ class Rows:
 
 
 @dataclass
-class Sheet:
+class CostSheet:
     """All placements under one set of knobs: bytes moved, peak and shortfall at the tightest GPU, shortfall of the
     host; `code` FITS or in REASONS."""
 
@@ -129,7 +129,7 @@ class Sheet:
         return self.host_short if reason == "host memory" else self.short
 
 
-class Board:
+class PlacementGrid:
     """The placements of one search, and what does not depend on knobs: sets per GPU, illegal dtypes."""
 
     def __init__(self, profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, options: Integers) -> None:
@@ -149,7 +149,7 @@ class Board:
         hit = np.stack([np.array(emulated[i])[options[:, i]] for i in range(len(COMPONENTS))], 1)
         self.emulated = np.where(hit.any(1) & (not rules.allow_emulated), hit.argmax(1), -1)
 
-    def cost(self, knobs: tuple[Knob, ...]) -> Sheet:
+    def cost(self, knobs: tuple[Knob, ...]) -> CostSheet:
         """Cost every placement with `knobs` on."""
         profile = under(self.profile, knobs)
         needs = np.array([_need(profile, mask) for mask in range(1 << len(COMPONENTS))], np.int64)
@@ -172,7 +172,7 @@ class Board:
         for knob, apart in self.parted.items():
             if knob not in self.rules.allow:
                 code[apart] = REASONS.index("split")
-        return Sheet(knobs, profile, self._moved(profile), worst, short, host_short, tightest, code)
+        return CostSheet(knobs, profile, self._moved(profile), worst, short, host_short, tightest, code)
 
     def _host_short(self, profile: PipelineProfile, needs: Integers) -> Integers:
         """Bytes that the host lacks: `cost.host_bytes`, in arrays."""
@@ -193,7 +193,7 @@ class Board:
             total += apart * crossing.bytes_each * crossing.times(profile.steps)
         return total
 
-    def rows(self, sheets: Sequence[Sheet], fits: Sequence[Integers]) -> Rows:
+    def rows(self, sheets: Sequence[CostSheet], fits: Sequence[Integers]) -> Rows:
         """Gather the candidates that fit."""
         taken = np.concatenate(fits)
         setting = np.repeat(np.arange(len(sheets)), [len(rows) for rows in fits])
@@ -244,7 +244,7 @@ class Board:
         moved = bytes_per_request(profile, placement)
         return Candidate(placement, on, uses, worst, moved, phase_seconds(profile, placement, self.by_index))
 
-    def closest(self, sheets: Sequence[Sheet]) -> Candidate | None:
+    def closest(self, sheets: Sequence[CostSheet]) -> Candidate | None:
         """The candidate that memory ruled out by the least; where none is short, one that another reason did."""
         misses = [
             (max(REASONS.index(reason), 1), int(sheet.lacking(reason)[row]), row, sheet)
@@ -257,7 +257,7 @@ class Board:
         *_, row, sheet = min(misses, key=lambda miss: miss[:2])
         return self.candidate(self.options[row], sheet.knobs)
 
-    def rejections(self, sheets: Sequence[Sheet]) -> list[Rejection]:
+    def rejections(self, sheets: Sequence[CostSheet]) -> list[Rejection]:
         """Count the rejected candidates by reason and GPU, most frequent first, each with its closest miss."""
         groups: dict[tuple[str, int], tuple[int, Rejection]] = {}
         for sheet in sheets:
@@ -283,7 +283,7 @@ class Board:
         rows = np.arange(len(self.options))
         return np.where(self.emulated >= 0, self.options[rows, self.emulated], -1)
 
-    def _rejection(self, reason: Reason, place: int, row: int, sheet: Sheet) -> Rejection:
+    def _rejection(self, reason: Reason, place: int, row: int, sheet: CostSheet) -> Rejection:
         if reason == "split":
             return Rejection(reason, -1, "ControlNet may not be split from the transformer (hardware.allow)")
         if reason == "host memory":
@@ -307,7 +307,7 @@ class Board:
         return Rejection(reason, gpu.index, message, int(sheet.short[row]))
 
 
-def _least(sheet: Sheet, reason: Reason) -> int | None:
+def _least(sheet: CostSheet, reason: Reason) -> int | None:
     rows = np.flatnonzero(sheet.code == REASONS.index(reason))
     return int(rows[sheet.lacking(reason)[rows].argmin()]) if len(rows) else None
 

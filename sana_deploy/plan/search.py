@@ -15,7 +15,7 @@ from ..declare.pipelines import COMPONENTS, Component
 from ..declare.spec import Objective
 from ..facts.machine import Gpu
 from .cost import Placement
-from .grid import CPU, FITS, Board, Candidate, Integers, Rejection, Rows, Rules
+from .grid import CPU, FITS, Candidate, Integers, PlacementGrid, Rejection, Rows, Rules
 from .knobs import under, useful
 from .profile import PipelineProfile
 from .records import Place
@@ -191,16 +191,16 @@ def _search(
 ) -> Search:
     if not len(options):
         return Search()
-    board = Board(profile, gpus, rules, options)
-    sheets = [board.cost(knobs) for knobs in settings]
-    found = Search(placements=len(options), settings=len(settings), rejections=board.rejections(sheets))
+    grid = PlacementGrid(profile, gpus, rules, options)
+    sheets = [grid.cost(knobs) for knobs in settings]
+    found = Search(placements=len(options), settings=len(settings), rejections=grid.rejections(sheets))
     fits = [np.flatnonzero(sheet.code == FITS) for sheet in sheets]
     found.feasible = sum(len(rows) for rows in fits)
-    found.closest = board.closest(sheets)
+    found.closest = grid.closest(sheets)
     if found.feasible:
-        rows = board.rows(sheets, fits)
+        rows = grid.rows(sheets, fits)
         found.ranked = [
-            board.candidate(rows.places[i], settings[rows.setting[i]]) for i in _first(key(rows, rules.objective), 4)
+            grid.candidate(rows.places[i], settings[rows.setting[i]]) for i in _first(key(rows, rules.objective), 4)
         ]
     return found
 
