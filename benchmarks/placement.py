@@ -108,7 +108,7 @@ def rehearse_miss(plan: Any) -> str:
     """Rehearse a plan that was refused: what becomes of it if it is applied all the same."""
     from sana_deploy.errors import InfeasibleError, RunError
     from sana_deploy.facts.virtual_machine import describe_machine
-    from sana_deploy.plan.bind import ResolvedPlan
+    from sana_deploy.plan.artifact import ResolvedPlan
     from sana_deploy.rehearsal.rehearse import rehearse
 
     machine = describe_machine(plan.spec.machine)

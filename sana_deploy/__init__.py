@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .declare.spec import DeploySpec as DeploySpec
     from .errors import SanaDeployError as SanaDeployError
     from .plan.artifact import Plan as Plan
-    from .plan.bind import ResolvedPlan as ResolvedPlan
+    from .plan.artifact import ResolvedPlan as ResolvedPlan
     from .rehearsal.rehearse import rehearse as rehearse
     from .run.load import load_pipeline as load_pipeline
     from .run.outcome import Outcome as Outcome
@@ -29,7 +29,7 @@ _HOMES = {
     "DeploySpec": "declare.spec",
     "Outcome": "run.outcome",
     "Plan": "plan.artifact",
-    "ResolvedPlan": "plan.bind",
+    "ResolvedPlan": "plan.artifact",
     "SanaDeployError": "errors",
     "compile_plan": "api",
     "load_pipeline": "run.load",

@@ -22,8 +22,7 @@ from .declare.spec import STAGES, DeploySpec, Stage, VirtualMachine
 from .errors import InfeasibleError, RunError, SanaDeployError
 from .facts.headers import weight_files
 from .facts.virtual_machine import describe_machine
-from .plan.artifact import Plan
-from .plan.bind import ResolvedPlan
+from .plan.artifact import Plan, ResolvedPlan
 from .plan.remedies import out_of_float16, roomier
 from .plan.saved import saved_plan
 from .report import terminal as report

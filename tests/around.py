@@ -16,7 +16,7 @@ from PIL import Image
 from sana_deploy import load_pipeline
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec, Fidelity
-from sana_deploy.plan.bind import ResolvedPlan
+from sana_deploy.plan.artifact import ResolvedPlan
 from sana_deploy.rehearsal.host import VirtualHost
 from sana_deploy.rehearsal.rehearse import open_host
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -20,6 +21,8 @@ from ..declare.pipelines import DEFAULT, Component, PipelineDescription
 from ..declare.spec import DeploySpec
 from ..errors import PlanError
 from ..facts.libraries import library_versions
+from ..facts.machine import Machine
+from .bind import bind_slots, planned_machine, staleness_of
 from .digest import digest_of as digest_of
 from .records import CheckpointRecord as CheckpointRecord
 from .records import Considered as Considered
@@ -35,10 +38,6 @@ from .records import RunnerUp as RunnerUp
 from .records import Slot as Slot
 from .records import Tile as Tile
 from .records import Transfer as Transfer
-
-if TYPE_CHECKING:
-    from ..facts.machine import Machine
-    from .bind import ResolvedPlan
 
 SCHEMA_VERSION = "1.3"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
@@ -221,6 +220,46 @@ class Plan(Record):
                 changed.
             InfeasibleError: a GPU of `bind` is not there.
         """
-        from .bind import resolve_plan
+        if not self.feasible:
+            raise PlanError(
+                "this plan shows the closest miss of something that does not fit: it can be read, not applied",
+                where="resolve",
+                hint="compile it again with one of its hints, or with hardware=custom_map hardware.force=true",
+            )
+        declared = self.spec.resolve
+        stale = staleness_of(
+            self.libraries,
+            self.checkpoint,
+            self.components,
+            self.spec.model,
+            declared.allow if allow is None else allow,
+            declared.verify if verify is None else verify,
+        )
+        bound = bind_slots(
+            self.slots,
+            self.components,
+            self.spec,
+            machine or planned_machine(self.spec),
+            (declared.bind if bind is None else bind) or {},
+            stale,
+        )
+        return ResolvedPlan(
+            self, bound.machine, bound.device_map, bound.slot_devices, bound.home, bound.drift, stale.allowed
+        )
 
-        return resolve_plan(self, machine, allow, bind, verify)
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """A plan bound to devices: `device_map` gives each component's torch device string, `slot_devices` each slot's.
+
+    `home` is the device where the denoising loop lives; `drift` lists differences that do no harm; `allowed` names the
+    staleness that was accepted.
+    """
+
+    plan: Plan
+    machine: Machine
+    device_map: Mapping[Component, str]
+    slot_devices: Mapping[int, str]
+    home: str
+    drift: tuple[Diagnostic, ...] = ()
+    allowed: tuple[str, ...] = ()

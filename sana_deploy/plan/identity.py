@@ -9,23 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .._units import human_bytes
-from ..declare.pipelines import COMPONENTS
+from ..declare.pipelines import Component
+from ..declare.spec import Model
 from ..errors import CheckpointError, PlanError
 from ..facts.checkpoint import Checkpoint, folder_parts
 from ..facts.component import ComponentFacts
 from ..facts.headers import weight_files
 from ..facts.hub import names_folder
-from .artifact import CheckpointRecord, FileContent, PartContent, Plan
 from .content import SMALL, contents
+from .records import CheckpointRecord, FileContent, PartContent, PlacedComponent
 
 CONTENT = "checkpoint_content"
 """The name that accepts other values in a checkpoint of the same architecture."""
 _HELPERS = ("tokenizer", "scheduler")
 _READ = {".json", ".txt", ".model", ".jinja"}
 """Suffixes of the files that tokenizers and schedulers are made from."""
+PlannedComponents = Mapping[Component, PlacedComponent]
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,23 @@ def record_of(checkpoint: Checkpoint, whole: bool) -> CheckpointRecord:
     )
 
 
-def drift_of(plan: Plan, verify: bool) -> Drift:
-    """Compare what lies in folders with the plan; reads headers, and samples or, for `verify`, every byte."""
-    main, was = _main_in_folder(plan.checkpoint), plan.checkpoint.content
-    named = plan.spec.model.components.given()
+def drift_of(record: CheckpointRecord, model: Model, components: PlannedComponents, verify: bool) -> Drift:
+    """Compare what lies in folders with what a plan recorded.
+
+    Args:
+        record: the checkpoint that the plan was made for.
+        model: where the plan's declaration says that it is.
+        components: the plan's.
+        verify: read every byte; else headers and samples.
+    """
+    main, was = _main_in_folder(record), record.content
+    named = model.components.given()
     apart = [name for name, source in named.items() if (name in was if was else names_folder(source))]
     if not main and not apart:
         return Drift()
     try:
-        folder, facts = folder_parts(plan.spec.model, main, apart)
-        changed = [*_sizes(plan, facts), *_architectures(plan, facts)]
+        folder, facts = folder_parts(model, main, apart)
+        changed = [*_sizes(components, facts), *_architectures(record, components, facts)]
         if verify and not changed:
             changed = [line for name, part in was.items() for line in _unverifiable(name, part)]
         if changed or not was:
@@ -82,13 +90,15 @@ def drift_of(plan: Plan, verify: bool) -> Drift:
     return Drift(content=tuple(lines))
 
 
-def check_checkpoint(plan: Plan, allowed: Sequence[str]) -> None:
-    """Refuse a checkpoint in a folder that is not the planned one.
+def check_checkpoint(
+    record: CheckpointRecord, model: Model, components: PlannedComponents, allowed: Sequence[str]
+) -> None:
+    """Refuse a checkpoint in a folder that is not the planned one; see `drift_of`.
 
     Raises:
         PlanError: each difference is on a line of its own.
     """
-    drift = drift_of(plan, verify=False)
+    drift = drift_of(record, model, components, verify=False)
     lines = [*drift.changed, *([] if CONTENT in allowed else drift.content)]
     if lines:
         raise PlanError("the plan is stale:\n  " + "\n  ".join(lines), where="model.source", hint=hint_for(drift))
@@ -104,7 +114,7 @@ def _main_in_folder(checkpoint: Checkpoint | CheckpointRecord) -> bool:
     return checkpoint.kind == "checkpoint" and checkpoint.revision is None
 
 
-def _content(facts: Mapping[Any, ComponentFacts], folder: Path | None, whole: bool) -> dict[str, PartContent]:
+def _content(facts: Mapping[Component, ComponentFacts], folder: Path | None, whole: bool) -> dict[str, PartContent]:
     found: dict[str, PartContent] = {}
     for name, one in facts.items():
         assert one.folder is not None
@@ -117,18 +127,20 @@ def _content(facts: Mapping[Any, ComponentFacts], folder: Path | None, whole: bo
     return found
 
 
-def _sizes(plan: Plan, facts: Mapping[Any, ComponentFacts]) -> list[str]:
+def _sizes(components: PlannedComponents, facts: Mapping[Component, ComponentFacts]) -> list[str]:
     lines = []
     for name, one in facts.items():
-        planned, found = plan.components[name].weights_bytes, one.weights_bytes(plan.components[name].format)
+        planned, found = components[name].weights_bytes, one.weights_bytes(components[name].format)
         if planned != found:
             lines.append(f"{name}: was {human_bytes(planned)} of weights, is {human_bytes(found)}")
     return lines
 
 
-def _architectures(plan: Plan, facts: Mapping[Any, ComponentFacts]) -> list[str]:
-    """Components whose class, config or shapes changed; a plan of an earlier version knows of all of them at once."""
-    was = plan.checkpoint.content
+def _architectures(
+    record: CheckpointRecord, components: PlannedComponents, facts: Mapping[Component, ComponentFacts]
+) -> list[str]:
+    """Components whose class, config or shapes changed; a plan of an earlier version has one digest for all."""
+    was = record.content
     if was:
         return [
             f"{name}: its config or the shapes of its tensors changed since the plan was compiled"
@@ -136,7 +148,7 @@ def _architectures(plan: Plan, facts: Mapping[Any, ComponentFacts]) -> list[str]
             if name not in was or was[name].fingerprint != one.fingerprint
         ]
     whole = Checkpoint("checkpoint", "", None, facts, None)
-    if set(facts) == set(COMPONENTS) and whole.fingerprint != plan.checkpoint.fingerprint:
+    if set(facts) == set(components) and whole.fingerprint != record.fingerprint:
         return ["checkpoint: it changed since the plan was compiled (another architecture or config)"]
     return []
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..declare.pipelines import Component
 from ..errors import InfeasibleError, RunError
 from ..facts.checkpoint import Checkpoint
-from ..plan.bind import ResolvedPlan
+from ..plan.artifact import ResolvedPlan
 from ..run.host import load_helpers
 from ..run.quantize import like, map_parts, own_tensors
 from ..run.weights import LoadRequest, Progress, load_components

@@ -32,7 +32,7 @@ from .wording import (
 
 if TYPE_CHECKING:
     from ..declare.spec import DeploySpec
-    from ..plan.bind import ResolvedPlan
+    from ..plan.artifact import ResolvedPlan
 
 BAR_CELLS = 24
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..declare.pipelines import Component
 from ..errors import RunError
 from ..facts.checkpoint import Checkpoint
-from ..plan.bind import ResolvedPlan
+from ..plan.artifact import ResolvedPlan
 from .weights import LoadRequest, Progress, load_components, quiet_libraries
 
 

@@ -8,8 +8,7 @@ from diffusers import DiffusionPipeline
 from ..declare.spec import Model
 from ..errors import PlanError
 from ..facts.checkpoint import Checkpoint, open_checkpoint
-from ..plan.artifact import Plan
-from ..plan.bind import ResolvedPlan
+from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.identity import check_checkpoint
 from .host import Host, PresentHost
 from .place import bind, resolved_plan, waiting_device
@@ -36,7 +35,8 @@ def load_pipeline(
     """
     resolved, host = resolved_plan(plan, "load_pipeline(plan)"), host or PresentHost()
     host.check(resolved)
-    check_checkpoint(resolved.plan, resolved.allowed)
+    planned = resolved.plan
+    check_checkpoint(planned.checkpoint, planned.spec.model, planned.components, resolved.allowed)
     checkpoint = open_checkpoint(_pinned(resolved.plan), weights=host.reads_weights)
     _check_same(resolved.plan, checkpoint)
     requests = {

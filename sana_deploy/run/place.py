@@ -17,8 +17,7 @@ from torch import nn
 
 from ..declare.pipelines import Component, PipelineDescription
 from ..errors import RunError, UsageError
-from ..plan.artifact import Plan
-from ..plan.bind import ResolvedPlan
+from ..plan.artifact import Plan, ResolvedPlan
 from .border import Border, attach, find_border
 from .copies import Copies, watch_copies
 from .decode_retry import vae_settings
