@@ -25,7 +25,7 @@ from sana_deploy.plan.grid import Rules
 from sana_deploy.plan.knobs import under
 from sana_deploy.plan.profile import ComponentProfile, PipelineProfile, VaeMode, Work
 from sana_deploy.plan.records import Place
-from sana_deploy.plan.search import ROOMY, placements, search_balanced
+from sana_deploy.plan.search import ROOMY, search_balanced
 
 sizes = st.integers(0, 60).map(lambda n: n * 100 * MIB)
 counts = st.integers(0, 50)
@@ -156,13 +156,6 @@ def test_the_chosen_candidate_is_the_best_of_all(
 def test_every_candidate_is_counted_once(profile: PipelineProfile, gpus: list[Gpu]) -> None:
     search = search_balanced(profile, gpus, Rules())
     assert search.feasible + sum(rejection.count for rejection in search.rejections) == search.considered
-
-
-def test_alike_gpus_are_not_counted_twice() -> None:
-    alike = [Gpu(i, "T4", 15 * GIB, 15 * GIB, (7, 5)) for i in range(8)]
-    unlike = [Gpu(i, f"GPU {i}", 15 * GIB, 15 * GIB, (7, 5)) for i in range(8)]
-    assert len(placements(alike, {})) == 15  # the partitions of four components
-    assert len(placements(unlike, {})) == 8**4
 
 
 Describe = Callable[..., Machine]

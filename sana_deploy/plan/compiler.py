@@ -19,13 +19,14 @@ from .artifact import Plan
 from .assemble import assemble
 from .auto_precision import choose_precision
 from .cost import host_bytes
-from .grid import Candidate, Rejection, Rules
+from .grid import Candidate, Rules
 from .knobs import under
 from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
 from .records import Place
 from .remedies import Fits, with_all_knobs, working_changes
 from .search import Search, search_balanced, search_custom, search_host, search_single
+from .tally import Rejection
 
 
 def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | None = None) -> Plan:

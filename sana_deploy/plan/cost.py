@@ -5,9 +5,11 @@ A profile given here has its knobs applied (`knobs.under`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import reduce
+from operator import and_
+from typing import Any, Literal
 
 from ..declare.formats import Dtype
 from ..declare.pipelines import PHASES, Component, Crossing, Phase
@@ -16,8 +18,10 @@ from ..facts.known_gpus import KnownGpu
 from ..facts.machine import Gpu
 from .profile import ComponentProfile, PipelineProfile, Work
 from .records import Place
+from .units import component_of
 
-Placement = Mapping[Component, Place]
+Placement = Mapping[str, Place]
+"""Unit name -> slot or host. The first unit of a component has the component's name."""
 
 HEADROOM = 0.02
 """Fraction of a GPU left free for allocator rounding and fragmentation."""
@@ -68,24 +72,28 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
 
     peak = max over phases of (weights there with their blocks + activations) + workspace + context + headroom x
     capacity. Weights stay, but for an offloaded component's, which are there only while it works. Components of one
-    phase work one after the other, so that the largest counts; what waits at home outside the denoising loop (prompt
-    embeddings, the control image) is listed under the denoiser and adds to whoever works there.
+    phase work one after the other, so that the largest counts, units of one component at once, so that they add up;
+    what waits at home outside the denoising loop (prompt embeddings, the control image) is listed under the denoiser's
+    first unit and adds to whoever works there.
 
     Args:
         gpu: the one that the slot is; without it workspace, context and headroom are left out.
     """
     home = profile.pipeline.denoiser
-    parts = [profile.components[name] for name, place in placement.items() if place == slot]
-    weights: dict[Phase, int] = {}
-    unsplit: dict[Phase, int] = {}
-    activations: dict[Phase, int] = {}
+    here = [(name, profile.parts[name]) for name, place in placement.items() if place == slot]
+    weights, unsplit, activations = (dict.fromkeys(PHASES, 0) for _ in range(3))
     for phase in PHASES:
-        there = [part for part in parts if part.resident or phase in part.activations]
-        working = [part.activations.get(phase, 0) for part in parts if part.name != home or phase == "denoise"]
-        waiting = [part.activations.get(phase, 0) for part in parts if part.name == home and phase != "denoise"]
-        weights[phase] = sum(part.weights_bytes for part in there)
-        unsplit[phase] = 0 if slot == "cpu" else sum(p.unsplit_bytes + p.workspaces.get(phase, 0) for p in there)
-        activations[phase] = max(working, default=0) + sum(waiting)
+        working: dict[Component, int] = {}
+        for name, part in here:
+            own = part.activations.get(phase)
+            if part.resident or own is not None:
+                weights[phase] += part.weights_bytes
+                unsplit[phase] += part.unsplit_bytes + part.workspaces.get(phase, 0) if slot != "cpu" else 0
+            if name == home and phase != "denoise":
+                activations[phase] = own or 0
+            else:
+                working[part.name] = working.get(part.name, 0) + (own or 0)
+        activations[phase] += max(working.values(), default=0)
     phase = max(PHASES, key=lambda name: weights[name] + unsplit[name] + activations[name])
     workspace = workspace_bytes(gpu.capability) if gpu else 0
     return SlotUse(weights[phase], activations[phase], unsplit[phase] + workspace, overhead(gpu) if gpu else 0, phase)
@@ -93,7 +101,7 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
 
 def host_bytes(profile: PipelineProfile, placement: Placement) -> int:
     """Bytes of host memory that `placement` takes: what runs on the CPU, and offloaded weights that wait there."""
-    parts = [profile.components[name] for name, place in placement.items() if place != "cpu"]
+    parts = [profile.parts[name] for name, place in placement.items() if place != "cpu"]
     return slot_use(profile, placement, "cpu").peak_bytes + sum(p.weights_bytes for p in parts if not p.resident)
 
 
@@ -169,26 +177,76 @@ def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dic
     return seconds
 
 
-def component_seconds(part: ComponentProfile, steps: int, rates: KnownGpu) -> float:
-    """Seconds of one component on one GPU in a whole request."""
-    return sum(component_phases(part, steps, rates).values())
+Step = tuple[Hashable, tuple[Any, ...], Any]
+"""Part of a phase: what it belongs to, what is busy with it (a GPU, or the two ends of a link), and its seconds."""
+
+
+def critical_path(steps: Iterable[Step], longest: Callable[[list[Any]], Any] = max) -> Any:
+    """Seconds of one phase: the sum of what waits for each other, the longest of what is done at once.
+
+    Steps that belong to the same are done at once where different GPUs or links are busy with them, and wait for each
+    other where it is the same one. All others wait for each other: a component needs the result of the one before.
+
+    Args:
+        steps: in numbers, or in arrays with an entry per placement.
+        longest: the largest of a list of such numbers or arrays.
+    """
+    together: dict[Hashable, list[tuple[tuple[Any, ...], Any]]] = {}
+    for whole, busy, seconds in steps:
+        together.setdefault(whole, []).append((busy, seconds))
+    total = 0.0
+    for parts in together.values():
+        if len(parts) == 1:
+            total = total + parts[0][1]
+        else:
+            total = total + longest([sum(_same(busy, other) * each for other, each in parts) for busy, _ in parts])
+    return total
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> Any:
+    return reduce(and_, (a == b for a, b in zip(one, other, strict=True)))
+
+
+def phase_steps(
+    profile: PipelineProfile,
+    work: Callable[[str, ComponentProfile], Mapping[Phase, Any]],
+    crossing: Callable[[Crossing], Any],
+    places: Mapping[str, Any],
+) -> dict[Phase, list[Step]]:
+    """What a request does in each phase, in numbers or in arrays: units work, and tensors cross between them.
+
+    Args:
+        work: seconds of a unit by phase.
+        crossing: seconds of a crossing in the whole request; 0 where it stays on a device.
+        places: where each unit is.
+    """
+    steps: dict[Phase, list[Step]] = {phase: [] for phase in PHASES}
+    for name, part in profile.parts.items():
+        for phase, seconds in work(name, part).items():
+            steps[phase].append((part.name, (places[name],), seconds))
+    for one in profile.crossings:
+        whole = (one.tensor, component_of(one.src), component_of(one.dst))
+        steps[one.phase].append((whole, (places[one.src], places[one.dst]), crossing(one)))
+    return steps
 
 
 def phase_seconds(profile: PipelineProfile, placement: Placement, gpus: Mapping[int, Gpu]) -> dict[Phase, float] | None:
-    """Seconds of one request per phase: the work of its components, one after the other, and the crossings into it.
+    """Seconds of one request per phase: the critical path of the work of its units and the crossings into it.
 
     None where a component sits on the host: CPUs are not in the table of rates.
     """
-    rates: dict[Component, KnownGpu] = {}
+    rates: dict[str, KnownGpu] = {}
     for name, place in placement.items():
         if place == "cpu":
             return None
         rates[name] = gpus[place].rates
-    seconds = dict.fromkeys(PHASES, 0.0)
-    for name, part in profile.components.items():
-        for phase, value in component_phases(part, profile.steps, rates[name]).items():
-            seconds[phase] += value
-    for crossing in crossings_of(profile, placement):
-        each = crossing_seconds(crossing, rates[crossing.src], rates[crossing.dst])
-        seconds[crossing.phase] += crossing.times(profile.steps) * each
-    return seconds
+
+    def work(name: str, part: ComponentProfile) -> Mapping[Phase, float]:
+        return component_phases(part, profile.steps, rates[name])
+
+    def crossing(one: Crossing) -> float:
+        if placement[one.src] == placement[one.dst]:
+            return 0.0
+        return one.times(profile.steps) * crossing_seconds(one, rates[one.src], rates[one.dst])
+
+    return {phase: critical_path(steps) for phase, steps in phase_steps(profile, work, crossing, placement).items()}

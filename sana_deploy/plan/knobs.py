@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..declare.knobs import KNOBS, Knob, completed, ordered
-from ..declare.pipelines import Component, PipelineDescription, Role
+from ..declare.pipelines import PipelineDescription, Role
 from ..facts.machine import Gpu
 from .cost import Placement, bytes_per_request, phase_seconds, slot_use
 from .profile import PipelineProfile
 from .records import KnobPrice, Place
+from .units import component_of
 
 
 def _same(profile: PipelineProfile) -> PipelineProfile:
@@ -75,20 +76,26 @@ def useful(profile: PipelineProfile, knobs: Iterable[Knob]) -> tuple[Knob, ...]:
     return tuple(knob for knob in ordered(knobs) if EFFECTS[knob].useful(profile))
 
 
-def parted(pipeline: PipelineDescription) -> dict[Knob, tuple[Component, Component]]:
-    """Knobs of placements -> the two components of `pipeline` that are apart where the knob is on."""
-    found: dict[Knob, tuple[Component, Component]] = {}
+def parted(pipeline: PipelineDescription, units: Iterable[str]) -> dict[Knob, list[tuple[str, str]]]:
+    """Knobs of placements -> pairs of `units` of `pipeline`; the knob is on where two of a pair are apart.
+
+    A unit belongs to the other component's unit of the same number, or to its first one.
+    """
+    names = list(units)
+    found: dict[Knob, list[tuple[str, str]]] = {}
     for knob, description in KNOBS.items():
         if description.apart is not None:
             one, other = map(pipeline.find, description.apart)
             if one is not None and other is not None:
-                found[knob] = (one, other)
+                pairs = [(name, other + name.removeprefix(one)) for name in names if component_of(name) == one]
+                found[knob] = [(name, beside if beside in names else other) for name, beside in pairs]
     return found
 
 
 def of_placement(pipeline: PipelineDescription, placement: Placement) -> list[Knob]:
     """The knobs that `placement` itself turns on."""
-    return [knob for knob, (one, other) in parted(pipeline).items() if placement[one] != placement[other]]
+    pairs = parted(pipeline, placement).items()
+    return [knob for knob, found in pairs if any(placement[one] != placement[other] for one, other in found)]
 
 
 def price_of(
@@ -107,10 +114,10 @@ def price_of(
     Args:
         plain: the profile without any knob.
     """
-    without = [one for one in knobs if one != knob and knob not in KNOBS[one].includes]
+    without = [on for on in knobs if on != knob and knob not in KNOBS[on].includes]
     together = dict(placement)
-    if pair := parted(plain.pipeline).get(knob):
-        together[pair[0]] = placement[pair[1]]
+    for one, other in parted(plain.pipeline, placement).get(knob, ()):
+        together[one] = placement[other]
     before, after = under(plain, without), under(plain, knobs)
     places: list[Place] = sorted({place for place in placement.values() if place != "cpu"})
     places += ["cpu"] if "cpu" in together.values() else []
@@ -126,4 +133,4 @@ def price_of(
 
 def _uploaded(profile: PipelineProfile) -> int:
     """Bytes of weights that wait on the CPU and are copied once per request."""
-    return sum(part.weights_bytes for part in profile.components.values() if not part.resident)
+    return sum(part.weights_bytes for part in profile.parts.values() if not part.resident)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..declare.formats import Format
@@ -16,6 +17,7 @@ from ..facts.allocator import ENCODE_WORKSPACE
 from ..facts.checkpoint import Checkpoint
 from ..facts.component import ComponentFacts
 from .needs import Measure, needs_of
+from .units import Unit
 
 VAE_TILE = (1024, 1024, 896, 896)
 """Height and width of a tile and its strides in pixels, as `AutoencoderDC.enable_tiling` takes them. Tiles of 512
@@ -92,6 +94,8 @@ class PipelineProfile:
         control_rows: copies of the control image that the pipeline makes, the first one included.
         vae_under: what the VAE needs in each mode.
         vae_mode: the mode that `components` has it in.
+        further: units beyond the first of their component, and what each needs; its component's profile is then what
+            the first one needs. `crossings` name units.
     """
 
     pipeline: PipelineDescription
@@ -101,6 +105,17 @@ class PipelineProfile:
     control_rows: int = 1
     vae_under: Mapping[VaeMode, ComponentProfile] = field(default_factory=dict)
     vae_mode: VaeMode = field(default_factory=VaeMode, compare=False)
+    further: Mapping[Unit, ComponentProfile] = field(default_factory=dict)
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """What gets a place: one unit per component in the order of plans, then the further ones."""
+        return (*(Unit(name) for name in self.pipeline.names), *self.further)
+
+    @cached_property
+    def parts(self) -> Mapping[str, ComponentProfile]:
+        """What each unit needs, by its name."""
+        return {**self.components, **{unit.name: part for unit, part in self.further.items()}}
 
     def with_vae(self, **mode: bool) -> PipelineProfile:
         """Return the profile with the VAE in another mode, e.g. `sliced=True`; what is not named stays."""

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..declare.knobs import KNOBS, Knob, clash, completed
-from ..declare.pipelines import COMPONENTS, Component
 from ..declare.spec import Objective
 from ..facts.machine import Gpu
 from .cost import Placement
-from .grid import CPU, FITS, Candidate, Integers, PlacementGrid, Rejection, Rows, Rules
+from .grid import Candidate, PlacementGrid, Rules
 from .knobs import under, useful
+from .placements import CHUNK, CPU, Places, canonical_placements
 from .profile import PipelineProfile
 from .records import Place
+from .rows import Rows
+from .shortlist import Key, KeyOf, Shortlist
+from .tally import Rejection, Tally
 
 
 @dataclass
@@ -59,9 +59,13 @@ class Search:
 
 
 def search_balanced(
-    profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, pins: Mapping[Component, int] | None = None
+    profile: PipelineProfile,
+    gpus: Sequence[Gpu],
+    rules: Rules,
+    pins: Mapping[str, int] | None = None,
+    chunk: int = CHUNK,
 ) -> Search:
-    """Search all placements of whole components over `gpus`, GPUs that are alike counted once; `pins` are kept to.
+    """Search all placements of whole units over `gpus`, GPUs that are alike counted once; `pins` are kept to.
 
     `balance` takes the fewest seconds, then the fewest bytes moved, among placements whose fullest GPU is at most ROOMY
     full, and the emptiest fullest GPU where none is. Before that it wants, one after the other: no tiling, no offload,
@@ -69,14 +73,20 @@ def search_balanced(
     ControlNet with the transformer would fill a GPU beyond ROOMY, and more than splitting it off. `latency` takes the
     fewest seconds per request, `fit` the fewest knobs, then the fewest GPUs. Ties go to a faster denoiser (for
     `balance` before emptier GPUs) and to lower indices, so that the result is deterministic.
+
+    Args:
+        pins: unit name -> GPU index.
+        chunk: placements that are looked at together; it bounds the memory, and changes nothing in the result.
     """
-    return _search(profile, gpus, rules, placements(gpus, pins or {}), _settings(profile, rules.allow), _balanced_key)
+    blocks = canonical_placements([unit.name for unit in profile.units], gpus, pins or {}, chunk)
+    return _search(profile, gpus, rules, blocks, _settings(profile, rules.allow), _balanced_key, chunk)
 
 
 def search_single(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, gpu: int | None) -> Search:
     """Search the placements that put everything on one GPU: fewest knobs, then the fastest GPU, then the emptiest."""
-    options = [[i] * len(COMPONENTS) for i, one in enumerate(gpus) if gpu in (None, one.index)]
-    return _search(profile, gpus, rules, np.array(options, np.int64), _settings(profile, rules.allow), _single_key)
+    chosen = np.array([i for i, one in enumerate(gpus) if gpu in (None, one.index)], np.int16)
+    places = np.repeat(chosen[:, None], len(profile.units), axis=1)
+    return _search(profile, gpus, rules, [places], _settings(profile, rules.allow), _single_key)
 
 
 def search_custom(
@@ -84,39 +94,16 @@ def search_custom(
 ) -> Search:
     """Check the one placement the user wrote, with the knobs that are to be on."""
     position: dict[Place, int] = {"cpu": CPU, **{gpu.index: i for i, gpu in enumerate(gpus)}}
-    options = np.array([[position[placement[name]] for name in COMPONENTS]], np.int64)
-    return _search(profile, gpus, rules, options, [useful(profile, knobs)], _balanced_key)
+    places = np.array([[position[placement[unit.name]] for unit in profile.units]], np.int16)
+    return _search(profile, gpus, rules, [places], [useful(profile, knobs)], _balanced_key)
 
 
 def search_host(profile: PipelineProfile, rules: Rules) -> Search:
     """Put everything on the CPU; where that is short of memory, under every set of knobs that need no GPU."""
-    options = np.full((1, len(COMPONENTS)), CPU, np.int64)
+    places = np.full((1, len(profile.units)), CPU, np.int16)
     sets = _settings(profile, [knob for knob in rules.allow if not KNOBS[knob].needs_gpu])
-    plain = _search(profile, (), rules, options, sets[:1], _balanced_key)
-    return plain if plain.best else _search(profile, (), rules, options, sets, _balanced_key)
-
-
-def placements(gpus: Sequence[Gpu], pins: Mapping[Component, int]) -> Integers:
-    """Return every assignment that keeps to `pins`, without those that only rename GPUs that are alike.
-
-    Returns:
-        Positions in `gpus`, one row per placement, one column per component: (placements, components).
-    """
-    position = {gpu.index: i for i, gpu in enumerate(gpus)}
-    choices = [[position[pins[name]]] if name in pins else range(len(gpus)) for name in COMPONENTS]
-    rows = np.stack(np.meshgrid(*choices, indexing="ij"), axis=-1).reshape(-1, len(COMPONENTS)).astype(np.int64)
-    pinned = {position[index] for index in pins.values()}
-    kinds: dict[Any, list[int]] = {}
-    for i, gpu in enumerate(gpus):
-        kinds.setdefault(i if i in pinned else replace(gpu, index=-1, uuid=""), []).append(i)
-    # The first column where each GPU is used: alike GPUs must come into use in their order.
-    first = np.stack(
-        [np.where((rows == i).any(1), (rows == i).argmax(1), len(COMPONENTS)) for i in range(len(gpus))], 1
-    )
-    in_order = [
-        first[:, one] <= first[:, other] for alike in kinds.values() for one, other in itertools.pairwise(alike)
-    ]
-    return rows[np.logical_and.reduce(in_order)] if in_order else rows
+    plain = _search(profile, (), rules, [places], sets[:1], _balanced_key)
+    return plain if plain.best else _search(profile, (), rules, [places], sets, _balanced_key)
 
 
 def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[tuple[Knob, ...]]:
@@ -146,8 +133,6 @@ def _may_vary(knob: Knob) -> bool:
 
 ROOMY = 0.7
 """Share of its free memory up to which a GPU's fullness does not matter: evenness is worth nothing there."""
-Key = list[NDArray[Any]]
-"""Columns to sort by, the most important one first; smaller is better."""
 
 
 def _balanced_key(rows: Rows, objective: Objective) -> Key:
@@ -185,34 +170,31 @@ def _search(
     profile: PipelineProfile,
     gpus: Sequence[Gpu],
     rules: Rules,
-    options: Integers,
+    blocks: Iterable[Places],
     settings: Sequence[tuple[Knob, ...]],
-    key: Callable[[Rows, Objective], Key],
+    key: KeyOf,
+    limit: int = CHUNK,
 ) -> Search:
-    if not len(options):
+    """Cost every placement of `blocks` under every one of `settings`.
+
+    One block is held at a time, and no more than about `limit` candidates that fit.
+    """
+    grid = PlacementGrid(profile, gpus, rules, settings)
+    tally, shortlist, count = Tally(grid), Shortlist(grid, key, limit), 0
+    for places in blocks:
+        block = grid.block(places)
+        for setting in grid.settings:
+            sheet = grid.cost(block, setting)
+            tally.add(sheet, start=count)
+            shortlist.add(sheet)
+        count += len(places)
+    if not count:
         return Search()
-    grid = PlacementGrid(profile, gpus, rules, options)
-    sheets = [grid.cost(knobs) for knobs in settings]
-    found = Search(placements=len(options), settings=len(settings), rejections=grid.rejections(sheets))
-    fits = [np.flatnonzero(sheet.code == FITS) for sheet in sheets]
-    found.feasible = sum(len(rows) for rows in fits)
-    found.closest = grid.closest(sheets)
-    if found.feasible:
-        rows = grid.rows(sheets, fits)
-        found.ranked = [
-            grid.candidate(rows.places[i], settings[rows.setting[i]]) for i in _first(key(rows, rules.objective), 4)
-        ]
-    return found
-
-
-def _first(key: Key, count: int) -> list[int]:
-    """The first `count` rows of the order that `key` gives, without sorting all."""
-    left, found = np.arange(len(key[0])), []
-    for _ in range(min(count, len(left))):
-        rows = left
-        for column in key:
-            values = column[rows]
-            rows = rows[values == values.min()]
-        found.append(int(rows[0]))
-        left = left[left != rows[0]]
-    return found
+    return Search(
+        ranked=shortlist.ranked(),
+        closest=tally.closest(),
+        placements=count,
+        settings=len(settings),
+        feasible=shortlist.feasible,
+        rejections=tally.rejections(),
+    )

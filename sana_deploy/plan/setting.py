@@ -1,0 +1,84 @@
+"""What sets of units need under one set of knobs: bytes and seconds on each GPU, in tables."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..declare.knobs import Knob
+from ..declare.pipelines import Crossing, Phase
+from ..facts.allocator import workspace_bytes
+from ..facts.machine import Gpu
+from .cost import component_phases, crossing_seconds, overhead, slot_use
+from .knobs import under
+from .profile import PipelineProfile
+from .records import Place
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+NOTHING = np.iinfo(np.int64).min
+"""The shortfall of what is not used."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One set of knobs: its position among those of a search, the profile under it, and what sets of units need.
+
+    Attributes:
+        needs: bytes on a GPU for each set of units, without what the GPU itself takes.
+        filled: share of a GPU's free memory, and `lacking` the bytes missing, for GPU x sets + set; the last rows are
+            the host's, which is never full here.
+    """
+
+    number: int
+    knobs: tuple[Knob, ...]
+    profile: PipelineProfile
+    gpus: Sequence[Gpu]
+    needs: Integers
+    filled: Floats
+    lacking: Integers
+
+    @classmethod
+    def of(cls, number: int, knobs: tuple[Knob, ...], profile: PipelineProfile, gpus: Sequence[Gpu]) -> Setting:
+        """Cost every set of units under `knobs` on every GPU."""
+        changed, names = under(profile, knobs), [unit.name for unit in profile.units]
+        needs = np.array([_need(changed, names, mask) for mask in range(1 << len(names))], np.int64)
+        filled, lacking = np.zeros((len(gpus) + 1, len(needs))), np.full((len(gpus) + 1, len(needs)), NOTHING)
+        for i, gpu in enumerate(gpus):
+            peaks = needs + workspace_bytes(gpu.capability) + overhead(gpu)
+            filled[i], lacking[i] = peaks / max(gpu.free_bytes, 1), peaks - gpu.free_bytes
+        return cls(number, knobs, changed, gpus, needs, filled.ravel(), lacking.ravel())
+
+    @cached_property
+    def work(self) -> Mapping[str, Mapping[Phase, Floats]]:
+        """Seconds of each unit by phase on every GPU, and 0 on the host, which is not known."""
+        rates = [gpu.rates for gpu in self.gpus]
+        found = {}
+        for name, part in self.profile.parts.items():
+            each = [component_phases(part, self.profile.steps, rate) for rate in rates]
+            phases = each[0] if each else {}
+            found[name] = {phase: np.array([*(one[phase] for one in each), 0.0]) for phase in phases}
+        return found
+
+    @cached_property
+    def crossings(self) -> Mapping[Crossing, Floats]:
+        """Seconds of each crossing in a request between every two GPUs; the host's are not known."""
+        rates = [gpu.rates for gpu in self.gpus]
+        found = {}
+        for crossing in self.profile.crossings:
+            pairs, times = np.zeros((len(rates) + 1, len(rates) + 1)), crossing.times(self.profile.steps)
+            for a, b in itertools.permutations(range(len(rates)), 2):
+                pairs[a, b] = times * crossing_seconds(crossing, rates[a], rates[b])
+            found[crossing] = pairs
+        return found
+
+
+def _need(profile: PipelineProfile, names: Sequence[str], mask: int) -> int:
+    """Blocks of weights and activations at the fullest moment of a GPU with the units of `mask`, in bytes."""
+    placed: dict[str, Place] = {name: 0 for i, name in enumerate(names) if mask >> i & 1}
+    return slot_use(profile, placed, 0).peak_bytes
