@@ -25,6 +25,7 @@ from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu
 from sana_deploy.plan.grid import Rules
+from sana_deploy.plan.needs import Measured
 from sana_deploy.plan.profile import PipelineProfile, profile_pipeline
 from sana_deploy.plan.search import search_balanced
 from sana_deploy.plan.units import Unit
@@ -56,7 +57,7 @@ def profile(units: int) -> PipelineProfile:
     return replace(whole, further=further, crossings=(*whole.crossings, *beside, between))
 
 
-def _no_measure(*_: object) -> dict[str, dict[str, dict[str, float]]]:
+def _no_measure(*_: object) -> Measured:
     raise AssertionError("what this checkpoint needs ships with the package")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from sana_deploy.plan.knobs import under
 from sana_deploy.plan.profile import ComponentProfile, PipelineProfile, VaeMode, Work
 from sana_deploy.plan.records import Place
 from sana_deploy.plan.search import ROOMY, search_balanced
+from sana_deploy.plan.units import Unit
 
 sizes = st.integers(0, 60).map(lambda n: n * 100 * MIB)
 counts = st.integers(0, 50)
@@ -37,7 +39,8 @@ def works(draw: st.DrawFn) -> Work:
 
 
 @st.composite
-def profiles(draw: st.DrawFn) -> PipelineProfile:
+def profiles(draw: st.DrawFn, further: Mapping[Component, int] = MappingProxyType({})) -> PipelineProfile:
+    """A profile of random needs, with so many units of a component beyond the first."""
     phases: dict[str, list[Phase]] = {"text_encoder": ["encode"], "vae": ["prepare", "decode"]}
 
     def component(name: Component, weights: int) -> ComponentProfile:
@@ -48,22 +51,24 @@ def profiles(draw: st.DrawFn) -> PipelineProfile:
         )
 
     components = {name: component(name, draw(sizes)) for name in COMPONENTS}
+    units = [Unit(name, number) for name, count in further.items() for number in range(1, count + 1)]
+    beside = {unit: component(unit.component, draw(sizes)) for unit in units}
     crossings = (
         Crossing("prompt_embeds", "text_encoder", "transformer", draw(sizes) // 100, False, "encode"),
         Crossing("control_image", "transformer", "vae", draw(sizes) // 100, False, "prepare"),
         Crossing("controlnet_block_samples", "controlnet", "transformer", draw(sizes) // 100, True),
         Crossing("latents", "transformer", "vae", draw(sizes) // 100, False, "decode"),
+        *(Crossing("noise_pred", unit.name, unit.component, draw(sizes) // 100, True) for unit in units),
     )
     vae = components["vae"].weights_bytes
-    modes = {mode: component("vae", vae) for mode in VaeMode.all()}
-    return PipelineProfile(SANA_CONTROLNET, components, crossings, 20, draw(st.sampled_from([1, 2])), modes)
+    modes, rows = {mode: component("vae", vae) for mode in VaeMode.all()}, draw(st.sampled_from([1, 2]))
+    return PipelineProfile(SANA_CONTROLNET, components, crossings, 20, rows, modes, further=beside)
 
 
 @st.composite
-def gpu_lists(draw: st.DrawFn) -> list[Gpu]:
-    kinds = draw(
-        st.lists(st.tuples(st.integers(1, 16), st.sampled_from(["t4", "rtx3090", "a100"])), min_size=1, max_size=3)
-    )
+def gpu_lists(draw: st.DrawFn, most: int = 3) -> list[Gpu]:
+    kind = st.tuples(st.integers(1, 16), st.sampled_from(["t4", "rtx3090", "a100"]))
+    kinds = draw(st.lists(kind, min_size=1, max_size=most))
     rows = [(s, KNOWN_GPUS[name]) for s, name in kinds]
     return [Gpu(i, row.name, s * GIB, s * GIB, row.capability, row.multiprocessors) for i, (s, row) in enumerate(rows)]
 
@@ -84,10 +89,11 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
         if profile.control_rows > 1 and "encode_once" in allowed:
             knobs.add("encode_once")
         changed = under(profile, knobs)
-        for places in itertools.product(by_index, repeat=4):
-            placement: dict[Component, Place] = dict(zip(COMPONENTS, places, strict=True))
+        for places in itertools.product(by_index, repeat=len(profile.units)):
+            placement: dict[str, Place] = dict(zip([unit.name for unit in profile.units], places, strict=True))
             uses = {i: slot_use(changed, placement, i, by_index[i]) for i in set(places)}
-            split = placement["controlnet"] != placement["transformer"]
+            pairs = [(f"controlnet{number}", f"transformer{number}") for number in ("", ".1")]
+            split = any(placement[one] != placement[other] for one, other in pairs if one in placement)
             if any(use.peak_bytes > by_index[i].free_bytes for i, use in uses.items()):
                 continue
             if split and "split_controlnet" not in allowed:
@@ -121,11 +127,28 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
     return min((keys[rules.objective](row) for row in found), default=None)
 
 
+allowed = st.sets(st.sampled_from(list(KNOBS)))
+objectives = st.sampled_from(["balance", "latency", "fit"])
+SECOND_UNITS = {"transformer": 1, "controlnet": 1}
+
+
 @settings(max_examples=120, deadline=None)
-@given(profiles(), gpu_lists(), st.sets(st.sampled_from(list(KNOBS))), st.sampled_from(["balance", "latency", "fit"]))
+@given(profiles(), gpu_lists(), allowed, objectives)
 def test_the_chosen_candidate_is_the_best_of_all(
     profile: PipelineProfile, gpus: list[Gpu], allow: set[Knob], objective: Objective
 ) -> None:
+    check_the_best(profile, gpus, allow, objective)
+
+
+@settings(max_examples=12, deadline=None)
+@given(profiles(SECOND_UNITS), gpu_lists(2), allowed, objectives)
+def test_the_chosen_candidate_is_the_best_of_all_where_components_have_two_units(
+    profile: PipelineProfile, gpus: list[Gpu], allow: set[Knob], objective: Objective
+) -> None:
+    check_the_best(profile, gpus, allow, objective)
+
+
+def check_the_best(profile: PipelineProfile, gpus: list[Gpu], allow: set[Knob], objective: Objective) -> None:
     rules = Rules(allow, objective)
     search, expected = search_balanced(profile, gpus, rules), brute_force(profile, gpus, rules)
     if search.best is None:
