@@ -43,7 +43,7 @@ def mutated(values: dict[str, Any], chance: random.Random) -> dict[str, Any]:
         if chance.random() < 0.3:
             del node[last]
         else:
-            node[last] = chance.choice(ODD)
+            node[last] = copy.deepcopy(chance.choice(ODD))
     if chance.random() < 0.8:
         with contextlib.suppress(AttributeError):  # of what is no plan at all, there is no digest
             changed["digest"] = digest_of(changed)

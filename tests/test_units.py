@@ -6,6 +6,8 @@ import itertools
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from sana_deploy._units import GIB, MIB
 from sana_deploy.declare.knobs import Knob
 from sana_deploy.declare.pipelines import Crossing
 from sana_deploy.declare.spec import DeploySpec, Objective
+from sana_deploy.errors import PlanError
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.artifact import Plan
@@ -28,6 +31,8 @@ from sana_deploy.plan.cost import (
     phase_seconds,
     slot_use,
 )
+from sana_deploy.plan.diff import compare
+from sana_deploy.plan.digest import digest_of
 from sana_deploy.plan.grid import FITS, PlacementGrid, Rules
 from sana_deploy.plan.knobs import of_placement, under
 from sana_deploy.plan.placements import canonical_placements
@@ -36,7 +41,6 @@ from sana_deploy.plan.search import Search, search_balanced, search_custom, sear
 from sana_deploy.plan.units import Unit, component_of
 
 Small = Callable[..., DeploySpec]
-Describe = Callable[..., Machine]
 LETTERS = ("a", "b", "c", "d", "e", "f")
 
 
@@ -250,3 +254,45 @@ def made(six: PipelineProfile, small: Small) -> Plan:
     assert found.best is not None
     machine = Machine("present", tuple(_cards(2)), 64 * GIB)
     return assemble(spec, open_checkpoint(spec.model), six, machine, found.best, found, [])
+
+
+def test_a_plan_says_where_further_units_are_and_is_read_back(
+    six: PipelineProfile, small: Small, tmp_path: Path
+) -> None:
+    plan = made(six, small)
+    home, controlnet = six.pipeline.denoiser, six.pipeline.of("controlnet")
+    assert list(plan.units) == [f"{home}.1", f"{controlnet}.1"]
+    second = plan.units[f"{home}.1"]
+    assert (second.component, second.weights_bytes) == (home, six.components[home].weights_bytes)
+    assert second.slot != plan.device_map[home]
+    assert set(plan.device_map) == set(plan.components) == set(six.pipeline.names)
+    assert sum(slot.weights_bytes for slot in plan.slots) == sum(part.weights_bytes for part in six.parts.values())
+    assert plan.basis["units.*.weights_bytes"] == "exact"
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+
+
+def test_units_are_decisions(six: PipelineProfile, small: Small) -> None:
+    plan = made(six, small)
+    values = plan.model_dump(mode="json")
+    home = six.pipeline.denoiser
+    found = {one.where: one for one in compare(plan, plan.model_copy(update={"units": {}}))}
+    line = found[f"units.{home}.1.slot"]
+    assert (line.kind, line.was, line.now) == ("decided", plan.units[f"{home}.1"].slot, None)
+    assert digest_of({**values, "units": {}}) != plan.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda units: units.update({"lora.1": units["transformer.1"]}), "lora.1 belongs to no component"),
+        (lambda units: units["transformer.1"].update(slot=7), "transformer.1 on slot 7, which it lacks"),
+        (lambda units: units["transformer.1"].update(component="vae"), "transformer.1 belongs to no component"),
+    ],
+)
+def test_units_that_contradict_the_rest_of_a_plan_are_refused(
+    six: PipelineProfile, small: Small, change: Callable[[dict[str, Any]], None], says: str
+) -> None:
+    values = made(six, small).model_dump(mode="json")
+    change(values["units"])
+    with pytest.raises(PlanError, match=says):
+        Plan.from_values({**values, "digest": digest_of(values)}, "a plan")

@@ -17,7 +17,7 @@ from .._files import write_text
 from .._models import Diagnostic as Diagnostic
 from .._models import Record as Record
 from .._version import __version__
-from ..declare.pipelines import DEFAULT, Component, PipelineDescription
+from ..declare.pipelines import PIPELINES, SANA_CONTROLNET, Component, PipelineDescription
 from ..declare.spec import DeploySpec
 from ..errors import PlanError
 from ..facts.libraries import library_versions
@@ -33,13 +33,15 @@ from .records import Miss as Miss
 from .records import PartContent as PartContent
 from .records import Place as Place
 from .records import PlacedComponent as PlacedComponent
+from .records import PlacedUnit as PlacedUnit
 from .records import RejectionCount as RejectionCount
 from .records import RunnerUp as RunnerUp
 from .records import Slot as Slot
 from .records import Tile as Tile
 from .records import Transfer as Transfer
+from .units import component_of
 
-SCHEMA_VERSION = "1.3"
+SCHEMA_VERSION = "1.4"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
 
 BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
@@ -70,13 +72,16 @@ BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
     "considered.runners_up.*.seconds_per_image": "estimated",
     "rejections.*.closest_shortfall_bytes": "estimated",
 }
-"""How each quantity was come by; counts and indices are exact."""
+"""How each quantity was obtained; counts and indices are exact."""
+_UNITS_BASIS = {"units.*.weights_bytes": "exact", "units.*.activation_bytes": "estimated"}
+"""The same for plans that have `units`."""
 
 
 class Plan(Record):
     """An explicit device and dtype for every component, with the reasons. See the module docstring.
 
-    A plan that is not `feasible` shows the closest miss: it can be read, not applied.
+    A plan that is not `feasible` shows the closest miss: it can be read, not applied. `units` are those beyond the
+    first of their component, by name; `device_map` and `components` say where the first ones are.
     """
 
     schema_version: str
@@ -99,11 +104,13 @@ class Plan(Record):
     knob_prices: dict[str, KnobPrice] = {}
     vae_tile: Tile | None = None
     libraries: dict[str, str] = {}
+    pipeline_class: str = SANA_CONTROLNET.class_name
+    units: dict[str, PlacedUnit] = {}
 
     @property
     def pipeline(self) -> PipelineDescription:
         """Which pipeline the plan is for."""
-        return DEFAULT
+        return PIPELINES[self.pipeline_class]
 
     @property
     def fullness(self) -> float | None:
@@ -117,7 +124,8 @@ class Plan(Record):
     def build(cls, **fields: Any) -> Plan:
         """Make a plan from its parts, adding version, basis and digest."""
         draft = cls(
-            schema_version=SCHEMA_VERSION, tool_version=__version__, digest="", basis=dict(BASIS),
+            schema_version=SCHEMA_VERSION, tool_version=__version__, digest="",
+            basis={**BASIS, **(_UNITS_BASIS if fields.get("units") else {})},
             libraries=library_versions(part.format for part in fields["components"].values()), **fields,
         )  # fmt: skip
         return draft.model_copy(update={"digest": digest_of(draft.model_dump(mode="json"))})
@@ -187,6 +195,9 @@ class Plan(Record):
         Raises:
             PlanError: naming the first contradiction.
         """
+        if self.pipeline_class not in PIPELINES:
+            known = f"this sana_deploy {__version__} knows {', '.join(PIPELINES)}"
+            raise PlanError(f"{origin} is for a {self.pipeline_class}, {known}", where="plan_file")
         indices = {slot.index for slot in self.slots}
         for name in self.pipeline.names:
             place = self.device_map.get(name)
@@ -195,6 +206,11 @@ class Plan(Record):
                 raise PlanError(f"{origin} contradicts itself about the place of {name}", where="plan_file")
             if place != "cpu" and place not in indices:
                 raise PlanError(f"{origin} puts {name} on slot {place}, which it lacks", where="plan_file")
+        for name, unit in self.units.items():
+            if unit.component not in self.pipeline.names or component_of(name) != unit.component:
+                raise PlanError(f"{origin}: the unit {name} belongs to no component", where="plan_file")
+            if unit.slot != "cpu" and unit.slot not in indices:
+                raise PlanError(f"{origin} puts {name} on slot {unit.slot}, which it lacks", where="plan_file")
         if self.home != self.device_map[self.pipeline.denoiser]:
             raise PlanError(
                 f"{origin}: home is {self.home}, the {self.pipeline.denoiser} is elsewhere", where="plan_file"

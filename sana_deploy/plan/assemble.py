@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from .._models import Diagnostic
 from .._units import fullness
-from ..declare.pipelines import COMPONENTS
+from ..declare.pipelines import Component
 from ..declare.spec import DeploySpec
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Gpu, Machine
 from .artifact import Plan
-from .cost import Placement, bytes_per_request, bytes_per_step, crossings_of, slot_use
+from .cost import (
+    Placement,
+    bytes_per_request,
+    bytes_per_step,
+    crossings_of,
+    slot_use,
+)
 from .grid import Candidate
 from .identity import record_of
 from .knobs import price_of, under
@@ -18,7 +24,9 @@ from .records import (
     Considered,
     Estimates,
     Miss,
+    Place,
     PlacedComponent,
+    PlacedUnit,
     RejectionCount,
     RunnerUp,
     Slot,
@@ -44,11 +52,38 @@ def assemble(
         profile: without any knob.
         feasible: False for a closest miss, which can be read but not applied.
     """
-    by_index = {gpu.index: gpu for gpu in machine.gpus}
+    gpus = {gpu.index: gpu for gpu in machine.gpus}
     placement, batch = chosen.placement, spec.workload.batch
-    used = sorted({place for place in placement.values() if place != "cpu"})
+    used = [gpus[index] for index in sorted({place for place in placement.values() if place != "cpu"})]
     plain, profile = profile, under(profile, chosen.knobs)
-    components = {
+    return Plan.build(
+        spec=spec,
+        pipeline_class=profile.pipeline.class_name,
+        checkpoint=record_of(checkpoint, spec.resolve.verify),
+        slots=[_slot(profile, placement, gpu) for gpu in used],
+        home=placement[profile.pipeline.denoiser],
+        device_map=_device_map(profile, placement),
+        components=_components(profile, placement),
+        units=_units(profile, placement),
+        knobs=list(chosen.knobs),
+        transfers=[*_uploads(profile, placement, batch), *_transfers(profile, placement, batch)],
+        estimates=_estimates(profile, chosen, batch),
+        considered=_considered(search, profile, batch, gpus),
+        rejections=_rejections(search),
+        diagnostics=[*diagnostics, *_rate_remarks(used)],
+        feasible=feasible,
+        knob_prices={knob: price_of(knob, plain, chosen.knobs, placement, gpus, batch) for knob in chosen.knobs},
+        vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if profile.vae_mode.tiled else None,
+    )
+
+
+def _device_map(profile: PipelineProfile, placement: Placement) -> dict[Component, Place]:
+    """The place of the first unit of each component."""
+    return {name: placement[name] for name in profile.pipeline.names}
+
+
+def _components(profile: PipelineProfile, placement: Placement) -> dict[Component, PlacedComponent]:
+    return {
         name: PlacedComponent(
             class_name=part.class_name,
             dtype=part.format.dtype,
@@ -57,26 +92,20 @@ def assemble(
             activation_bytes=part.activation_bytes,
             slot=placement[name],
         )
-        for name, part in ((name, profile.components[name]) for name in COMPONENTS)
+        for name, part in ((name, profile.components[name]) for name in profile.pipeline.names)
     }
-    remarks = [*diagnostics, *_rate_remarks([by_index[i] for i in used])]
-    return Plan.build(
-        spec=spec,
-        checkpoint=record_of(checkpoint, spec.resolve.verify),
-        slots=[_slot(profile, placement, by_index[index]) for index in used],
-        home=placement[profile.pipeline.denoiser],
-        device_map={name: placement[name] for name in COMPONENTS},
-        components=components,
-        knobs=list(chosen.knobs),
-        transfers=[*_uploads(profile, placement, batch), *_transfers(profile, placement, batch)],
-        estimates=_estimates(profile, chosen, batch),
-        considered=_considered(search, batch, by_index),
-        rejections=_rejections(search),
-        diagnostics=remarks,
-        feasible=feasible,
-        knob_prices={knob: price_of(knob, plain, chosen.knobs, placement, by_index, batch) for knob in chosen.knobs},
-        vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if profile.vae_mode.tiled else None,
-    )
+
+
+def _units(profile: PipelineProfile, placement: Placement) -> dict[str, PlacedUnit]:
+    return {
+        unit.name: PlacedUnit(
+            component=unit.component,
+            weights_bytes=part.weights_bytes,
+            activation_bytes=part.activation_bytes,
+            slot=placement[unit.name],
+        )
+        for unit, part in profile.further.items()
+    }
 
 
 def _estimates(profile: PipelineProfile, chosen: Candidate, batch: int) -> Estimates:
@@ -122,7 +151,7 @@ def _uploads(profile: PipelineProfile, placement: Placement, batch: int) -> list
             bytes_per_step=0,
             bytes_per_image=part.weights_bytes // batch,
         )
-        for name, part in profile.components.items()
+        for name, part in profile.parts.items()
         if not part.resident
     ]
 
@@ -151,10 +180,10 @@ def _rate_remarks(gpus: list[Gpu]) -> list[Diagnostic]:
     return [Diagnostic(type="assumed_rates", severity="info", message=message, where="machine")]
 
 
-def _considered(search: Search, batch: int, gpus: dict[int, Gpu]) -> Considered:
+def _considered(search: Search, profile: PipelineProfile, batch: int, gpus: dict[int, Gpu]) -> Considered:
     runners_up = [
         RunnerUp(
-            device_map={name: candidate.placement[name] for name in COMPONENTS},
+            device_map=_device_map(profile, candidate.placement),
             worst_utilisation=round(candidate.worst_utilisation, 6),
             bytes_per_image=candidate.bytes_per_request // batch,
             knobs=list(candidate.knobs),
@@ -168,7 +197,7 @@ def _considered(search: Search, batch: int, gpus: dict[int, Gpu]) -> Considered:
         feasible=search.feasible,
         runners_up=runners_up,
         settings=search.settings,
-        closest=_miss(search),
+        closest=_miss(search, profile),
     )
 
 
@@ -177,12 +206,12 @@ def _fullness(candidate: Candidate, gpus: dict[int, Gpu]) -> float | None:
     return round(max(shares), 6) if shares else None
 
 
-def _miss(search: Search) -> Miss | None:
+def _miss(search: Search, profile: PipelineProfile) -> Miss | None:
     nearest = search.nearest()
     if search.closest is None or nearest is None:
         return None
     return Miss(
-        device_map={name: search.closest.placement[name] for name in COMPONENTS},
+        device_map=_device_map(profile, search.closest.placement),
         knobs=list(search.closest.knobs),
         shortfall_bytes=nearest.shortfall_bytes,
         message=nearest.message,

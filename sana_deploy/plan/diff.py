@@ -35,6 +35,8 @@ def compare(was: Plan, now: Plan) -> list[Difference]:
     ]
     if was.checkpoint.fingerprint != now.checkpoint.fingerprint:
         found.append(Difference("declared", "checkpoint", was.checkpoint.fingerprint, now.checkpoint.fingerprint))
+    if was.pipeline_class != now.pipeline_class:
+        found.append(Difference("declared", "pipeline_class", was.pipeline_class, now.pipeline_class))
     files = [dict(_files(plan)) for plan in (was, now)]
     found += [
         Difference("declared", key, files[0].get(key), files[1].get(key))
@@ -70,6 +72,8 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
         yield f"components.{name}.slot", part.slot
         yield f"components.{name}.dtype", part.dtype
         yield f"components.{name}.quantization", part.quantization
+    for name, unit in plan.units.items():
+        yield f"units.{name}.slot", unit.slot
     yield "knobs", ", ".join(plan.knobs)
 
 

@@ -1,4 +1,10 @@
-"""The digest of a plan: what was declared and decided, whatever host it was compiled on."""
+"""The digest of a plan: what was declared and decided, whatever host it was compiled on.
+
+Equal decisions have equal digests, whatever minor version wrote them. From 1.4 on a digest covers no minor version's
+number, and a key that a later version added only where it says something: it is left out where it is empty, and
+`pipeline_class` where it names the one pipeline that earlier versions knew. Digests of 1.0 to 1.3 cover their number;
+1.3 goes on to stand in its place.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,15 @@ import json
 import re
 from typing import Any
 
+from ..declare.pipelines import SANA_CONTROLNET
 from ..facts.shapes import digest
 
 _OUTSIDE_DIGEST = ("digest", "tool_version", "libraries")
+_COVERED_BY_1_3 = {
+    "schema_version", "spec", "checkpoint", "slots", "home", "device_map", "components", "knobs", "transfers",
+    "estimates", "considered", "rejections", "diagnostics", "basis", "feasible", "knob_prices", "vae_tile",
+}  # fmt: skip
+_LATER = re.compile(r"1\.([4-9]|[1-9][0-9]+)")
 _PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 """A hub repository at a commit, which the digest covers; any other ControlNet published apart is a folder of a host."""
 _HOST_PATHS = (
@@ -32,13 +44,23 @@ def _drop_wholes(parts: dict[str, Any]) -> None:
                         file.pop("whole", None)
 
 
+def _says(key: str, value: Any) -> bool:
+    """Whether the digest covers a key: those of 1.3 always, later ones where a plan without them says otherwise."""
+    if key == "pipeline_class":
+        return bool(value != SANA_CONTROLNET.class_name)
+    return key in _COVERED_BY_1_3 or bool(value)
+
+
 def digest_of(values: dict[str, Any]) -> str:
     """sha256 over the canonical JSON of inputs and decisions; the tool's version and this host's paths left out.
 
     What the files of a checkpoint hold is such an input, as the commit of a hub repository is: equal digests stand for
     equal pictures. Content goes by names inside the checkpoint, so that a copy elsewhere has the same digest.
     """
-    content = json.loads(json.dumps({k: v for k, v in values.items() if k not in _OUTSIDE_DIGEST}))
+    covered = {key: value for key, value in values.items() if key not in _OUTSIDE_DIGEST and _says(key, value)}
+    content = json.loads(json.dumps(covered))
+    if _LATER.fullmatch(str(content.get("schema_version"))):
+        content["schema_version"] = "1.3"
     spec = content.get("spec", {})
     for path in _HOST_PATHS:
         group = spec if len(path) == 1 else spec.get(path[0])

@@ -94,6 +94,15 @@ class PlacedComponent(Record):
         return Format(self.dtype, self.quantization)
 
 
+class PlacedUnit(Record):
+    """A unit beyond the first of its component: bytes and place. Class, dtype and quantisation are the component's."""
+
+    component: Component
+    weights_bytes: int
+    activation_bytes: int
+    slot: Place
+
+
 class Transfer(Record):
     """A tensor that crosses from one place to another; bytes per denoising step and per image."""
 

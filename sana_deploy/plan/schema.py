@@ -1,4 +1,6 @@
-"""The JSON Schema of plan.json: `python -m sana_deploy.plan.schema` writes `docs/plan.schema.json` anew.
+"""The JSON Schema of plan.json, which ships with the package: `sana_deploy.plan.schema.PATH` is the file.
+
+`python -m sana_deploy.plan.schema` writes it anew.
 
 A minor version adds keys, which readers ignore: the artifact's objects allow more than they name.
 """
@@ -11,7 +13,7 @@ from typing import Any
 
 from .artifact import SCHEMA_VERSION, Plan
 
-PATH = Path(__file__).parents[2] / "docs" / "plan.schema.json"
+PATH = Path(__file__).with_name("plan.schema.json")
 
 
 def plan_schema() -> dict[str, Any]:
