@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
+import sana_deploy.plan
+from sana_deploy.errors import PlanError
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.digest import digest_of
 from sana_deploy.plan.schema import PATH, plan_schema
 
 VALIDATOR = Draft202012Validator(plan_schema())
+RELEASED = sorted((Path(__file__).parent / "plans").glob("*.json"))
+
+
+def test_the_schema_lies_in_the_package() -> None:
+    assert PATH.parent == Path(sana_deploy.plan.__file__).parent
 
 
 def test_the_published_file_is_the_schema_of_the_code() -> None:
@@ -37,6 +46,31 @@ def test_what_the_command_prints_is_valid(
     done = here("until=compile", "output=json", *chosen)
     assert done.returncode == 0, done.stderr
     VALIDATOR.validate(json.loads(done.stdout)["plan"])
+
+
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
+def test_plans_of_every_version_are_valid_and_are_saved_as_they_were(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    plan = Plan.load(path)
+    assert plan.to_json() == text
+    assert plan.digest == digest_of(json.loads(text))
+    assert (plan.pipeline_class, plan.units) == ("SanaControlNetPipeline", {})
+    VALIDATOR.validate(json.loads(text))
+
+
+def test_equal_decisions_have_equal_digests_whatever_minor_version_wrote_them() -> None:
+    third, fourth = (Plan.load(path) for path in RELEASED if path.stem in ("1.3", "1.4"))
+    assert third.digest == fourth.digest
+    values = json.loads(fourth.to_json())
+    assert digest_of({**values, "schema_version": "1.12", "added_later": {}, "and_later": None}) == fourth.digest
+    for change in ({"added_later": 1}, {"pipeline_class": "SanaPipeline"}, {"units": {"vae.1": {}}}, {"slots": []}):
+        assert digest_of({**values, **change}) != fourth.digest, change
+
+
+def test_a_plan_for_a_pipeline_that_is_not_known_is_refused() -> None:
+    values = json.loads(RELEASED[-1].read_text(encoding="utf-8")) | {"pipeline_class": "FluxPipeline"}
+    with pytest.raises(PlanError, match=r"is for a FluxPipeline, this sana_deploy .* knows SanaControlNetPipeline"):
+        Plan.from_values({**values, "digest": digest_of(values)}, "plan.json")
 
 
 def test_what_is_no_plan_is_not_valid_and_what_is_newer_is() -> None:

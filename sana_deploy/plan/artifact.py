@@ -242,26 +242,13 @@ class Plan(Record):
                 where="resolve",
                 hint="compile it again with one of its hints, or with hardware=custom_map hardware.force=true",
             )
-        declared = self.spec.resolve
-        stale = staleness_of(
-            self.libraries,
-            self.checkpoint,
-            self.components,
-            self.spec.model,
-            declared.allow if allow is None else allow,
-            declared.verify if verify is None else verify,
-        )
-        bound = bind_slots(
-            self.slots,
-            self.components,
-            self.spec,
-            machine or planned_machine(self.spec),
-            (declared.bind if bind is None else bind) or {},
-            stale,
-        )
-        return ResolvedPlan(
-            self, bound.machine, bound.device_map, bound.slot_devices, bound.home, bound.drift, stale.allowed
-        )
+        spec, declared = self.spec, self.spec.resolve
+        accepted, whole = declared.allow if allow is None else allow, declared.verify if verify is None else verify
+        stale = staleness_of(self.libraries, self.checkpoint, self.components, spec.model, accepted, whole)
+        wanted = (declared.bind if bind is None else bind) or {}
+        bound = bind_slots(self.slots, self.components, spec, machine or planned_machine(spec), wanted, stale)
+        devices = bound.device_map, bound.slot_devices, bound.home
+        return ResolvedPlan(self, bound.machine, *devices, bound.drift, stale.allowed)
 
 
 @dataclass(frozen=True)

@@ -55,17 +55,17 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         diagnostics.insert(0, _on_cpu(spec.hardware, offered))
     search = _search(spec, profile, offered)
-    if search.best is None:
-        problem = _infeasible(spec, checkpoint, machine, search, fits)
-        if search.closest:
-            remark = Diagnostic(type="infeasible", severity="warning", message=problem.message, where="hardware",
-                                hint=problem.hint)  # fmt: skip
-            problem.plan = assemble(
-                spec, checkpoint, profile, offered, search.closest, search, [remark, *diagnostics], feasible=False
-            )
-        raise problem
-    remarks = [*_forced(spec, profile, search.best, offered), *diagnostics]
-    return assemble(spec, checkpoint, profile, offered, search.best, search, remarks)
+    if search.best:
+        remarks = [*_forced(spec, profile, search.best, offered), *diagnostics]
+        return assemble(spec, checkpoint, profile, offered, search.best, search, remarks)
+    problem = _infeasible(spec, checkpoint, machine, search, fits)
+    if search.closest:
+        refused = Diagnostic(
+            type="infeasible", severity="warning", message=problem.message, where="hardware", hint=problem.hint
+        )
+        remarks = [refused, *diagnostics]
+        problem.plan = assemble(spec, checkpoint, profile, offered, search.closest, search, remarks, feasible=False)
+    raise problem
 
 
 def _pinned(spec: DeploySpec, checkpoint: Checkpoint) -> DeploySpec:

@@ -44,6 +44,13 @@ def _drop_wholes(parts: dict[str, Any]) -> None:
                         file.pop("whole", None)
 
 
+def _drop_folders(named: dict[str, Any]) -> None:
+    """Leave out where components published apart are on this host; a hub repository at a commit is an input."""
+    for name, source in list(named.items()):
+        if isinstance(source, str) and not _PINNED.fullmatch(source):
+            del named[name]
+
+
 def _says(key: str, value: Any) -> bool:
     """Whether the digest covers a key: those of 1.3 always, later ones where a plan without them says otherwise."""
     if key == "pipeline_class":
@@ -73,6 +80,6 @@ def digest_of(values: dict[str, Any]) -> str:
         case {"checkpoint": {"content": dict(parts)}}:
             _drop_wholes(parts)
     match spec:
-        case {"model": {"components": {"controlnet": str(apart)} as named}} if not _PINNED.fullmatch(apart):
-            del named["controlnet"]
+        case {"model": {"components": dict(named)}}:
+            _drop_folders(named)
     return "sha256:" + digest(content)
