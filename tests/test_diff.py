@@ -37,6 +37,20 @@ def test_it_tells_what_moved_and_what_that_costs(pair: tuple[Plan, Plan]) -> Non
     assert "estimates.bytes_per_step: 0 B -> 61.38 MiB (+61.38 MiB)" in shown
 
 
+def test_another_checkpoint_and_another_pipeline_are_declared_differences(
+    small: Callable[..., DeploySpec], machine: Callable[..., Machine], pair: tuple[Plan, Plan]
+) -> None:
+    smaller = compile_spec(small("model=sana_600m_controlnet"), machine(8, 8))
+    found = {one.where: one for one in compare(pair[0], smaller)}
+    assert found["checkpoint"].kind == "declared"
+    assert found["checkpoint"].now == smaller.checkpoint.fingerprint
+    seconds = found["estimates.seconds_per_image"]
+    assert f"{seconds.was:.2f} s -> {seconds.now:.2f} s (-{seconds.was - seconds.now:.2f} s)" in render([seconds])
+    (other,) = compare(smaller, smaller.model_copy(update={"pipeline_class": "SanaPipeline"}))
+    assert (other.kind, other.where, other.now) == ("declared", "pipeline_class", "SanaPipeline")
+    assert compare(smaller, smaller) == []
+
+
 def test_the_command_exits_with_1_only_when_asked(
     pair: tuple[Plan, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

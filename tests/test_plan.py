@@ -19,7 +19,7 @@ from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InputError, PlanError
 from sana_deploy.facts.machine import Machine
-from sana_deploy.plan.artifact import BASIS, Plan
+from sana_deploy.plan.artifact import BASIS, Plan, digest_of
 
 
 @pytest.fixture
@@ -105,9 +105,26 @@ def test_a_changed_or_damaged_plan_is_refused(plan: Plan, tmp_path: Path, change
     assert caught.value.exit_code == 5
 
 
-def test_a_later_minor_version_is_read(plan: Plan, tmp_path: Path) -> None:
-    from sana_deploy.plan.artifact import digest_of
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: v["device_map"].update(vae="cpu"), "contradicts itself about the place of vae"),
+        (lambda v: v["slots"].clear(), "puts text_encoder on slot ., which it lacks"),
+        (lambda v: v.update(home="cpu"), "home is cpu, the transformer is elsewhere"),
+    ],
+)
+def test_a_plan_whose_parts_contradict_each_other_is_refused_though_its_digest_matches(
+    plan: Plan, tmp_path: Path, change: Any, says: str
+) -> None:
+    def matching(values: dict[str, Any]) -> None:
+        change(values)
+        values["digest"] = digest_of(values)
 
+    with pytest.raises(PlanError, match=says):
+        Plan.load(changed(plan, matching, tmp_path / "plan.json"))
+
+
+def test_a_later_minor_version_is_read(plan: Plan, tmp_path: Path) -> None:
     def later(values: dict[str, Any]) -> None:
         values.update(schema_version="1.7", novelty={"a": 1})
         values["digest"] = digest_of(values)

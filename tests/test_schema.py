@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 import sana_deploy.plan
 from sana_deploy.errors import PlanError
+from sana_deploy.plan import schema
 from sana_deploy.plan.artifact import Plan
 from sana_deploy.plan.digest import digest_of
 from sana_deploy.plan.schema import PATH, plan_schema
@@ -24,6 +25,28 @@ RELEASED = sorted((Path(__file__).parent / "plans").glob("*.json"))
 
 def test_the_schema_lies_in_the_package() -> None:
     assert PATH.parent == Path(sana_deploy.plan.__file__).parent
+
+
+def test_the_module_writes_the_file_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "PATH", tmp_path / "plan.schema.json")
+    schema.main()
+    assert (tmp_path / "plan.schema.json").read_bytes() == PATH.read_bytes()
+
+
+def test_the_package_offers_the_artifact_and_nothing_else() -> None:
+    assert sana_deploy.plan.Plan is Plan
+    with pytest.raises(AttributeError, match="has no attribute 'Sheet'"):
+        _ = sana_deploy.plan.Sheet
+
+
+@pytest.mark.parametrize("odd", [None, [], 1, "x", {"files": None}, {"files": {"a": None}}])
+def test_a_damaged_plan_has_a_digest_too_so_that_it_is_refused_for_its_damage(odd: Any) -> None:
+    values = json.loads(RELEASED[-1].read_text(encoding="utf-8"))
+    values["checkpoint"]["content"] = {"vae": odd}
+    values["spec"]["model"]["components"] = odd
+    values["spec"]["workload"] = odd
+    with pytest.raises(PlanError, match="is damaged at spec"):
+        Plan.from_values({**values, "digest": digest_of(values)}, "plan.json")
 
 
 def test_the_published_file_is_the_schema_of_the_code() -> None:
@@ -63,7 +86,13 @@ def test_equal_decisions_have_equal_digests_whatever_minor_version_wrote_them() 
     assert third.digest == fourth.digest
     values = json.loads(fourth.to_json())
     assert digest_of({**values, "schema_version": "1.12", "added_later": {}, "and_later": None}) == fourth.digest
-    for change in ({"added_later": 1}, {"pipeline_class": "SanaPipeline"}, {"units": {"vae.1": {}}}, {"slots": []}):
+    changes: list[dict[str, Any]] = [
+        {"added_later": 1},
+        {"pipeline_class": "SanaPipeline"},
+        {"units": {"vae.1": {}}},
+        {"slots": []},
+    ]
+    for change in changes:
         assert digest_of({**values, **change}) != fourth.digest, change
 
 

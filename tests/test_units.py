@@ -34,7 +34,7 @@ from sana_deploy.plan.cost import (
 from sana_deploy.plan.diff import compare
 from sana_deploy.plan.digest import digest_of
 from sana_deploy.plan.grid import FITS, PlacementGrid, Rules
-from sana_deploy.plan.knobs import of_placement, under
+from sana_deploy.plan.knobs import of_placement, parted, under
 from sana_deploy.plan.placements import canonical_placements
 from sana_deploy.plan.profile import PipelineProfile, profile_pipeline
 from sana_deploy.plan.search import Search, search_balanced, search_custom, search_host, search_single
@@ -296,3 +296,33 @@ def test_units_that_contradict_the_rest_of_a_plan_are_refused(
     change(values["units"])
     with pytest.raises(PlanError, match=says):
         Plan.from_values({**values, "digest": digest_of(values)}, "a plan")
+
+
+def test_a_pipeline_without_controlnet_has_nothing_to_split(six: PipelineProfile) -> None:
+    description = six.pipeline
+    parts = tuple(part for part in description.components if part.role != "controlnet")
+    alone = replace(description, components=parts)
+    assert parted(alone, alone.names) == {}
+    assert of_placement(alone, {name: i for i, name in enumerate(alone.names)}) == []
+
+
+def test_on_one_gpu_latency_takes_the_fastest_and_fit_the_fewest_knobs(six: PipelineProfile) -> None:
+    fast = Gpu(1, "NVIDIA H100 80GB HBM3", 80 * GIB, 80 * GIB, (9, 0), 132)
+    gpus = [*_cards(1), fast]
+    quick, few = (search_single(six, gpus, Rules(objective=objective), None) for objective in ("latency", "fit"))
+    assert quick.best is not None
+    assert few.best is not None
+    assert set(quick.best.placement.values()) == {1}
+    assert quick.best.seconds is not None
+    others = [sum(one.seconds.values()) for one in quick.ranked if one.seconds is not None]
+    assert others == sorted(others)
+    assert [len(one.knobs) for one in few.ranked] == sorted(len(one.knobs) for one in few.ranked)
+
+
+def test_what_the_host_cannot_hold_is_counted_as_such_in_every_block(six: PipelineProfile) -> None:
+    found = search_host(six, Rules(host_bytes=GIB))
+    assert found.best is None
+    assert [(one.reason, one.gpu, one.count) for one in found.rejections] == [("host memory", -1, found.settings)]
+    assert found.rejections[0].shortfall_bytes > 0
+    assert found.closest is not None
+    assert found.closest.placement == dict.fromkeys(six.parts, "cpu")
