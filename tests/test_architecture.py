@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,19 @@ def test_files_and_functions_stay_short_and_few_files_stand_beside_the_packages(
 def test_components_are_named_in_the_descriptions_of_pipelines() -> None:
     found = component_names(SOURCES, COMPONENTS, get_args(Role))
     assert len(found) <= NAMED, "\n".join(found)
+
+
+def test_the_page_on_architecture_lists_every_file_under_its_package() -> None:
+    page = (CHECKOUT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed, package = {}, ""
+    for head, path in re.findall(r"^\| (\w*)\s*\|[^|]*\| `([\w/]+\.py)` \|", page, re.MULTILINE):
+        package = head or package
+        listed[path] = package
+    wanted = {one.path: one.package for one in SOURCES.values()}
+    packages = {path for path in wanted if path.endswith("/__init__.py")}
+    assert listed == {path: package for path, package in wanted.items() if path not in packages}
+    for name in set(re.findall(r"`([\w/]+\.py)`", page)) - set(listed):
+        assert (CHECKOUT / name).is_file(), f"docs/architecture.md names {name}, which is not there"
 
 
 @pytest.fixture
