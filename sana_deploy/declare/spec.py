@@ -233,7 +233,7 @@ class PresentMachine(Declared):
 
 
 class VirtualMachine(Declared):
-    """GPUs that are not there, by name or by memory; see `describe.py` for the words.
+    """GPUs that are not there, by name or by memory; see `facts/virtual_machine.py` for the words.
 
     Attributes:
         memory: another size for every GPU, e.g. `8GiB`.
