@@ -93,6 +93,13 @@ def test_plans_with_knobs_hold_in_rehearsal_within_3_percent(
     }
 
 
+def test_a_map_with_tiling_alone_takes_one_image_at_a_time_as_its_plan_counts(small: Small) -> None:
+    spec = small(*TWO, *APART, "hardware.knobs=[vae_tiling]", "workload.batch=2")
+    resolved = compile_spec(spec).resolve()
+    pipeline = load_pipeline(resolved, host=open_host(resolved, "shapes"))
+    assert (pipeline.vae.use_slicing, pipeline.vae.use_tiling) == (True, True)
+
+
 def test_offloaded_weights_come_once_per_request_and_leave_again(small: Small) -> None:
     plan = compile_spec(small(*TWO, *APART, "hardware.knobs=[text_encoder_offload]"))
     resolved = plan.resolve()

@@ -15,6 +15,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..declare.knobs import completed
 from ..declare.pipelines import Component, PipelineDescription
 from ..errors import RunError, UsageError
 from ..plan.artifact import Plan, ResolvedPlan
@@ -179,10 +180,10 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
 
 
 def _set_vae(vae: Any, plan: Plan, border: Border) -> None:
-    """Turn slicing and tiling on as the plan says; the border puts back what was set before."""
+    """Turn slicing and tiling on as the plan says, which counts what a knob includes; the border undoes it."""
     settings = vae_settings(vae)
     border.restore.append(lambda: vae.__dict__.update(settings))
-    if "vae_slicing" in plan.knobs:
+    if "vae_slicing" in completed(plan.knobs):
         vae.enable_slicing()
     if tile := plan.vae_tile:
         vae.enable_tiling(tile.height, tile.width, tile.stride_height, tile.stride_width)
