@@ -39,7 +39,7 @@ _HOMES = {
 }
 
 _MOVED: dict[str, str] = {}
-"""Public names that moved -> where they are now, in full (`sana_deploy.run.load.place`); each for one minor version."""
+"""Public names that moved -> where they are now in full, e.g. `sana_deploy.run.place.place`; for one minor version."""
 
 __all__ = [*sorted(_HOMES), "__version__"]
 

@@ -38,7 +38,7 @@ class SanaDeployError(Exception):
         return f"{self.where}: {self.message}" if self.where else self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.where, self.hint, self.facts)
+        return _rebuild, (type(self), self.message, self.where, self.hint, self.facts), self.__dict__
 
 
 class ComposeError(SanaDeployError):

@@ -108,7 +108,10 @@ def _deploy(run: Run) -> tuple[Outcome, Plan | None]:
         log.info("stage %s ended", run.stage, exc_info=problem)
     write_text(folder / "outcome.json", outcome.to_json())
     _write_page(run, outcome)
-    (report.show_brief if run.brief else report.show_outcome)(outcome, spec, folder)
+    if run.brief:
+        report.show_brief(outcome)
+    else:
+        report.show_outcome(outcome, spec, folder)
     return outcome, run.plan
 
 
@@ -134,7 +137,9 @@ def reject(problem: SanaDeployError, folder: Path, overrides: Sequence[str] = ()
 
 def _compile(run: Run) -> None:
     asked = run.spec.workload
-    run.remarks += [*drawn_seed(asked, run.overrides), *check_control_image(asked, asked.bounds)]
+    run.remarks += drawn_seed(asked, run.overrides)
+    if run.spec.pipeline.takes_control_image:
+        run.remarks += check_control_image(asked, asked.bounds)
     if run.plan is None:
         with progress("profiling", run.brief) as advance:
             try:

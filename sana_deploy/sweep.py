@@ -1,6 +1,6 @@
 """Multirun: the Hydra callback that sums up a sweep, and the command line of a sweep that is resumed.
 
-The summary itself is made from the jobs' files (`summary.py`), also where a sweep was interrupted.
+The summary itself is made from the jobs' files (`report/summary.py`), also where a sweep was interrupted.
 """
 
 from __future__ import annotations

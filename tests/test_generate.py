@@ -17,7 +17,7 @@ from sana_deploy.api import compile_spec
 from sana_deploy.declare.control_image import check_control_image, read_control_image
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.declare.workload import Request, Workload
-from sana_deploy.errors import InputError, RunError
+from sana_deploy.errors import InputError, RunError, UsageError
 from sana_deploy.run.generate import generate, save_images
 
 Small = Callable[..., DeploySpec]
@@ -82,6 +82,14 @@ def test_out_of_memory_in_decode_is_named(
         generate(pipeline, *asked(small()))
     monkeypatch.undo()
     assert generate(pipeline, *asked(small()))[0], "the pipeline stays usable"
+
+
+def test_guidance_that_the_workload_does_not_have_is_refused(pipeline: SanaControlNetPipeline, small: Small) -> None:
+    workload, request = asked(small())
+    for one, other in ((True, 1.0), (False, 4.5)):
+        shape = workload.model_copy(update={"guided": one})
+        with pytest.raises(UsageError, match=f"guidance, and the request's guidance_scale is {other:g}"):
+            generate(pipeline, shape, request.model_copy(update={"guidance_scale": other}))
 
 
 def test_an_unplaced_pipeline_is_refused(tiny: Path, small: Small) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from sana_deploy.api import compile_plan
 from sana_deploy.errors import PlanError
-from sana_deploy.plan.artifact import Plan, digest_of
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.digest import digest_of
 
 RELEASED = sorted((Path(__file__).parent / "plans").glob("*.json"))
 ODD: list[Any] = [

@@ -23,7 +23,8 @@ from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.control_image import check_control_image, read_control_image
 from sana_deploy.declare.workload import DeclaredWorkload, Request, Workload
 from sana_deploy.errors import InputError
-from sana_deploy.plan.artifact import Plan, digest_of
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.digest import digest_of
 
 HEIGHT, WIDTH = 64, 96
 RAMP = np.tile(np.linspace(0, 1, WIDTH), (HEIGHT, 1))

@@ -113,6 +113,9 @@ def test_errors_survive_pickling() -> None:
     error = errors.InfeasibleError("too large", where="hardware", hint="smaller", shortfall_bytes=3)
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.hint, again.facts) == (str(error), "smaller", {"shortfall_bytes": 3})
+    closest = errors.InfeasibleError("nothing fits", where="hardware")
+    closest.plan = {"knobs": ["vae_slicing"]}
+    assert pickle.loads(pickle.dumps(closest)).plan == closest.plan
 
 
 def test_the_wheel_carries_conf_and_works_outside_the_checkout(tmp_path: Path) -> None:

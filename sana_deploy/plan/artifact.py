@@ -1,4 +1,4 @@
-"""The compiled artifact: models of plan.json, its digest, saving and loading. Upstream of all logic.
+"""The compiled artifact: `Plan`, which plan.json holds, saved, loaded and checked; and `ResolvedPlan`.
 
 A plan is data. Loading one reads JSON, checks version, shape and digest, and runs nothing.
 """
@@ -14,8 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from .._files import write_text
-from .._models import Diagnostic as Diagnostic
-from .._models import Record as Record
+from .._models import Diagnostic, Record
 from .._version import __version__
 from ..declare.pipelines import PIPELINES, SANA_CONTROLNET, Component, PipelineDescription
 from ..declare.spec import DeploySpec
@@ -23,22 +22,20 @@ from ..errors import PlanError
 from ..facts.libraries import library_versions
 from ..facts.machine import Machine
 from .bind import bind_slots, planned_machine, staleness_of
-from .digest import digest_of as digest_of
-from .records import CheckpointRecord as CheckpointRecord
-from .records import Considered as Considered
-from .records import Estimates as Estimates
-from .records import FileContent as FileContent
-from .records import KnobPrice as KnobPrice
-from .records import Miss as Miss
-from .records import PartContent as PartContent
-from .records import Place as Place
-from .records import PlacedComponent as PlacedComponent
-from .records import PlacedUnit as PlacedUnit
-from .records import RejectionCount as RejectionCount
-from .records import RunnerUp as RunnerUp
-from .records import Slot as Slot
-from .records import Tile as Tile
-from .records import Transfer as Transfer
+from .digest import digest_of
+from .records import (
+    CheckpointRecord,
+    Considered,
+    Estimates,
+    KnobPrice,
+    Place,
+    PlacedComponent,
+    PlacedUnit,
+    RejectionCount,
+    Slot,
+    Tile,
+    Transfer,
+)
 from .units import component_of
 
 SCHEMA_VERSION = "1.4"

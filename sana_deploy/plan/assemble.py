@@ -163,7 +163,7 @@ def _transfers(profile: PipelineProfile, placement: Placement, batch: int) -> li
             dst=placement[crossing.dst],
             tensor=crossing.tensor,
             bytes_per_step=crossing.bytes_each if crossing.per_step else 0,
-            bytes_per_image=crossing.bytes_each * (profile.steps if crossing.per_step else 1) // batch,
+            bytes_per_image=crossing.bytes_each * crossing.times(profile.steps) // batch,
         )
         for crossing in crossings_of(profile, placement)
     ]

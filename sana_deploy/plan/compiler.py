@@ -56,7 +56,7 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
         diagnostics.insert(0, _on_cpu(spec.hardware, offered))
     search = _search(spec, profile, offered)
     if search.best:
-        remarks = [*_forced(spec, profile, search.best, offered), *diagnostics]
+        remarks = [*_forced(profile, search.best, offered), *diagnostics]
         return assemble(spec, checkpoint, profile, offered, search.best, search, remarks)
     problem = _infeasible(spec, checkpoint, machine, search, fits)
     if search.closest:
@@ -215,7 +215,7 @@ def _on_cpu(hardware: Planned, machine: Machine) -> Diagnostic:
     )
 
 
-def _forced(spec: DeploySpec, profile: PipelineProfile, chosen: Candidate, machine: Machine) -> list[Diagnostic]:
+def _forced(profile: PipelineProfile, chosen: Candidate, machine: Machine) -> list[Diagnostic]:
     """A remark for a placement that is taken although it is short of memory."""
     free = {gpu.index: gpu.free_bytes for gpu in machine.gpus}
     short = [

@@ -1,4 +1,4 @@
-"""What files hold, told by digests: they tell apart weights of the same shapes. Nothing is loaded.
+"""What files hold, in digests, which differ for other weights of the same shapes. Nothing is loaded.
 
 A digest of samples covers a file's size, its header and blocks of every tensor, so that a model trained further, merged
 or swapped is noticed while some MB of many GB are read. A digest of the whole file covers every byte.

@@ -17,7 +17,7 @@ from typing import Any
 
 from .._files import cache_root, write_text
 from ..declare.formats import Dtype, Format
-from ..declare.pipelines import COMPONENTS, Component, Phase
+from ..declare.pipelines import Component, Phase
 from ..errors import InputError
 from ..facts import catalogue
 from ..facts.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ def _kept_or_measured(checkpoint: Checkpoint, form: Format, guided: bool, measur
     what = {"pipeline": checkpoint.pipeline.class_name, "checkpoint": checkpoint.fingerprint}
     name = digest({**what, "format": str(form), "guided": guided, "versions": versions})
     path = cache_root() / "profiles" / f"{name}.json"
-    if (kept := _read(path)) is not None:
+    if (kept := _read(path)) is not None and set(kept) == set(checkpoint.components):
         return kept
     log.info("measuring what %s needs in %s", checkpoint.source, form)
     measured = measure(checkpoint, dict.fromkeys(checkpoint.components, form), guided)
@@ -89,4 +89,4 @@ def _read(path: Path) -> Measured | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) and set(values) == set(COMPONENTS) else None
+    return values if isinstance(values, dict) else None

@@ -74,7 +74,7 @@ class Slot(Record):
 
     @property
     def fullness(self) -> float:
-        """Share of the GPU that is taken at the peak, by others and by the plan; see `units.fullness`."""
+        """Share of the GPU that is taken at the peak, by others and by the plan; see `_units.fullness`."""
         return fullness(self.peak_bytes, self.available_bytes, self.capacity_bytes)
 
 

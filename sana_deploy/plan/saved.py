@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..declare.spec import DeploySpec
+from ..declare.texts import key_of
 from ..declare.workload import DeclaredWorkload
 from ..errors import UsageError
 from .artifact import Plan
@@ -32,7 +33,7 @@ def saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, Deploy
     given: dict[str, Any] = {}
     clashing = []
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+        key = key_of(override)
         group, _, name = key.partition(".")
         if group == "workload" and _keeps_plan(name, spec.workload, plan.spec.workload):
             name = "prompt" if name == "prompt_file" else name  # a file is read when the declaration is composed

@@ -14,7 +14,8 @@ from ..declare.pipelines import PipelineDescription
 from ..declare.spec import Fidelity, VirtualMachine
 from ..errors import InfeasibleError
 from ..facts.allocator import context_bytes
-from ..plan.artifact import Plan, ResolvedPlan, Slot
+from ..plan.artifact import Plan, ResolvedPlan
+from ..plan.records import Slot
 from ..run.border import border_of
 from ..run.generate import StepDone, host_peak, run_request, to_images
 from ..run.load import load_pipeline

@@ -36,7 +36,6 @@ SMALL_ELEMENTS = 65_536
 
 _SHAPES = ShapeMemory()
 _aten = torch.ops.aten
-_CROSSING = {_aten._to_copy.default, _aten.copy_.default}
 _INDEXING = {
     _aten.index.Tensor,
     _aten.index_put.default,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._units import GIB, human_bytes
-from ..plan.artifact import Place, Plan
-from ..plan.records import place_words
+from ..plan.artifact import Plan
+from ..plan.records import Place, place_words
 from ..run.outcome import Rehearsal, RehearsedGpu
 from .wording import taken_words
 

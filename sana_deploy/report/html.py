@@ -16,8 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from .._units import MIB, human_bytes
 from .._version import __version__
 from ..declare.spec import VirtualMachine
-from ..plan.artifact import Place, Plan, Slot
-from ..plan.records import place_words
+from ..plan.artifact import Plan
+from ..plan.records import Place, Slot, place_words
 from ..run.outcome import Outcome
 from .drawings import chart, flow, timeline
 from .wording import (

@@ -17,8 +17,8 @@ from .._models import Diagnostic
 from .._units import human_bytes
 from ..errors import SanaDeployError
 from ..facts.machine import host_memory
-from ..plan.artifact import Place, Plan, Slot, Transfer
-from ..plan.records import place_words
+from ..plan.artifact import Plan
+from ..plan.records import Place, Slot, Transfer, place_words
 from ..run.outcome import Audit, Measured, Outcome, Rehearsal
 from .wording import (
     OTHERS_WORDS,
@@ -256,7 +256,7 @@ def render_audit(audit: Audit) -> RenderableType:
     return Group(Text(""), Text("audited against float32", style="bold"), table, Text(f"image: {image_words(audit)}"))
 
 
-def show_brief(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
+def show_brief(outcome: Outcome) -> None:
     """Print one line for one job of a sweep; the summary has the rest."""
     seconds = outcome.measured.seconds.get("generate")
     took = f" in {seconds:.2f} s" if seconds is not None else ""

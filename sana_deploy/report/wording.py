@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from .._units import GIB, human_bytes
 from ..declare.knobs import KNOBS
 from ..declare.pipelines import Component
-from ..plan.artifact import Place, Plan, RejectionCount
+from ..plan.artifact import Plan
+from ..plan.records import Place, RejectionCount
 from ..run.outcome import Audit
 
 OTHERS_WORDS = "for others (used, or kept free)"

@@ -21,7 +21,7 @@ from .._units import human_bytes
 from ..declare.control_image import read_control_image
 from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
 from ..declare.workload import Request, Workload
-from ..errors import RunError
+from ..errors import RunError, UsageError
 from .border import border_of
 from .host import Host
 from .outcome import Measured
@@ -151,8 +151,16 @@ def run_request(
         Pixels of (batch, 3, height, width) in 0..1 on the VAE's device, and the bytes that one step moved.
 
     Raises:
+        UsageError: the request's guidance is on where the workload is without it, or off where it is with it.
         RunError: out of memory, or a failed operation.
     """
+    if request.guided != workload.guided:
+        guided = "with" if workload.guided else "without"
+        raise UsageError(
+            f"the workload is {guided} guidance, and the request's guidance_scale is {request.guidance_scale:g}",
+            where="request.guidance_scale",
+            hint="above 1 is with guidance, up to 1 without",
+        )
     border, state = border_of(pipeline), state or RequestState()
     steps = StepTraffic(border.pipeline, state.traffic)
     state.observers.append(steps)
@@ -214,21 +222,14 @@ def _call(
             on_step(done, workload.steps)
         return kwargs
 
+    description = border_of(pipeline).pipeline
+    picture = read_control_image(request, workload) if description.takes_control_image else None
     pipeline.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Try to use VAE tiling", category=UserWarning)
         result = pipeline(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            control_image=read_control_image(request, workload),
-            controlnet_conditioning_scale=request.conditioning_scale,
-            height=workload.height,
-            width=workload.width,
-            num_images_per_prompt=workload.batch,
-            num_inference_steps=workload.steps,
-            guidance_scale=request.guidance_scale,
+            **description.arguments(request, workload, picture),
             generator=torch.Generator("cpu").manual_seed(request.seed),
-            use_resolution_binning=False,
             callback_on_step_end=step_end,
             output_type="pt",
         )

@@ -70,7 +70,7 @@ class RehearsedGpu(Frozen):
 
     @property
     def fullness(self) -> float:
-        """Share of the GPU that is taken at the peak, by others too; see `units.fullness`."""
+        """Share of the GPU that is taken at the peak, by others too; see `_units.fullness`."""
         return fullness(self.peak_bytes, self.capacity_bytes - self.others_bytes, self.capacity_bytes)
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from ..formats import Dtype
-from ..workload import Workload
+from ..workload import Request, Workload
 
 Phase = Literal["encode", "prepare", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
@@ -121,6 +121,8 @@ class PipelineDescription:
         repeated: crossings that hold a control image once for every row of a step.
         waiting: crossings whose last tensors the pipeline still holds in decode.
         apart: components that are also published in a repository of their own (`model.components`).
+        arguments: what a call of the pipeline gets for a request, given the control image; without what the caller adds
+            (a generator, callbacks, the form of the output).
         takes_control_image: whether a request has one.
     """
 
@@ -129,6 +131,7 @@ class PipelineDescription:
     components: tuple[ComponentDescription, ...]
     scheduler: SchedulerDescription
     crossings: Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]]
+    arguments: Callable[[Request, Workload, Any], dict[str, Any]]
     steady: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()

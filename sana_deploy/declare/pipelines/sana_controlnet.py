@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..formats import DTYPE_BYTES, Dtype
-from ..workload import VAE_FACTOR, Workload
+from ..workload import VAE_FACTOR, Request, Workload
 from .base import Call, ComponentDescription, Configs, Crossing, PipelineDescription, SchedulerDescription
 
 MAX_TOKENS = 300
@@ -51,6 +52,22 @@ def crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype])
         Crossing("controlnet_block_samples", "controlnet", "transformer", residual * cells * rows * net, True),
         Crossing("latents", "transformer", "vae", channels * cells * workload.batch * vae, False, "decode"),
     )  # fmt: skip
+
+
+def arguments(request: Request, workload: Workload, control_image: Any) -> dict[str, Any]:
+    """What a call of the pipeline gets; the control image is of the workload's size."""
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "control_image": control_image,
+        "controlnet_conditioning_scale": request.conditioning_scale,
+        "height": workload.height,
+        "width": workload.width,
+        "num_images_per_prompt": workload.batch,
+        "num_inference_steps": workload.steps,
+        "guidance_scale": request.guidance_scale,
+        "use_resolution_binning": False,
+    }
 
 
 SANA_CONTROLNET = PipelineDescription(
@@ -104,6 +121,7 @@ SANA_CONTROLNET = PipelineDescription(
         (("prediction_type", "flow_prediction"), ("use_flow_sigmas", True), ("flow_shift", 3.0)),
     ),
     crossings=crossings,
+    arguments=arguments,
     steady=("encoder_hidden_states", "encoder_attention_mask", "controlnet_cond"),
     repeated=("control_image", "control_latents"),
     waiting=("controlnet_block_samples",),
