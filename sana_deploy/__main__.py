@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from . import _interrupts, commands, sweep
 from ._startup import as_process
-from .declare import texts
+from .declare import free_text
 from .declare.compose import conf_dir, spec_from_config, typed_overrides
 from .errors import SanaDeployError
 from .report import terminal as report
@@ -65,7 +65,7 @@ def _run() -> None:
     if code is not None:
         _codes.append(code)
         return
-    sys.argv[1:] = texts.command_texts(sweep.command_line(sys.argv[1:]))
+    sys.argv[1:] = free_text.command_texts(sweep.command_line(sys.argv[1:]))
     _job()
     _codes.append(sweep.finish())
 

@@ -24,7 +24,7 @@ from .facts.headers import weight_files
 from .facts.virtual_machine import describe_machine
 from .plan.artifact import Plan, ResolvedPlan
 from .plan.remedies import out_of_float16, roomier
-from .plan.saved import saved_plan
+from .plan.saved_request import saved_plan
 from .report import terminal as report
 from .report.progress import progress, progress_each
 from .run.outcome import Audit, Measured, Outcome, Rehearsal, failure_of

@@ -28,7 +28,7 @@ from sana_deploy.plan.knobs import under
 from sana_deploy.plan.profile import profile_pipeline
 from sana_deploy.rehearsal.calibrate import calibrate
 from sana_deploy.report.wording import knob_sentence
-from sana_deploy.run.copies import Copies
+from sana_deploy.run.control_image_copies import Copies
 
 Small = Callable[..., DeploySpec]
 Describe = Callable[..., Machine]

@@ -22,10 +22,10 @@ from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import PlanError
 from sana_deploy.facts.machine import Machine
-from sana_deploy.plan import content
+from sana_deploy.plan import file_digests
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.content import contents
 from sana_deploy.plan.diff import compare
+from sana_deploy.plan.file_digests import contents
 from sana_deploy.stages import deploy
 
 Small = Callable[..., DeploySpec]
@@ -197,12 +197,12 @@ def test_a_sample_of_every_tensor_is_read_and_little_else(tmp_path: Path) -> Non
     assert contents([path], "test")[path.name] == before
     with path.open("rb", buffering=0) as stream:
         size = path.stat().st_size
-        assert sum(stop - start for start, stop in content._blocks(stream, size)) < size / 100
+        assert sum(stop - start for start, stop in file_digests._blocks(stream, size)) < size / 100
 
 
 def test_a_pickle_is_sampled_at_even_distances(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
-    path.write_bytes(bytes(3 * content.FILE_STRIDE))
+    path.write_bytes(bytes(3 * file_digests.FILE_STRIDE))
     before = contents([path], "test")[path.name]
     one_byte(path, path.stat().st_size - 1)
     assert contents([path], "test")[path.name] != before
@@ -210,22 +210,22 @@ def test_a_pickle_is_sampled_at_even_distances(tmp_path: Path) -> None:
 
 def test_samples_are_kept_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SANA_DEPLOY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(content, "SETTLED_NS", -1)
+    monkeypatch.setattr(file_digests, "SETTLED_NS", -1)
     path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(2, content.SMALL)}, path)
+    save_file({"a": torch.zeros(2, file_digests.SMALL)}, path)
     first = contents([path], "test")
     read: list[Path] = []
-    plain = content._sample
+    plain = file_digests._sample
 
     def sampled(one: Path) -> str:
         read.append(one)
         return plain(one)
 
-    monkeypatch.setattr(content, "_sample", sampled)
+    monkeypatch.setattr(file_digests, "_sample", sampled)
     assert contents([path], "test") == first
     assert read == [], "nothing is read again"
     stamps = path.stat()
-    save_file({"a": torch.ones(2, content.SMALL)}, path)
+    save_file({"a": torch.ones(2, file_digests.SMALL)}, path)
     os.utime(path, ns=(stamps.st_atime_ns, stamps.st_mtime_ns))
     assert contents([path], "test") != first, "the same size and time of modification"
     (kept,) = (tmp_path / "cache" / "content").glob("*.json")
@@ -238,7 +238,7 @@ def test_samples_are_kept_until_the_file_changes(tmp_path: Path, monkeypatch: py
 def test_a_file_that_has_just_been_written_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SANA_DEPLOY_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(2, content.SMALL)}, path)
+    save_file({"a": torch.zeros(2, file_digests.SMALL)}, path)
     contents([path], "test")
     assert not (tmp_path / "cache").exists(), "its time stamps might not tell the next change"
 

@@ -13,11 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ComposeError, InputError, InvalidSpecError, SanaDeployError, UsageError, did_you_mean
 from .explain import no_component
+from .free_text import as_typed, key_of, literal, prompt_of, quoted_hint
 from .keys import conf_dir as conf_dir
 from .keys import known_keys, nearest_key
 from .pipelines import COMPONENTS
 from .spec import DeploySpec, component_mappings
-from .texts import as_typed, key_of, literal, prompt_of, quoted_hint
 
 _LOCK = threading.Lock()
 """Hydra's composition state is one global."""

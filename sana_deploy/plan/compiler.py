@@ -24,9 +24,9 @@ from .knobs import under
 from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
 from .records import Place
+from .rejections import Rejection
 from .remedies import Fits, with_all_knobs, working_changes
 from .search import Search, search_balanced, search_custom, search_host, search_single
-from .tally import Rejection
 
 
 def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | None = None) -> Plan:

@@ -17,6 +17,7 @@ from ..declare.knobs import KNOBS, Knob, ordered
 from ..declare.pipelines import Phase
 from ..declare.spec import Objective
 from ..facts.machine import Gpu, is_native
+from .candidates import Fits, Rows, moved_bytes, request_seconds
 from .cost import (
     Placement,
     SlotUse,
@@ -27,7 +28,6 @@ from .cost import (
 from .knobs import of_placement, parted
 from .placements import CPU, Places
 from .profile import PipelineProfile
-from .rows import Fits, Rows, moved_bytes, request_seconds
 from .setting import NOTHING, Floats, Integers, Setting
 
 Reason = Literal["split", "dtype", "host memory", "memory"]

@@ -18,7 +18,7 @@ from ..facts.checkpoint import Checkpoint, folder_parts
 from ..facts.component import ComponentFacts
 from ..facts.headers import weight_files
 from ..facts.hub import names_folder
-from .content import SMALL, contents
+from .file_digests import SMALL, contents
 from .records import CheckpointRecord, FileContent, PartContent, PlacedComponent
 
 CONTENT = "checkpoint_content"

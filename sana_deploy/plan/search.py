@@ -10,15 +10,15 @@ import numpy as np
 from ..declare.knobs import KNOBS, Knob, clash, completed
 from ..declare.spec import Objective
 from ..facts.machine import Gpu
+from .candidates import Rows
 from .cost import Placement
 from .grid import Candidate, PlacementGrid, Rules
 from .knobs import under, useful
 from .placements import CHUNK, CPU, Places, canonical_placements
 from .profile import PipelineProfile
 from .records import Place
-from .rows import Rows
+from .rejections import Rejection, Tally
 from .shortlist import Key, KeyOf, Shortlist
-from .tally import Rejection, Tally
 
 
 @dataclass

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..declare.spec import Objective
+from .candidates import Fits, Rows
 from .grid import FITS, Candidate, CostSheet, PlacementGrid
-from .rows import Fits, Rows
 
 Key = list[NDArray[Any]]
 """Columns to sort by, the most important one first; smaller is better."""

@@ -21,7 +21,7 @@ from torch import nn
 from ..declare.pipelines import DEFAULT, PIPELINES, ComponentDescription, PipelineDescription
 from ..declare.spec import OnDecodeOom
 from ..errors import RunError
-from .copies import Copies
+from .control_image_copies import Copies
 from .decode_retry import Tile, attempt, one_at_a_time, retry_tile
 from .host import Host, PresentHost
 from .offload import OffloadedWeights

@@ -20,7 +20,7 @@ from ..declare.pipelines import Component, PipelineDescription
 from ..errors import RunError, UsageError
 from ..plan.artifact import Plan, ResolvedPlan
 from .border import Border, attach, find_border
-from .copies import Copies, watch_copies
+from .control_image_copies import Copies, watch_copies
 from .decode_retry import vae_settings
 from .host import Host, PresentHost
 from .quantize import quantize_linears

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from .copies import Copies
+from .control_image_copies import Copies
 from .traffic import Traffic, move
 
 Event = Literal["enter", "leave"]

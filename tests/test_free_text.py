@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from sana_deploy import compile_plan
 from sana_deploy.declare.compose import compose_spec
-from sana_deploy.declare.texts import as_typed, command_texts, literal
+from sana_deploy.declare.free_text import as_typed, command_texts, literal
 from sana_deploy.errors import InputError, InvalidSpecError, UsageError
-from sana_deploy.plan.saved import saved_plan
+from sana_deploy.plan.saved_request import saved_plan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ORDINARY = [

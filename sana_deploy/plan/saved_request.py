@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..declare.free_text import key_of
 from ..declare.spec import DeploySpec
-from ..declare.texts import key_of
 from ..declare.workload import DeclaredWorkload
 from ..errors import UsageError
 from .artifact import Plan
