@@ -71,7 +71,7 @@ class Record(FrozenModel):
 
 
 class Diagnostic(Record):
-    """One remark: a warning or a note, with the place and a hint."""
+    """One remark: a warning or a note, with the key that it is about and a hint."""
 
     type: str
     severity: Literal["info", "warning"]

@@ -10,7 +10,7 @@
     ├── PlanError              5   a plan file is damaged, stale, or of another major version
     └── RunError               6   loading or running the pipeline failed
 
-The message states the rule with its quantities; `where` names the place (`hardware.device_map.vae`), `hint`
+The message states the rule with its quantities; `where` names the key (`hardware.device_map.vae`), `hint`
 one thing that helps, `facts` the same quantities for programs.
 """
 
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 
 class SanaDeployError(Exception):
-    """Base of all errors: carries the place, a hint and the quantities beside the sentence."""
+    """Base of all errors: carries the key, a hint and the quantities beside the sentence."""
 
     exit_code: ClassVar[int] = 1
     status: ClassVar[str] = "failed"

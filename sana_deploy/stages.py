@@ -85,9 +85,9 @@ def deploy(
     run = Run(spec, folder, brief, overrides)
     if not brief:
         return _deploy(run)
-    from .run.gpu_locks import claimed
+    from .run.gpu_locks import holding_gpus
 
-    with claimed(spec):
+    with holding_gpus(spec):
         return _deploy(run)
 
 

@@ -11,7 +11,7 @@ import pytest
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.machine import Machine
 from sana_deploy.run import gpu_locks as claims
-from sana_deploy.run.gpu_locks import claimed
+from sana_deploy.run.gpu_locks import holding_gpus
 
 Small = Callable[..., DeploySpec]
 Describe = Callable[..., Machine]
@@ -44,14 +44,14 @@ def holds_up(holder: DeploySpec, other: DeploySpec) -> bool:
                 settled.set()
 
     def job() -> None:
-        with claimed(other):
+        with holding_gpus(other):
             inside.set()
             settled.set()
 
     listener, thread = Listener(), threading.Thread(target=job)
     claims.log.addHandler(listener)
     try:
-        with claimed(holder):
+        with holding_gpus(holder):
             thread.start()
             assert settled.wait(60), "the other job neither works nor says that it waits"
             waits = not inside.is_set()
@@ -79,6 +79,6 @@ def test_jobs_on_one_gpu_take_turns_and_others_do_not_wait(
 
 def test_a_job_that_fails_gives_its_gpu_back(small: Small, machine: Describe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "probe", lambda: machine(8))
-    with pytest.raises(ValueError, match="failed"), claimed(small()):
+    with pytest.raises(ValueError, match="failed"), holding_gpus(small()):
         raise ValueError("failed")
     assert not holds_up(small("until=compile"), small()), "another job gets it at once"

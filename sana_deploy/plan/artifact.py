@@ -175,8 +175,8 @@ class Plan(Record):
             plan = cls.model_validate(values)
         except ValidationError as problem:
             first = problem.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise PlanError(f"{origin} is damaged at {place}: {first['msg']}", where="plan_file") from None
+            key = ".".join(str(part) for part in first["loc"])
+            raise PlanError(f"{origin} is damaged at {key}: {first['msg']}", where="plan_file") from None
         if digest_of(values) != plan.digest:
             raise PlanError(
                 f"{origin} was changed after it was compiled: its digest does not match its content",

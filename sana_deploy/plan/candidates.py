@@ -19,7 +19,7 @@ from .setting import Floats, Integers, Setting
 
 
 @dataclass
-class Fits:
+class Feasible:
     """Candidates that fit under one set of knobs, one entry per row; `parted` says which knobs placements turn on."""
 
     places: Places
@@ -31,13 +31,13 @@ class Fits:
     def __len__(self) -> int:
         return len(self.places)
 
-    def take(self, rows: Any) -> Fits:
+    def take(self, rows: Any) -> Feasible:
         """Keep some rows."""
         parted = {knob: apart[rows] for knob, apart in self.parted.items()}
-        return Fits(self.places[rows], self.worst[rows], parted, self.moved[rows], self.seconds[rows])
+        return Feasible(self.places[rows], self.worst[rows], parted, self.moved[rows], self.seconds[rows])
 
     @classmethod
-    def joined(cls, parts: Sequence[Fits]) -> Fits:
+    def joined(cls, parts: Sequence[Feasible]) -> Feasible:
         """Put `parts`, of which there is at least one, one after the other."""
         return cls(
             np.concatenate([part.places for part in parts]),

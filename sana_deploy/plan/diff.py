@@ -85,7 +85,7 @@ def _costs(plan: Plan) -> Iterator[tuple[str, Any]]:
 
 
 def render(differences: Sequence[Difference]) -> str:
-    """One line per difference: place, was, is, and the change of bytes and seconds."""
+    """One line per difference: key, was, is, and the change of bytes and seconds."""
     if not differences:
         return "no difference"
     return "\n".join(f"{one.kind:<9} {one.where}: {_shown(one, one.was)} -> {_shown(one, one.now)}{_change(one)}"

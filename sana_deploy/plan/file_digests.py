@@ -70,8 +70,8 @@ def _sampled(path: Path) -> str:
     if before.st_size <= SMALL:
         return _sample(path)
     key = [before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino, METHOD]
-    place = str(path.resolve())
-    kept = cache_root() / "content" / f"{digest(place)}.json"
+    resolved = str(path.resolve())
+    kept = cache_root() / "content" / f"{digest(resolved)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(kept.read_text(encoding="utf-8"))
         if entry["key"] == key:
@@ -79,7 +79,7 @@ def _sampled(path: Path) -> str:
     sampled = _sample(path)
     if time.time_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > SETTLED_NS:
         with contextlib.suppress(InputError):  # without a cache folder it is sampled every time
-            write_text(kept, json.dumps({"path": place, "key": key, "sampled": sampled}, indent=1) + "\n")
+            write_text(kept, json.dumps({"path": resolved, "key": key, "sampled": sampled}, indent=1) + "\n")
     return sampled
 
 

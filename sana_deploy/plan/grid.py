@@ -17,7 +17,7 @@ from ..declare.knobs import KNOBS, Knob, ordered
 from ..declare.pipelines import Phase
 from ..declare.spec import Objective
 from ..facts.machine import Gpu, is_native
-from .candidates import Fits, Rows, moved_bytes, request_seconds
+from .candidates import Feasible, Rows, moved_bytes, request_seconds
 from .cost import (
     Placement,
     SlotUse,
@@ -105,10 +105,10 @@ class CostSheet:
             found[here] = np.minimum(found, self.block.places[rows, column])[here]
         return found
 
-    def fits(self, rows: NDArray[np.intp]) -> Fits:
+    def fits(self, rows: NDArray[np.intp]) -> Feasible:
         """What the candidates in `rows`, which fit, are compared by."""
         places, profile = self.block.places[rows], self.setting.profile
-        return Fits(
+        return Feasible(
             places,
             self.worst[rows],
             {knob: apart[rows] for knob, apart in self.block.parted.items()},
@@ -178,9 +178,9 @@ class PlacementGrid:
         held -= self.rules.host_bytes
         return held
 
-    def rows(self, fits: Mapping[int, Fits]) -> Rows:
+    def rows(self, fits: Mapping[int, Feasible]) -> Rows:
         """Put candidates by the number of their setting into one table, in this order."""
-        joined = Fits.joined(list(fits.values()))
+        joined = Feasible.joined(list(fits.values()))
         setting = np.repeat(list(fits), [len(part) for part in fits.values()])
         speeds = sorted({gpu.speed for gpu in self.gpus}, reverse=True)
         ranks = np.array([*(speeds.index(gpu.speed) for gpu in self.gpus), 0])

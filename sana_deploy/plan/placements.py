@@ -58,7 +58,7 @@ class _Kinds:
         count: kinds that have more than one GPU.
         alike: positions of their GPUs.
         kind: the kind of each of these.
-        rank: the place of each of these among its kind.
+        rank: the position of each of these among its kind.
         total: all GPUs.
     """
 

@@ -37,7 +37,7 @@ class _Nearest:
     emulated: int
 
 
-class Tally:
+class RejectionTally:
     """The rejected candidates of one search, which come in blocks.
 
     Which one is named does not depend on how the search is cut into blocks: the first in the order of settings, then

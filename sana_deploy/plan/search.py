@@ -17,7 +17,7 @@ from .knobs import under, useful
 from .placements import CHUNK, CPU, Places, canonical_placements
 from .profile import PipelineProfile
 from .records import Place
-from .rejections import Rejection, Tally
+from .rejections import Rejection, RejectionTally
 from .shortlist import Key, KeyOf, Shortlist
 
 
@@ -180,7 +180,7 @@ def _search(
     One block is held at a time, and no more than about `limit` candidates that fit.
     """
     grid = PlacementGrid(profile, gpus, rules, settings)
-    tally, shortlist, count = Tally(grid), Shortlist(grid, key, limit), 0
+    tally, shortlist, count = RejectionTally(grid), Shortlist(grid, key, limit), 0
     for places in blocks:
         block = grid.block(places)
         for setting in grid.settings:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..declare.spec import Objective
-from .candidates import Fits, Rows
+from .candidates import Feasible, Rows
 from .grid import FITS, Candidate, CostSheet, PlacementGrid
 
 Key = list[NDArray[Any]]
@@ -30,7 +30,7 @@ class Shortlist:
     def __init__(self, grid: PlacementGrid, key: KeyOf, limit: int) -> None:
         self.grid, self.key, self.limit = grid, key, limit
         self.feasible = 0
-        self._kept: dict[int, list[Fits]] = {}
+        self._kept: dict[int, list[Feasible]] = {}
         self._added = 0
 
     def add(self, sheet: CostSheet) -> None:
@@ -43,9 +43,9 @@ class Shortlist:
         self._added += len(rows)
         if self._added > self.limit:
             self._added = 0
-            self._kept = {number: [self._best(number, Fits.joined(parts))] for number, parts in self._kept.items()}
+            self._kept = {number: [self._best(number, Feasible.joined(parts))] for number, parts in self._kept.items()}
 
-    def _best(self, number: int, fits: Fits) -> Fits:
+    def _best(self, number: int, fits: Feasible) -> Feasible:
         """The best of each group of `fits` under which placements turn on the same knobs, in their order."""
         best: list[int] = []
         for on in itertools.product((False, True), repeat=len(fits.parted)):
@@ -60,7 +60,7 @@ class Shortlist:
         """The best candidates, best first."""
         if not self.feasible:
             return []
-        rows = self.grid.rows({number: Fits.joined(parts) for number, parts in sorted(self._kept.items())})
+        rows = self.grid.rows({number: Feasible.joined(parts) for number, parts in sorted(self._kept.items())})
         order = first(self.key(rows, self.grid.rules.objective), WANTED)
         return [self.grid.candidate(rows.places[i], self.grid.settings[rows.setting[i]]) for i in order]
 

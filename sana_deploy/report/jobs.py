@@ -87,8 +87,8 @@ def _read_outcome(path: Path) -> tuple[dict[str, Any], str]:
         Outcome.model_validate(values)
     except ValidationError as errors:
         first = errors.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return {}, f"{_name(path)} is damaged{f' at {place}' if place else ''}: {first['msg']}"
+        key = ".".join(str(part) for part in first["loc"])
+        return {}, f"{_name(path)} is damaged{f' at {key}' if key else ''}: {first['msg']}"
     return values, ""
 
 

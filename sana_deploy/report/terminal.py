@@ -183,8 +183,8 @@ def show_error(problem: SanaDeployError) -> None:
 
 def _print_error(message: str, where: str, hint: str) -> None:
     out = console()
-    place = f"{where}: " if where else ""
-    out.print(Text.assemble(("error: ", "bold red"), f"{place}{message}"), soft_wrap=True)
+    before = f"{where}: " if where else ""
+    out.print(Text.assemble(("error: ", "bold red"), f"{before}{message}"), soft_wrap=True)
     if hint:
         out.print(Text(f"hint: {hint}"), soft_wrap=True)
 

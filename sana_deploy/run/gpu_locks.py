@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def claimed(spec: DeploySpec) -> Iterator[None]:
+def holding_gpus(spec: DeploySpec) -> Iterator[None]:
     """Hold the GPUs that a job may take from before it is planned until it has ended; waits for other jobs.
 
     Nothing is held where no real GPU is worked on: virtual machines, and runs that stop before they load. Locks are
