@@ -157,7 +157,7 @@ def test_without_the_library_planning_goes_on_and_loading_names_the_extra(
     assert plan.components["transformer"].quantization == quantization
     with pytest.raises(InvalidSpecError, match="not installed") as caught:
         load_pipeline(plan)
-    packages = {"int8": "'torchao>=0.15'", "nf4": "'bitsandbytes>=0.48' 'torchao>=0.15'"}[quantization]
+    packages = {"int8": "'torchao>=0.18'", "nf4": "'bitsandbytes>=0.48' 'torchao>=0.18'"}[quantization]
     assert caught.value.hint == f"pip install {packages}", "works from a checkout, a wheel and a registry alike"
 
 
