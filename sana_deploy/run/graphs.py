@@ -1,0 +1,311 @@
+"""CUDA graphs of components: a call is captured once, and replayed when it comes again in the same form.
+
+A step of SANA launches some 1,500 kernels from Python; a graph launches them at once, with the same arguments to the
+same kernels, so that its results are those of eager execution bit for bit. The first call of a form runs eagerly and
+warms libraries up, the second one is captured, all later ones are replayed.
+
+A form is the shapes, strides, dtypes and devices of the tensors in a call, and its other arguments. Each graph reads
+its arguments from tensors of its own, into which they are copied, but for the results of another graph, which stay
+where they are. Graphs of one device share a memory pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .module_state import ModuleState
+
+log = logging.getLogger(__name__)
+Forward = Callable[..., Any]
+MOST_GRAPHS = 8
+"""Graphs that one device keeps; the one that was used longest ago makes room."""
+
+
+class Recorder(Protocol):
+    """Records work of one device once and repeats it."""
+
+    def warm_up(self, work: Callable[[], Any]) -> Any:
+        """Run `work` once before it is recorded, so that libraries have what they need."""
+        ...
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Make a tensor of the same shape and strides, for recorded work to read its input from."""
+        ...
+
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Record `work`; return what repeats it, and the result that each repetition fills anew.
+
+        Raises:
+            RuntimeError: `work` cannot be recorded. Nothing of it has run.
+        """
+        ...
+
+
+class CudaRecorder:
+    """Captures CUDA graphs on one device, all in one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        # The stream is named: PyTorch would keep one that belongs to the device of the first capture.
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def warm_up(self, work: Callable[[], Any]) -> Any:
+        """Run `work` eagerly; see `Recorder`."""
+        return work()
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Make an input; see `Recorder`."""
+        return tensor.new_empty_strided(tensor.shape, tensor.stride())
+
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Capture `work`; see `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use CUDA meanwhile: only this thread's calls are captured, and restricted.
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self.device), capture:
+            result = work()
+        return graph.replay, result
+
+
+class Input:
+    """A tensor that a graph reads in the place of one of a call's: of the same shape, strides and dtype."""
+
+    def __init__(self, tensor: torch.Tensor, recorder: Recorder) -> None:
+        # Where a dimension repeats one value (an expanded timestep), that value is kept once, and expanded again.
+        self.where = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+        one = tensor[self.where]
+        self.written = recorder.empty_like(one)
+        self.shape = tensor.shape
+        self._given: tuple[weakref.ref[torch.Tensor], int] | None = None
+        self.take(tensor)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What the graph is given for the call's tensor."""
+        return self.written.expand(self.shape)
+
+    def take(self, tensor: torch.Tensor) -> None:
+        """Copy `tensor`, unless it is the one that came last and was not written to since."""
+        if self._given is not None and self._given[0]() is tensor and self._given[1] == tensor._version:
+            return
+        self.written.copy_(tensor[self.where])
+        self._given = None if tensor.is_inference() else (weakref.ref(tensor), tensor._version)
+
+
+def _nobody() -> None:
+    """Nobody holds a result."""
+
+
+@dataclass
+class Graph:
+    """One captured call.
+
+    Attributes:
+        replay: repeats it.
+        inputs: what it reads, in the order of the call's tensors; None for one that it reads where it is.
+        result: what it returns; each replay writes it anew.
+        reads: results of other graphs that it reads where they are; kept, so that no other tensor takes their identity.
+        holder: whoever has the result and has not used it yet.
+    """
+
+    replay: Callable[[], None]
+    inputs: Sequence[Input | None]
+    result: Any
+    reads: Sequence[torch.Tensor] = ()
+    holder: Callable[[], object] = _nobody
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Replay the call with other tensors of the same form."""
+        for own, tensor in zip(self.inputs, tensors, strict=True):
+            if own is not None:
+                own.take(tensor)
+        self.replay()
+        return self.result
+
+
+@dataclass
+class DeviceGraphs:
+    """The graphs of one device, least recently used first; several components of a pipeline share them."""
+
+    recorder: Recorder
+    most: int = MOST_GRAPHS
+    graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    made: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Results of graphs by id: another graph reads them where they are."""
+
+    def find(self, key: Hashable) -> Graph | None:
+        """The graph of a form, which is now the most recently used."""
+        graph = self.graphs.get(key)
+        if graph is not None:
+            self.graphs.move_to_end(key)
+        return graph
+
+    def add(self, key: Hashable, graph: Graph) -> None:
+        """Keep a graph; the oldest one makes room."""
+        self.graphs[key] = graph
+        while len(self.graphs) > self.most:
+            self._forget(next(iter(self.graphs)))
+        self._list_results()
+
+    def drop(self, owner: object) -> None:
+        """Forget the graphs of one component."""
+        for key in [key for key in self.graphs if isinstance(key, tuple) and key[0] is owner]:
+            self._forget(key)
+        self._list_results()
+
+    def is_result(self, tensor: torch.Tensor) -> bool:
+        """Whether a graph writes this tensor."""
+        return self.made.get(id(tensor)) is tensor
+
+    def release(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Results among `tensors` were used: the graphs that made them may write them anew, whoever asks."""
+        used = {id(tensor) for tensor in tensors if self.is_result(tensor)}
+        for graph in self.graphs.values() if used else ():
+            if any(id(leaf) in used for leaf in pytree.tree_leaves(graph.result)):
+                graph.holder = _nobody
+
+    def _forget(self, key: Hashable) -> None:
+        del self.graphs[key]
+
+    def _list_results(self) -> None:
+        results = (leaf for graph in self.graphs.values() for leaf in pytree.tree_leaves(graph.result))
+        self.made = {id(leaf): leaf for leaf in results if isinstance(leaf, torch.Tensor)}
+
+
+class GraphedForward:
+    """A component's forward, replayed from graphs where it can be.
+
+    Args:
+        name: the component.
+        module: whose forward it is.
+        forward: the eager one.
+        graphs: the graphs of the component's device.
+        on_eager: called with the reason whenever a call runs eagerly that is not the first of its form.
+        lasting: copy results, so that the next replay does not write over them.
+        caller: who calls now. Where results are not `lasting`, a call by another one runs eagerly until they were used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        forward: Forward,
+        graphs: DeviceGraphs,
+        on_eager: Callable[[str], None] = lambda reason: None,
+        lasting: bool = True,
+        caller: Callable[[], object] = threading.current_thread,
+    ) -> None:
+        self.name, self.module, self.forward, self.graphs = name, module, forward, graphs
+        self.on_eager, self.lasting, self.caller = on_eager, lasting, caller
+        self.state: ModuleState | None = None
+        self.seen: set[Hashable] = set()
+        self.refused: dict[Hashable, str] = {}
+        self.replays = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward: from its graph, or eagerly."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        with self.graphs.lock:
+            try:
+                return self._run(leaves, spec, tensors, lambda: self.forward(*args, **kwargs))
+            finally:
+                self.graphs.release(tensors)
+
+    def _run(self, leaves: Sequence[Any], spec: Any, tensors: Sequence[torch.Tensor], eager: Callable[[], Any]) -> Any:
+        self._follow_changes()
+        reason = self._unfit(leaves)
+        form = None if reason else (spec, *map(_form, leaves))
+        key = (self, form, *((i, id(one)) for i, one in enumerate(tensors) if self.graphs.is_result(one)))
+        reason = reason or self.refused.get(key)
+        if reason is not None:
+            self.on_eager(reason)
+            return eager()
+        graph = self.graphs.find(key)
+        if graph is None and form not in self.seen:
+            self.seen.add(form)
+            return self.graphs.recorder.warm_up(eager)
+        graph = graph or self._capture(key, leaves, spec)
+        if graph is None:
+            return eager()
+        holder, caller = graph.holder(), self.caller()
+        if holder is not None and holder is not caller:
+            self.on_eager("another request had not used its results yet")
+            return eager()
+        self.replays += 1
+        result = graph.run(tensors)
+        if self.lasting:
+            return pytree.tree_map_only(torch.Tensor, torch.clone, result)
+        graph.holder = weakref.ref(caller)
+        return result
+
+    def reset(self) -> None:
+        """Forget what was captured."""
+        self.graphs.drop(self)
+        self.seen.clear()
+        self.refused.clear()
+
+    def _follow_changes(self) -> None:
+        """Forget graphs when the module is not what it was: other weights, layers, adapters or attention."""
+        if self.state is None:
+            self.state = ModuleState(self.module)
+        elif not self.state.holds():
+            self.state = ModuleState(self.module)
+            self.reset()
+
+    def _unfit(self, leaves: Sequence[Any]) -> str | None:
+        """Why no graph can take this call."""
+        if torch.is_grad_enabled() and any(value.requires_grad for value in self.module.parameters()):
+            return "gradients are recorded"
+        if self.module.training:
+            return "the module is in training mode"
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                if leaf.device != self._device():
+                    return f"an argument is on {leaf.device}"
+            elif not isinstance(leaf, (int, float, str, bool, type(None), torch.dtype)):
+                return f"an argument is a {type(leaf).__name__}"
+        return None
+
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def _capture(self, key: Hashable, leaves: Sequence[Any], spec: Any) -> Graph | None:
+        """Capture a call; None, and a reason kept, where that fails."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        recorder = self.graphs.recorder
+        inputs = [None if self.graphs.is_result(tensor) else Input(tensor, recorder) for tensor in tensors]
+        read = iter([tensor if own is None else own.tensor for own, tensor in zip(inputs, tensors, strict=True)])
+        own_leaves = [next(read) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(own_leaves, spec)
+        try:
+            replay, result = recorder.record(lambda: self.forward(*args, **kwargs))
+        except (RuntimeError, ValueError) as problem:
+            reason = f"its capture failed: {(str(problem) or type(problem).__name__).splitlines()[0]}"
+            log.warning("%s stays eager: %s", self.name, reason)
+            self.refused[key] = reason
+            self.on_eager(reason)
+            return None
+        reads = [tensor for own, tensor in zip(inputs, tensors, strict=True) if own is None]
+        graph = Graph(replay, inputs, result, reads)
+        self.graphs.add(key, graph)
+        return graph
+
+
+def _form(leaf: Any) -> Hashable:
+    """What a graph of a call depends on of an argument: all but the values of a tensor."""
+    if not isinstance(leaf, torch.Tensor):
+        return type(leaf), leaf
+    return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
