@@ -22,6 +22,7 @@ from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.cost import bytes_per_request, phase_seconds, slot_use
+from sana_deploy.plan.execution import executed
 from sana_deploy.plan.grid import Rules
 from sana_deploy.plan.knobs import under
 from sana_deploy.plan.profile import ComponentProfile, PipelineProfile, VaeMode, Work
@@ -172,6 +173,14 @@ def check_the_best(profile: PipelineProfile, gpus: list[Gpu], allow: set[Knob], 
         assert sum(best.seconds.values()) == pytest.approx(expected[0], abs=2e-6)
     else:
         assert (len(best.knobs), len(best.uses), *ties) == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(profiles(), gpu_lists(), allowed, objectives)
+def test_the_chosen_candidate_is_the_best_of_all_where_a_step_is_graphs(
+    profile: PipelineProfile, gpus: list[Gpu], allow: set[Knob], objective: Objective
+) -> None:
+    check_the_best(executed(profile, "graphs"), gpus, allow, objective)
 
 
 @settings(max_examples=60, deadline=None)

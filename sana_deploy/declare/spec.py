@@ -10,13 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import (
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .._models import Declared
 from .._units import parse_bytes
@@ -24,6 +18,7 @@ from .explain import first_error
 from .formats import Dtype, Format, Quantization
 from .knobs import KNOBS, Knob, MapKnob, clash, ordered
 from .pipelines import DEFAULT, Component, PipelineDescription
+from .runtime import Runtime
 from .sizes import Size, Sizes
 from .workload import DeclaredWorkload, Side
 
@@ -295,6 +290,7 @@ class DeploySpec(Declared):
     precision: Precision
     machine: MachineSpec
     workload: DeclaredWorkload
+    runtime: Runtime = Runtime()
     resolve: Resolve = Resolve()
     until: Stage = "generate"
     output: Literal["text", "json"] = "text"

@@ -17,6 +17,7 @@ from .._files import write_text
 from .._models import Diagnostic, Record
 from .._version import __version__
 from ..declare.pipelines import PIPELINES, SANA_CONTROLNET, Component, PipelineDescription
+from ..declare.runtime import Execution
 from ..declare.spec import DeploySpec
 from ..errors import PlanError
 from ..facts.libraries import library_versions
@@ -72,13 +73,16 @@ BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
 """How each quantity was obtained; counts and indices are exact."""
 _UNITS_BASIS = {"units.*.weights_bytes": "exact", "units.*.activation_bytes": "estimated"}
 """The same for plans that have `units`."""
+_POOL_BASIS = {"slots.*.pool_bytes": "estimated"}
+"""The same for plans whose components execute as graphs."""
 
 
 class Plan(Record):
     """An explicit device and dtype for every component, with the reasons. See the module docstring.
 
     A plan that is not `feasible` shows the closest miss: it can be read, not applied. `units` are those beyond the
-    first of their component, by name; `device_map` and `components` say where the first ones are.
+    first of their component, by name; `device_map` and `components` say where the first ones are. `runtime` is how the
+    components of the denoising loop execute on GPUs.
     """
 
     schema_version: str
@@ -103,6 +107,7 @@ class Plan(Record):
     libraries: dict[str, str] = {}
     pipeline_class: str = SANA_CONTROLNET.class_name
     units: dict[str, PlacedUnit] = {}
+    runtime: Execution = "eager"
 
     @property
     def pipeline(self) -> PipelineDescription:
@@ -122,7 +127,11 @@ class Plan(Record):
         """Make a plan from its parts, adding version, basis and digest."""
         draft = cls(
             schema_version=SCHEMA_VERSION, tool_version=__version__, digest="",
-            basis={**BASIS, **(_UNITS_BASIS if fields.get("units") else {})},
+            basis={
+                **BASIS,
+                **(_UNITS_BASIS if fields.get("units") else {}),
+                **(_POOL_BASIS if fields.get("runtime") == "graphs" else {}),
+            },
             libraries=library_versions(part.format for part in fields["components"].values()), **fields,
         )  # fmt: skip
         return draft.model_copy(update={"digest": digest_of(draft.model_dump(mode="json"))})

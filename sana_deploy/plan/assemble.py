@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .._models import Diagnostic
 from .._units import fullness
 from ..declare.pipelines import Component
@@ -61,10 +63,7 @@ def assemble(
         pipeline_class=profile.pipeline.class_name,
         checkpoint=record_of(checkpoint, spec.resolve.verify),
         slots=[_slot(profile, placement, gpu) for gpu in used],
-        home=placement[profile.pipeline.denoiser],
-        device_map=_device_map(profile, placement),
-        components=_components(profile, placement),
-        units=_units(profile, placement),
+        **_placed(profile, placement),
         knobs=list(chosen.knobs),
         transfers=[*_uploads(profile, placement, batch), *_transfers(profile, placement, batch)],
         estimates=_estimates(profile, chosen, batch),
@@ -75,6 +74,17 @@ def assemble(
         knob_prices={knob: price_of(knob, plain, chosen.knobs, placement, gpus, batch) for knob in chosen.knobs},
         vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if profile.vae_mode.tiled else None,
     )
+
+
+def _placed(profile: PipelineProfile, placement: Placement) -> dict[str, Any]:
+    """What is where, and how it executes."""
+    return {
+        "home": placement[profile.pipeline.denoiser],
+        "device_map": _device_map(profile, placement),
+        "components": _components(profile, placement),
+        "units": _units(profile, placement),
+        "runtime": profile.execution,
+    }
 
 
 def _device_map(profile: PipelineProfile, placement: Placement) -> dict[Component, Place]:
@@ -138,6 +148,7 @@ def _slot(profile: PipelineProfile, placement: Placement, gpu: Gpu) -> Slot:
         allocator_bytes=use.allocator_bytes,
         peak_bytes=use.peak_bytes,
         peak_phase=use.phase,
+        pool_bytes=use.pool_bytes,
     )
 
 

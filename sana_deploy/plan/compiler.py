@@ -19,6 +19,7 @@ from .artifact import Plan
 from .assemble import assemble
 from .auto_precision import choose_precision
 from .cost import host_bytes
+from .execution import executed
 from .grid import Candidate, Rules
 from .knobs import under
 from .needs import Measure
@@ -26,6 +27,7 @@ from .profile import PipelineProfile, profile_pipeline
 from .records import Place
 from .rejections import Rejection
 from .remedies import Fits, with_all_knobs, working_changes
+from .runtimes import choose_runtime
 from .search import Search, search_balanced, search_custom, search_host, search_single
 
 
@@ -54,7 +56,8 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         diagnostics.insert(0, _on_cpu(spec.hardware, offered))
-    search = _search(spec, profile, offered)
+    choice = choose_runtime(spec.runtime.mode, profile, offered, lambda one: _search(spec, one, offered))
+    profile, search, diagnostics = choice.profile, choice.search, [*diagnostics, *choice.remarks]
     if search.best:
         remarks = [*_forced(profile, search.best, offered), *diagnostics]
         return assemble(spec, checkpoint, profile, offered, search.best, search, remarks)
@@ -239,6 +242,8 @@ def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: M
     except InfeasibleError:
         return False
     profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
+    if spec.runtime.mode == "graphs":
+        profile = executed(profile, "graphs")
     return _search(spec, profile, _offered(spec, machine)).best is not None
 
 

@@ -5,7 +5,7 @@ A profile given here has its knobs applied (`knobs.under`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
@@ -16,6 +16,7 @@ from ..declare.pipelines import PHASES, Component, Crossing, Phase
 from ..facts.allocator import context_bytes, workspace_bytes
 from ..facts.known_gpus import KnownGpu
 from ..facts.machine import Gpu
+from .execution import pool_bytes
 from .profile import ComponentProfile, PipelineProfile, Work
 from .records import Place
 from .units import component_of
@@ -26,14 +27,33 @@ Placement = Mapping[str, Place]
 HEADROOM = 0.02
 """Fraction of a GPU left free for allocator rounding and fragmentation."""
 
-PRODUCT_EFFICIENCY = 0.5
-"""Share of a GPU's TFLOPS that SANA's matrix products and convolutions reach. Fitted to an H200 (docs/measured.md)."""
-BANDWIDTH_EFFICIENCY = 0.3
-"""Share of a GPU's memory bandwidth that its other operations reach in eager PyTorch. Fitted likewise."""
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What of a GPU's rates the kernels of SANA reach.
+
+    Attributes:
+        products: share of the TFLOPS that matrix products and convolutions reach.
+        product_bandwidth: share of the memory bandwidth that they reach where they are bound by it.
+        other_bandwidth: share of the memory bandwidth that all other kernels reach.
+        kernel_seconds: what each kernel takes beyond these, launched by Python or by a graph.
+    """
+
+    products: float
+    product_bandwidth: float
+    other_bandwidth: float
+    kernel_seconds: float = 0.0
+
+
+PHASE_EFFICIENCY = Efficiency(0.5, 0.3, 0.3)
+"""Of text encoder and VAE. Calibrated on an H200 (docs/measured.md)."""
+STEP_EFFICIENCY = Efficiency(0.84, 1.0, 0.33, 2.6e-6)
+"""Of transformer and ControlNet in denoise. Calibrated on CUDA graphs on an H100, 512 to 2048 px, batch 1 and 4."""
 LAUNCH_SECONDS = 40e-6
-"""Host time to launch one kernel from eager PyTorch, its Python included; the floor for small images. Likewise."""
+"""Host time to launch one kernel from eager PyTorch, its Python included; the floor for small images. Calibrated on
+an H200; the host decides it, and how busy that is."""
 REFILL_SECONDS = 8e-6
-"""What each kernel of one more call loses while the GPU drains and fills again: slicing, tiles. Fitted likewise."""
+"""What each kernel of one more call loses while the GPU drains and fills again: slicing, tiles. Likewise."""
 LINK_EFFICIENCY = 0.8
 """Share of a link's bandwidth that a large copy reaches."""
 LINK_SECONDS = 20e-6
@@ -45,6 +65,7 @@ class SlotUse:
     """What one slot holds at its fullest moment, in bytes; `peak_bytes` includes context and headroom.
 
     `allocator_bytes` are what PyTorch's allocator counts beyond tensors: unsplit blocks and cuBLAS's workspace.
+    `pool_bytes` are the part of `activation_bytes` that graphs keep, also while nothing works.
     """
 
     weights_bytes: int
@@ -52,6 +73,7 @@ class SlotUse:
     allocator_bytes: int
     overhead_bytes: int
     phase: Phase
+    pool_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -74,29 +96,56 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     capacity. Weights stay, but for an offloaded component's, which are there only while it works. Components of one
     phase work one after the other, so that the largest counts, units of one component at once, so that they add up;
     what waits at home outside the denoising loop (prompt embeddings, the control image) is listed under the denoiser's
-    first unit and adds to whoever works there.
+    first unit and adds to whoever works there. What graphed units take in denoise is in the pool of their graphs, which
+    is there in every phase: a second request finds it.
 
     Args:
         gpu: the one that the slot is; without it workspace, context and headroom are left out.
     """
-    home = profile.pipeline.denoiser
-    here = [(name, profile.parts[name]) for name, place in placement.items() if place == slot]
+    here = {name: profile.parts[name] for name, place in placement.items() if place == slot}
+    graphed = {name: part for name, part in here.items() if part.execution == "graphs" and slot != "cpu"}
+    pool = pool_bytes(max(part.activations.get("denoise", 0) for part in graphed.values())) if graphed else 0
     weights, unsplit, activations = (dict.fromkeys(PHASES, 0) for _ in range(3))
     for phase in PHASES:
-        working: dict[Component, int] = {}
-        for name, part in here:
-            own = part.activations.get(phase)
-            if part.resident or own is not None:
+        for part in here.values():
+            if part.resident or phase in part.activations:
                 weights[phase] += part.weights_bytes
                 unsplit[phase] += part.unsplit_bytes + part.workspaces.get(phase, 0) if slot != "cpu" else 0
-            if name == home and phase != "denoise":
-                activations[phase] = own or 0
-            else:
-                working[part.name] = working.get(part.name, 0) + (own or 0)
-        activations[phase] += max(working.values(), default=0)
+        beside = {name: _beside_pool(profile, name, phase, here) for name in graphed}
+        activations[phase] = pool + _activations(profile, here, phase, beside)
     phase = max(PHASES, key=lambda name: weights[name] + unsplit[name] + activations[name])
-    workspace = workspace_bytes(gpu.capability) if gpu else 0
-    return SlotUse(weights[phase], activations[phase], unsplit[phase] + workspace, overhead(gpu) if gpu else 0, phase)
+    allocated = unsplit[phase] + (workspace_bytes(gpu.capability) if gpu else 0)
+    return SlotUse(weights[phase], activations[phase], allocated, overhead(gpu) if gpu else 0, phase, pool)
+
+
+def _activations(
+    profile: PipelineProfile, here: Mapping[str, ComponentProfile], phase: Phase, beside: Mapping[str, int]
+) -> int:
+    """Bytes of activations that the units `here` take in a phase; `beside` says what those of graphed units are."""
+    waiting, working = 0, dict[Component, int]()
+    for name, part in here.items():
+        own = beside.get(name, part.activations.get(phase, 0))
+        if name == profile.pipeline.denoiser and phase != "denoise":
+            waiting = own
+        else:
+            working[part.name] = working.get(part.name, 0) + own
+    return waiting + max(working.values(), default=0)
+
+
+def _beside_pool(profile: PipelineProfile, name: str, phase: Phase, here: Collection[str]) -> int:
+    """Bytes of activations that a graphed unit has in a phase outside the pool of its graphs.
+
+    Residuals of a ControlNet that is graphed on the same GPU are in the pool, but for those of the first step, which is
+    eager: diffusers' pipeline still has them while the second one is captured. Residuals from elsewhere are copied out
+    of that GPU's pool, and those of two steps are here at a time.
+    """
+    own = profile.parts[name].activations.get(phase, 0)
+    residuals = [one for one in profile.crossings if one.tensor in profile.pipeline.waiting]
+    if phase == "denoise":
+        come = sum(one.bytes_each * (1 if one.src in here else 2) for one in residuals if one.dst == name)
+        return come + sum(one.bytes_each for one in residuals if one.src == name and one.dst not in here)
+    kept = sum(one.bytes_each for one in residuals if one.dst == name and one.src in here)
+    return max(0, own - kept) if phase == "decode" else own
 
 
 def host_bytes(profile: PipelineProfile, placement: Placement) -> int:
@@ -140,20 +189,32 @@ def link_between(one: KnownGpu, other: KnownGpu) -> Link:
     return Link("pcie", pcie)
 
 
-def work_seconds(work: Work, dtype: Dtype, rates: KnownGpu) -> float:
+def work_seconds(
+    work: Work, dtype: Dtype, rates: KnownGpu, reached: Efficiency = PHASE_EFFICIENCY, launched: bool = True
+) -> float:
     """Seconds of `work` on a GPU, by the roofline (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785).
 
-    max(launches, products + the rest), where launches = operations x LAUNCH_SECONDS, products = max(FLOPs / (rate x
-    PRODUCT_EFFICIENCY), their bytes / bandwidth), the rest = other bytes / bandwidth, bandwidth = the card's x
-    BANDWIDTH_EFFICIENCY. Work cut into calls takes REFILL_SECONDS more for each kernel of every call but the first. A
-    dtype that is not native runs at the float32 rate.
+    max(launches, products + the rest), where launches = operations x LAUNCH_SECONDS, products = max(FLOPs / rate, their
+    bytes / bandwidth), the rest = other bytes / bandwidth + operations x a kernel's seconds, rate and bandwidths what
+    is `reached` of the card's. Work cut into calls takes REFILL_SECONDS more for each kernel of every call but the
+    first. A dtype that is not native runs at the float32 rate.
+
+    Args:
+        launched: whether Python launches each kernel; a graph launches all at once.
     """
     tflops = {"float16": rates.tflops_float16, "bfloat16": rates.tflops_bfloat16, "float32": rates.tflops_float32}
-    rate = (tflops[dtype] or rates.tflops_float32) * 1e12 * PRODUCT_EFFICIENCY
-    bandwidth = rates.memory_gbps * 1e9 * BANDWIDTH_EFFICIENCY
-    products = max(work.flops / rate, work.product_bytes / bandwidth)
-    refills = work.operations * (1 - 1 / work.calls) * REFILL_SECONDS
-    return max(work.operations * LAUNCH_SECONDS, products + work.other_bytes / bandwidth + refills)
+    rate = (tflops[dtype] or rates.tflops_float32) * 1e12 * reached.products
+    bandwidth = rates.memory_gbps * 1e9
+    products = max(work.flops / rate, work.product_bytes / (bandwidth * reached.product_bandwidth))
+    others = work.other_bytes / (bandwidth * reached.other_bandwidth)
+    each = work.operations * (reached.kernel_seconds + (1 - 1 / work.calls) * REFILL_SECONDS)
+    return max(work.operations * LAUNCH_SECONDS if launched else 0.0, products + others + each)
+
+
+def step_seconds(part: ComponentProfile, rates: KnownGpu) -> float:
+    """Seconds of one component on one GPU in a denoising step."""
+    work, launched = part.work.get("denoise", Work()), part.execution == "eager"
+    return work_seconds(work, part.format.dtype, rates, STEP_EFFICIENCY, launched)
 
 
 def upload_seconds(weights_bytes: int, rates: KnownGpu) -> float:
@@ -169,7 +230,7 @@ def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
 def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
     """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
     seconds = {
-        phase: (steps if phase == "denoise" else 1) * work_seconds(work, part.format.dtype, rates)
+        phase: steps * step_seconds(part, rates) if phase == "denoise" else work_seconds(work, part.format.dtype, rates)
         for phase, work in part.work.items()
     }
     if not part.resident:

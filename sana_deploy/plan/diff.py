@@ -74,6 +74,7 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
         yield f"components.{name}.quantization", part.quantization
     for name, unit in plan.units.items():
         yield f"units.{name}.slot", unit.slot
+    yield "runtime", plan.runtime
     yield "knobs", ", ".join(plan.knobs)
 
 

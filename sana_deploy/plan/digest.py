@@ -2,7 +2,8 @@
 
 Equal decisions have equal digests, whatever minor version wrote them. From 1.4 on a digest covers no minor version's
 number, and a key that a later version added only where it says something: it is left out where it is empty, and
-`pipeline_class` where it names the one pipeline that earlier versions knew. Digests of 1.0 to 1.3 cover their number;
+`pipeline_class` where it names the one pipeline that earlier versions knew, `runtime` where it is eager. What was
+declared of the runtime is left out: `runtime` is what was decided. Digests of 1.0 to 1.3 cover their number;
 1.3 goes on to stand in its place.
 """
 
@@ -31,6 +32,7 @@ _HOST_PATHS = (
     ("until",),
     ("output",),
     ("resolve",),
+    ("runtime",),
 )
 
 
@@ -51,10 +53,19 @@ def _drop_folders(named: dict[str, Any]) -> None:
             del named[name]
 
 
+def _drop_empty_pools(slots: list[Any]) -> None:
+    """Leave out the bytes that graphs keep where they keep none."""
+    for slot in slots:
+        if isinstance(slot, dict) and not slot.get("pool_bytes"):
+            slot.pop("pool_bytes", None)
+
+
 def _says(key: str, value: Any) -> bool:
     """Whether the digest covers a key: those of 1.3 always, later ones where a plan without them says otherwise."""
     if key == "pipeline_class":
         return bool(value != SANA_CONTROLNET.class_name)
+    if key == "runtime":
+        return bool(value != "eager")
     return key in _COVERED_BY_1_3 or bool(value)
 
 
@@ -79,6 +90,9 @@ def digest_of(values: dict[str, Any]) -> str:
     match content:
         case {"checkpoint": {"content": dict(parts)}}:
             _drop_wholes(parts)
+    match content:
+        case {"slots": list(slots)}:
+            _drop_empty_pools(slots)
     match spec:
         case {"model": {"components": dict(named)}}:
             _drop_folders(named)

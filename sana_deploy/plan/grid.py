@@ -170,7 +170,7 @@ class PlacementGrid:
         """Bytes that the host lacks: `cost.host_bytes`, in arrays."""
         if self.rules.host_bytes is None:
             return np.full(len(block.places), NOTHING)
-        held: Integers = setting.needs[block.on_host]
+        held: Integers = setting.on_host[block.on_host]
         for column, name in enumerate(self.units):
             part = setting.profile.parts[name]
             if not part.resident:

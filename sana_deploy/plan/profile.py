@@ -12,6 +12,7 @@ from typing import Any
 
 from ..declare.formats import Format
 from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
+from ..declare.runtime import Execution
 from ..declare.workload import Workload
 from ..facts.allocator import ENCODE_WORKSPACE
 from ..facts.checkpoint import Checkpoint
@@ -66,7 +67,7 @@ class ComponentProfile:
 
     `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them, `workspaces` what libraries take
     in a phase. `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own
-    phases.
+    phases. `execution` is how it executes in denoise.
     """
 
     name: Component
@@ -78,6 +79,7 @@ class ComponentProfile:
     resident: bool = True
     unsplit_bytes: int = 0
     workspaces: Mapping[Phase, int] = field(default_factory=dict)
+    execution: Execution = "eager"
 
     @property
     def activation_bytes(self) -> int:
@@ -116,6 +118,11 @@ class PipelineProfile:
     def parts(self) -> Mapping[str, ComponentProfile]:
         """What each unit needs, by its name."""
         return {**self.components, **{unit.name: part for unit, part in self.further.items()}}
+
+    @property
+    def execution(self) -> Execution:
+        """How the components of the denoising loop execute."""
+        return self.components[self.pipeline.denoiser].execution
 
     def with_vae(self, **mode: bool) -> PipelineProfile:
         """Return the profile with the VAE in another mode, e.g. `sliced=True`; what is not named stays."""

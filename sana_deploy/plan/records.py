@@ -51,7 +51,7 @@ class Slot(Record):
     """A logical GPU and what it must offer; bytes.
 
     `overhead_bytes` are the CUDA context, headroom, and `allocator_bytes`: what PyTorch's allocator counts beyond
-    tensors (unsplit blocks, cuBLAS's workspace).
+    tensors (unsplit blocks, cuBLAS's workspace). `pool_bytes` are the part of `activation_bytes` that graphs keep.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Slot(Record):
     allocator_bytes: int = 0
     peak_bytes: int
     peak_phase: str
+    pool_bytes: int = 0
 
     @property
     def others_bytes(self) -> int:

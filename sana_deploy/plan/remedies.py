@@ -35,12 +35,13 @@ def working_changes(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, 
     not hold everything, also if nothing of it is kept free.
     """
     less = _less_kept_free(spec, checkpoint, machine, fits)
+    runtime = _first(_less_kept_by_graphs(spec), checkpoint, machine, fits)
     found = [
-        less,
+        runtime or less,
         _first(_more_knobs(spec), checkpoint, machine, fits),
         _first(_on_this_machine(spec), checkpoint, machine, fits),
         _largest_image(spec, checkpoint, machine, fits),
-        "" if less or isinstance(spec.hardware, CustomMap) else _first_machine(spec, checkpoint, fits),
+        "" if runtime or less or isinstance(spec.hardware, CustomMap) else _first_machine(spec, checkpoint, fits),
     ]
     if not any(found[:3]) and all_shipped(checkpoint):
         found.insert(3, _first(_quantized(spec), checkpoint, machine, fits))
@@ -51,6 +52,12 @@ def working_changes(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, 
 
 
 Change = tuple[str, DeploySpec]
+
+
+def _less_kept_by_graphs(spec: DeploySpec) -> Iterator[Change]:
+    """Graphs only where their memory fits, where they were asked for everywhere."""
+    if spec.runtime.mode == "graphs":
+        yield "runtime=auto", spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"mode": "auto"})})
 
 
 def _first(changes: Iterator[Change], checkpoint: Checkpoint, machine: Machine, fits: Fits) -> str:

@@ -38,7 +38,7 @@ def saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, Deploy
         if group == "workload" and _keeps_plan(name, spec.workload, plan.spec.workload):
             name = "prompt" if name == "prompt_file" else name  # a file is read when the declaration is composed
             given[name] = getattr(spec.workload, name)
-        elif group.partition("@")[0] in ("model", "hardware", "precision", "machine", "workload"):
+        elif group.partition("@")[0] in ("model", "hardware", "precision", "machine", "workload", "runtime"):
             clashing.append(override)
     if clashing:
         bounds = plan.spec.workload
@@ -58,5 +58,6 @@ def saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, Deploy
             "hardware": planned.hardware,
             "precision": planned.precision,
             "machine": planned.machine,
+            "runtime": planned.runtime,
         }
     )

@@ -31,6 +31,7 @@ class Setting:
 
     Attributes:
         needs: bytes on a GPU for each set of units, without what the GPU itself takes.
+        on_host: bytes of the host for each set of units that runs there.
         filled: share of a GPU's free memory, and `lacking` the bytes missing, for GPU x sets + set; the last rows are
             the host's, which is never full here.
     """
@@ -40,6 +41,7 @@ class Setting:
     profile: PipelineProfile
     gpus: Sequence[Gpu]
     needs: Integers
+    on_host: Integers
     filled: Floats
     lacking: Integers
 
@@ -47,12 +49,15 @@ class Setting:
     def of(cls, number: int, knobs: tuple[Knob, ...], profile: PipelineProfile, gpus: Sequence[Gpu]) -> Setting:
         """Cost every set of units under `knobs` on every GPU."""
         changed, names = under(profile, knobs), [unit.name for unit in profile.units]
-        needs = np.array([_need(changed, names, mask) for mask in range(1 << len(names))], np.int64)
+        sets = range(1 << len(names))
+        needs, on_host = (
+            np.array([_need(changed, names, mask, place) for mask in sets], np.int64) for place in _PLACES
+        )
         filled, lacking = np.zeros((len(gpus) + 1, len(needs))), np.full((len(gpus) + 1, len(needs)), NOTHING)
         for i, gpu in enumerate(gpus):
             peaks = needs + workspace_bytes(gpu.capability) + overhead(gpu)
             filled[i], lacking[i] = peaks / max(gpu.free_bytes, 1), peaks - gpu.free_bytes
-        return cls(number, knobs, changed, gpus, needs, filled.ravel(), lacking.ravel())
+        return cls(number, knobs, changed, gpus, needs, on_host, filled.ravel(), lacking.ravel())
 
     @cached_property
     def work(self) -> Mapping[str, Mapping[Phase, Floats]]:
@@ -78,7 +83,11 @@ class Setting:
         return found
 
 
-def _need(profile: PipelineProfile, names: Sequence[str], mask: int) -> int:
-    """Blocks of weights and activations at the fullest moment of a GPU with the units of `mask`, in bytes."""
-    placed: dict[str, Place] = {name: 0 for i, name in enumerate(names) if mask >> i & 1}
-    return slot_use(profile, placed, 0).peak_bytes
+_PLACES: tuple[Place, Place] = (0, "cpu")
+"""Any GPU, and the host."""
+
+
+def _need(profile: PipelineProfile, names: Sequence[str], mask: int, place: Place) -> int:
+    """Bytes of weights and activations at the fullest moment of a place with the units of `mask`."""
+    placed: dict[str, Place] = {name: place for i, name in enumerate(names) if mask >> i & 1}
+    return slot_use(profile, placed, place).peak_bytes
