@@ -224,6 +224,10 @@ def _generate(run: Run) -> None:
             Diagnostic(type="decoded_in_tiles", severity="warning", message=text, where="generate", hint=hint)
             for text in state.remarks
         ]
+        run.remarks += [
+            Diagnostic(type="eager_calls", severity="info", message=text, where="runtime")
+            for text in state.eager_sentences()
+        ]
 
 
 def _checked_hint(problem: RunError, plan: Plan) -> str:

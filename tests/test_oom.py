@@ -76,7 +76,7 @@ def test_decode_fails_where_tiles_are_not_wanted_or_do_not_help(small: Small, sp
     [("text_encoder.forward", "text_encoder during encode"), ("transformer.forward", "transformer during denoise")],
 )
 def test_anywhere_else_the_component_and_the_plan_are_named(small: Small, place: str, where: str) -> None:
-    _, run, state = run_short_of_memory(small, place, MIB)
+    _, run, state = run_short_of_memory(small, place, MIB, "runtime=eager")
     with pytest.raises(RunError, match=f"in {where}; the plan expected .* there at most, of 23.65 GiB that were free"):
         run()
     assert state.remarks == []

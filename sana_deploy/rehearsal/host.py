@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ..declare.pipelines import Component
+from ..declare.spec import Fidelity
 from ..errors import InfeasibleError, RunError
 from ..facts.checkpoint import Checkpoint
 from ..plan.artifact import ResolvedPlan
@@ -18,6 +20,7 @@ from ..run.host import load_helpers
 from ..run.quantize import like, map_parts, own_tensors
 from ..run.weights import LoadRequest, Progress, load_components
 from .meta_modules import StandInTokenizer, stand_in
+from .pools import PoolRecorder
 from .virtual import VirtualGpus
 from .virtual_tensor import DEVICE_TYPE
 
@@ -27,7 +30,16 @@ class VirtualHost(VirtualGpus):
 
     In numbers, weights are read as ever and then put on virtual GPUs; in shapes, components are laid out from their
     configs, so that nothing of the checkpoint but its configs has to be on this machine.
+
+    Args:
+        pools: GPU index -> bytes that the plan says graphs keep there.
     """
+
+    def __init__(
+        self, capacities: list[int], fidelity: Fidelity, pools: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
+        super().__init__(capacities, fidelity)
+        self.pools = pools
 
     @property
     def reads_weights(self) -> bool:
@@ -82,6 +94,15 @@ class VirtualHost(VirtualGpus):
 
     def release_cached(self, device: torch.device) -> None:
         """Return at once: nothing is kept for later."""
+
+    def recorder(self, device: torch.device) -> PoolRecorder | None:
+        """What stands for the graphs of a virtual GPU; see `Host`."""
+        if device.type != DEVICE_TYPE:
+            return None
+        try:
+            return PoolRecorder(self.ledger, device.index, self.pools.get(device.index, 0))
+        except torch.OutOfMemoryError as problem:
+            raise RunError(f"out of memory while making room for graphs: {problem}", where="runtime") from problem
 
 
 def check_virtual(resolved: ResolvedPlan) -> None:

@@ -19,7 +19,9 @@ BLOCK_BYTES = 512
 
 
 _aten = torch.ops.aten
-_NO_KERNEL = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
+_NO_KERNEL = {
+    _aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided,
+}  # fmt: skip
 """Operations that are no views to PyTorch, yet compute nothing."""
 
 

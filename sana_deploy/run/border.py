@@ -23,6 +23,7 @@ from ..declare.spec import OnDecodeOom
 from ..errors import RunError
 from .control_image_copies import Copies
 from .decode_retry import Tile, attempt, one_at_a_time, retry_tile
+from .graphs import MOST_GRAPHS, DeviceGraphs, GraphedForward
 from .host import Host, PresentHost
 from .offload import OffloadedWeights
 from .request_state import Event, Listeners, RequestState, States
@@ -44,6 +45,8 @@ class Border(Listeners):
         expected: device -> bytes that the plan expects at its fullest, and that it found free.
         restore: undoes what placing changed on the pipeline besides hooks; run when the first hook is taken off.
         states: what calls gather, each for itself.
+        most_graphs: graphs that each device keeps.
+        graphs: the graphs of each device where components have any.
     """
 
     home: torch.device
@@ -56,6 +59,8 @@ class Border(Listeners):
     expected: dict[str, tuple[int, int]] = field(default_factory=dict)
     restore: list[Callable[[], object]] = field(default_factory=list)
     states: States = field(default_factory=States)
+    most_graphs: int = MOST_GRAPHS
+    graphs: dict[torch.device, DeviceGraphs | None] = field(default_factory=dict)
 
     @property
     def state(self) -> RequestState:
@@ -78,6 +83,7 @@ class Border(Listeners):
         """A component begins: offloaded weights of others leave, observers are called, its own weights arrive."""
         state = self.state
         state.inside = (name, method)
+        state.calls[name] += 1
         for other, weights in self.offloaded.items():
             if other != name:
                 weights.leave()
@@ -95,6 +101,13 @@ class Border(Listeners):
         for on_outputs in (*self.on_outputs, *self.state.on_outputs):
             on_outputs(name, method, output)
         self._notify("leave", f"{name}.{method}")
+
+    def graphs_of(self, device: torch.device) -> DeviceGraphs | None:
+        """The graphs that the components on `device` share; None where it has none."""
+        if device not in self.graphs:
+            recorder = self.host.recorder(device)
+            self.graphs[device] = None if recorder is None else DeviceGraphs(recorder, self.most_graphs)
+        return self.graphs[device]
 
     def _notify(self, event: Event, call: str) -> None:
         for observer in (*self.observers, *self.state.observers):
@@ -116,6 +129,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self.device = device
         self.border = border
         self.execution_device = border.home
+        self.graphed: GraphedForward | None = None
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
@@ -147,7 +161,25 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             self.border.restore.pop()()
         for method in self._wrapped_methods():
             module.__dict__.pop(method, None)
+        if self.graphed is not None:
+            vars(module)["_old_forward"] = self.graphed.forward
+            self.graphed.reset()
         return module
+
+    def use_graphs(self, module: nn.Module) -> None:
+        """Replay the module's forward from graphs, on a device that has them."""
+        graphs, border = self.border.graphs_of(self.device), self.border
+        if graphs is None:
+            return
+        # Residuals of a ControlNet beside the denoiser go from its graph to the denoiser's where they are.
+        lasting = self.name == border.pipeline.denoiser or self.device != border.home
+        self.graphed = GraphedForward(
+            self.name, module, vars(module)["_old_forward"], graphs, self._on_eager, lasting, lambda: border.state
+        )
+        vars(module)["_old_forward"] = self.graphed
+
+    def _on_eager(self, reason: str) -> None:
+        self.border.state.eager_calls[self.name, reason] += 1
 
     def _wrapped_methods(self) -> list[str]:
         """Methods besides `forward` that tensors enter."""
@@ -218,14 +250,23 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         return move(value, self.border.home, self.border.state.traffic, name)
 
 
-def attach(module: nn.Module, name: str, device: torch.device, border: Border, offloaded: bool = False) -> None:
+def attach(
+    module: nn.Module, name: str, device: torch.device, border: Border, offloaded: bool = False, graphed: bool = False
+) -> None:
     """Put the border hook on one component; accelerate's `remove_hook_from_module` takes it off again.
 
-    Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works.
+    Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works. Where it is `graphed`,
+    its forward is replayed from graphs, if `device` has them.
+
+    Raises:
+        RunError: there is no memory for graphs.
     """
     if offloaded:
         border.offloaded[name] = OffloadedWeights(module, name, device)
-    add_hook_to_module(module, BorderHook(border.pipeline.by_name[name], device, border))
+    hook = BorderHook(border.pipeline.by_name[name], device, border)
+    add_hook_to_module(module, hook)
+    if graphed:
+        hook.use_graphs(module)
 
 
 def border_of(pipeline: Any) -> Border:

@@ -14,6 +14,7 @@ from ..declare.pipelines import Component
 from ..errors import RunError
 from ..facts.checkpoint import Checkpoint
 from ..plan.artifact import ResolvedPlan
+from .graphs import CudaRecorder, Recorder
 from .weights import LoadRequest, Progress, load_components, quiet_libraries
 
 
@@ -55,6 +56,13 @@ class Host(Protocol):
     def release_cached(self, device: torch.device) -> None:
         """Give back memory of `device` that is kept for later tensors."""
 
+    def recorder(self, device: torch.device) -> Recorder | None:
+        """What makes the graphs of `device`, with a memory pool of its own; None for a device that has none.
+
+        Raises:
+            RunError: the pool does not fit.
+        """
+
 
 class PresentHost:
     """The GPUs and the CPU of this machine, through PyTorch's own device types."""
@@ -94,6 +102,10 @@ class PresentHost:
         """Empty the cache of PyTorch's allocator."""
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def recorder(self, device: torch.device) -> Recorder | None:
+        """CUDA graphs on a GPU; the CPU has none."""
+        return CudaRecorder(device) if device.type == "cuda" else None
 
 
 def load_helpers(checkpoint: Checkpoint) -> Mapping[str, Any]:

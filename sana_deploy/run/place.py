@@ -159,15 +159,18 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
         pipeline=plan.pipeline,
         host=host,
         on_decode_oom=plan.spec.hardware.on_decode_oom,
+        most_graphs=plan.spec.runtime.most_graphs,
         expected={
             resolved.slot_devices[slot.index]: (slot.peak_bytes, slot.available_bytes)
             for slot in plan.slots
             if slot.index in resolved.slot_devices
         },
     )
-    for name in plan.pipeline.names:
-        offloaded = waiting_device(resolved, name) != resolved.device_map[name]
-        attach(getattr(pipeline, name), name, torch.device(resolved.device_map[name]), border, offloaded)
+    for part in plan.pipeline.components:
+        device = torch.device(resolved.device_map[part.name])
+        offloaded = waiting_device(resolved, part.name) != resolved.device_map[part.name]
+        graphed = plan.runtime == "graphs" and part.role in ("denoiser", "controlnet")
+        attach(getattr(pipeline, part.name), part.name, device, border, offloaded, graphed)
     _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
     if "encode_once" in plan.knobs:
         _encode_once(pipeline, border)

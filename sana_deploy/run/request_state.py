@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -68,6 +69,8 @@ class RequestState(Listeners):
         inside: the component and method at work, or the last one.
         copies: which rows of the control images are copies, where each image is encoded once.
         kept: copies of arguments that stay the same from step to step, by component and argument.
+        calls: how often each component was called.
+        eager_calls: how often a component with graphs ran eagerly, by component and reason.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
@@ -76,6 +79,15 @@ class RequestState(Listeners):
     inside: tuple[str, str] = ("pipeline", "")
     copies: Copies | None = None
     kept: dict[tuple[str, str], KeptCopy] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    eager_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def eager_sentences(self) -> list[str]:
+        """Which components with graphs ran eagerly, how often and why."""
+        return [
+            f"the {name} ran eagerly in {count} of {self.calls[name]} steps: {reason}"
+            for (name, reason), count in self.eager_calls.items()
+        ]
 
     def remark(self, text: str) -> None:
         """Add a remark."""

@@ -1,0 +1,88 @@
+"""Stands for the CUDA graphs of a virtual GPU: their work is repeated, and the memory that they would keep is held."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .ledger import Ledger
+from .virtual_tensor import VirtualTensor
+
+_KEYS = itertools.count(-1, -1)
+"""Keys of pools in the books; storages have positive ones."""
+
+
+class PoolRecorder:
+    """A `run.graphs.Recorder` that repeats the work itself, into the tensors that the first repetition made.
+
+    The pool is in the books from the start, since plans count it in every phase. While the work runs, its activations
+    stand in the pool's place. What graphs read and return is part of the pool, and not counted twice.
+
+    Args:
+        gpu: index of the virtual GPU.
+        pool_bytes: what the plan says that graphs keep there.
+
+    Raises:
+        torch.OutOfMemoryError: the pool does not fit.
+    """
+
+    def __init__(self, ledger: Ledger, gpu: int, pool_bytes: int) -> None:
+        self.ledger, self.gpu, self.pool_bytes = ledger, gpu, pool_bytes
+        self._key, self._held = next(_KEYS), False
+        self._parts: list[weakref.ref[VirtualTensor]] = []
+        self._hold()
+
+    def warm_up(self, work: Callable[[], Any]) -> Any:
+        """Run `work` in the place of the pool, which is not there yet in a first call."""
+        self._give_back()
+        try:
+            return work()
+        finally:
+            self._hold()
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Make an input in the pool."""
+        made: torch.Tensor = self.warm_up(lambda: self._inside(tensor.new_empty_strided(tensor.shape, tensor.stride())))
+        return made
+
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Run `work` in the place of its capture and its first replay."""
+        result, waiting = self.warm_up(lambda: self._inside(work())), [True]
+
+        def replay() -> None:
+            if waiting:
+                waiting.clear()
+                return
+            self.warm_up(lambda: _copy(work(), result))
+
+        return replay, result
+
+    def _inside(self, made: Any) -> Any:
+        """Remember that tensors are part of the pool."""
+        refs = [weakref.ref(one) for one in _tensors(made) if isinstance(one, VirtualTensor)]
+        self._parts = [*(ref for ref in self._parts if ref() is not None), *refs]
+        return made
+
+    def _hold(self) -> None:
+        parts = [one.held.untyped_storage() for ref in self._parts if (one := ref()) is not None]
+        taken = sum({one._cdata: one.nbytes() for one in parts}.values())
+        self._held = self.ledger.claim(self._key, self.gpu, max(0, self.pool_bytes - taken))
+
+    def _give_back(self) -> None:
+        if self._held:
+            self.ledger.release(self._key)
+            self._held = False
+
+
+def _copy(new: Any, into: Any) -> None:
+    for own, one in zip(_tensors(into), _tensors(new), strict=True):
+        own.copy_(one)
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,231 @@
+"""The ordinary pipeline call with transformer and ControlNet in graphs: the bits of eager, whatever happens to them.
+
+A CPU has no CUDA graphs: here a recording repeats the work itself, into the tensors that it made first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, SanaControlNetPipeline
+from repeating import RepeatingHost
+
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.spec import DeploySpec
+from sana_deploy.errors import RunError
+from sana_deploy.plan.artifact import ResolvedPlan
+from sana_deploy.run.audit import Recorder, audit, in_float32
+from sana_deploy.run.border import border_of
+from sana_deploy.run.generate import generate, run_request
+from sana_deploy.run.graphs import GraphedForward
+from sana_deploy.run.load import load_pipeline
+from sana_deploy.run.place import unplace
+from sana_deploy.run.request_state import RequestState
+
+Small = Callable[..., DeploySpec]
+pytestmark = pytest.mark.usefixtures("short_prompts")
+LOOPED = ("transformer", "controlnet")
+
+
+def resolved_plan(spec: DeploySpec, runtime: str = "graphs") -> ResolvedPlan:
+    """A plan for the CPU, which would be eager."""
+    resolved = compile_spec(spec).resolve()
+    return replace(resolved, plan=resolved.plan.model_copy(update={"runtime": runtime}))
+
+
+@pytest.fixture
+def spec(tiny: Path, small: Small) -> DeploySpec:
+    return small("precision=fp32", "workload.steps=4")
+
+
+@pytest.fixture
+def host() -> RepeatingHost:
+    return RepeatingHost()
+
+
+@pytest.fixture
+def pipeline(spec: DeploySpec, host: RepeatingHost) -> DiffusionPipeline:
+    return load_pipeline(resolved_plan(spec), host=host)
+
+
+@pytest.fixture
+def eager(spec: DeploySpec) -> DiffusionPipeline:
+    return load_pipeline(resolved_plan(spec, "eager"))
+
+
+def drawn(pipeline: DiffusionPipeline, spec: DeploySpec, state: RequestState | None = None, **shape: Any) -> bytes:
+    workload, request = spec.workload.bounds.model_copy(update=shape), spec.workload.request
+    request = request.model_copy(update={} if workload.guided else {"guidance_scale": 1.0})
+    pixels, _ = run_request(pipeline, workload, request, state=state)
+    assert isinstance(pixels, torch.Tensor)
+    return pixels.float().numpy().tobytes()
+
+
+def graphed(pipeline: DiffusionPipeline, name: str) -> GraphedForward:
+    found = getattr(pipeline, name)._old_forward
+    assert isinstance(found, GraphedForward)
+    return found
+
+
+def test_the_picture_has_the_bits_of_eager_in_every_request(
+    pipeline: DiffusionPipeline, eager: DiffusionPipeline, spec: DeploySpec, host: RepeatingHost
+) -> None:
+    state = RequestState()
+    assert drawn(pipeline, spec, state) == drawn(eager, spec)
+    assert host.made.recorded == 2
+    assert [graphed(pipeline, name).replays for name in LOOPED] == [3, 3]
+    assert drawn(pipeline, spec) == drawn(eager, spec)
+    assert [graphed(pipeline, name).replays for name in LOOPED] == [7, 7], "the second request captures nothing"
+    assert state.eager_sentences() == []
+    for name in ("text_encoder", "vae"):
+        assert not isinstance(vars(getattr(pipeline, name)).get("_old_forward"), GraphedForward)
+
+
+def test_the_transformer_reads_residuals_where_the_controlnet_s_graph_writes_them(
+    pipeline: DiffusionPipeline, spec: DeploySpec
+) -> None:
+    drawn(pipeline, spec)
+    (graphs,) = border_of(pipeline).graphs.values()
+    assert graphs is not None
+    controlnet, transformer = graphs.graphs.values()
+    assert sum(own is None for own in transformer.inputs) == len(controlnet.result[0])
+    assert all(own is not None for own in controlnet.inputs)
+
+
+def test_requests_of_two_shapes_take_turns(
+    pipeline: DiffusionPipeline, eager: DiffusionPipeline, spec: DeploySpec, host: RepeatingHost
+) -> None:
+    shapes: list[dict[str, Any]] = [{}, {"height": 96}, {}, {"height": 96}, {"guided": False, "batch": 3}]
+    for shape in shapes:
+        assert drawn(pipeline, spec, **shape) == drawn(eager, spec, **shape), shape
+    assert host.made.recorded == 6
+
+
+def test_the_plan_bounds_how_many_graphs_are_kept(
+    small: Small, host: RepeatingHost, eager: DiffusionPipeline, spec: DeploySpec
+) -> None:
+    few = small("precision=fp32", "workload.steps=4", "runtime.most_graphs=2")
+    pipeline = load_pipeline(resolved_plan(few), host=host)
+    shapes: list[dict[str, Any]] = [{}, {"height": 96}, {}]
+    for shape in shapes:
+        assert drawn(pipeline, spec, **shape) == drawn(eager, spec, **shape)
+    (graphs,) = border_of(pipeline).graphs.values()
+    assert graphs is not None
+    assert (len(graphs.graphs), host.made.recorded) == (2, 6)
+
+
+def test_without_graphs_on_the_device_the_plan_runs_eagerly(spec: DeploySpec) -> None:
+    pipeline, state = load_pipeline(resolved_plan(spec)), RequestState()
+    drawn(pipeline, spec, state)
+    assert not any(isinstance(getattr(pipeline, name)._old_forward, GraphedForward) for name in LOOPED)
+    assert state.eager_sentences() == [], "there was nothing to say no to"
+
+
+@pytest.mark.parametrize("undo", [unplace, SanaControlNetPipeline.reset_device_map])
+def test_taking_the_placement_off_gives_the_class_s_own_forward_back(
+    pipeline: DiffusionPipeline, spec: DeploySpec, undo: Callable[[Any], object]
+) -> None:
+    drawn(pipeline, spec)
+    (graphs,) = border_of(pipeline).graphs.values()
+    undo(pipeline)
+    assert graphs is not None
+    assert not graphs.graphs, "and the memory of graphs"
+    for name in LOOPED:
+        module = getattr(pipeline, name)
+        assert module.forward.__func__ is type(module).forward
+        assert "_old_forward" not in vars(module)
+
+
+def test_lora_is_captured_anew_when_it_is_loaded_scaled_and_unloaded(
+    pipeline: DiffusionPipeline, eager: DiffusionPipeline, spec: DeploySpec, host: RepeatingHost
+) -> None:
+    peft = pytest.importorskip("peft")
+    plain = drawn(pipeline, spec)
+    for one in (pipeline, eager):
+        torch.manual_seed(3)
+        config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+        one.transformer.add_adapter(config, "style")
+    styled = drawn(pipeline, spec)
+    assert styled == drawn(eager, spec) != plain
+    assert host.made.recorded == 3, "only the transformer's"
+    for one in (pipeline, eager):
+        one.transformer.set_adapters("style", 0.25)
+    assert drawn(pipeline, spec) == drawn(eager, spec) not in (plain, styled)
+    for one in (pipeline, eager):
+        one.transformer.disable_adapters()
+    assert drawn(pipeline, spec) == plain
+    for one in (pipeline, eager):
+        one.transformer.delete_adapters("style")
+    assert drawn(pipeline, spec) == drawn(eager, spec) == plain
+    assert graphed(pipeline, "transformer").replays > 0
+
+
+def test_a_failed_capture_is_eager_and_stands_in_the_outcome(
+    pipeline: DiffusionPipeline, eager: DiffusionPipeline, spec: DeploySpec, host: RepeatingHost
+) -> None:
+    host.made.failing, state = True, RequestState()
+    assert drawn(pipeline, spec, state) == drawn(eager, spec)
+    reason = "its capture failed: operation not permitted when stream is capturing"
+    assert state.eager_sentences() == [
+        f"the {name} ran eagerly in 3 of 4 steps: {reason}" for name in ("controlnet", "transformer")
+    ]
+
+
+def test_threads_with_a_request_each_draw_their_own_pictures(
+    pipeline: DiffusionPipeline, eager: DiffusionPipeline, spec: DeploySpec
+) -> None:
+    seeds = (1, 2, 3)
+    requests = {seed: spec.workload.request.model_copy(update={"seed": seed, "prompt": f"{seed}"}) for seed in seeds}
+    found: dict[tuple[str, int], torch.Tensor] = {}
+
+    def draw(name: str, placed: DiffusionPipeline, seed: int) -> None:
+        scheduler = type(placed.scheduler).from_config(placed.scheduler.config)
+        one = SanaControlNetPipeline(**{**placed.components, "scheduler": scheduler})
+        one.hf_device_map = placed.hf_device_map
+        found[name, seed], _ = run_request(one, spec.workload.bounds, requests[seed])
+
+    for seed in seeds:
+        draw("alone", eager, seed)
+    drawn(pipeline, spec)
+    threads = [threading.Thread(target=draw, args=("together", pipeline, seed)) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found["alone", seed], found["together", seed]) for seed in seeds)
+    assert not torch.equal(found["alone", 1], found["alone", 2])
+
+
+def test_the_guard_names_the_component_whose_graph_gave_nan(pipeline: DiffusionPipeline, spec: DeploySpec) -> None:
+    drawn(pipeline, spec)
+    with torch.no_grad():
+        next(pipeline.controlnet.controlnet_blocks.parameters()).fill_(float("nan"))  # read anew by the graph
+    with pytest.raises(RunError, match="the controlnet gave NaN or infinity in float32 during denoise"):
+        generate(pipeline, spec.workload.bounds, spec.workload.request)
+
+
+def test_the_audit_compares_what_graphs_gave(pipeline: DiffusionPipeline, small: Small, host: RepeatingHost) -> None:
+    spec = small("precision=bf16", "workload.steps=3")
+    resolved, recorder, state = resolved_plan(spec), Recorder(), RequestState()
+    recorder.attach(state)
+    drawn_by = load_pipeline(resolved, host=host)
+    images, _ = generate(drawn_by, spec.workload.bounds, spec.workload.request, state=state)
+    assert host.made.recorded == 2
+    found = audit(recorder, images, resolved.plan, in_float32(spec, compile_spec), spec.workload)
+    assert {row.component for row in found.borders} == set(resolved.plan.device_map)
+    assert all(np.isfinite(row.relative_error) for row in found.borders)
+
+
+def test_a_quantised_transformer_is_graphed_too(small: Small, tiny: Path) -> None:
+    pytest.importorskip("torchao")
+    spec, host = small("precision=int8", "workload.steps=3"), RepeatingHost()
+    pipeline, plain = load_pipeline(resolved_plan(spec), host=host), load_pipeline(resolved_plan(spec, "eager"))
+    assert drawn(pipeline, spec) == drawn(plain, spec)
+    assert host.made.recorded == 2
