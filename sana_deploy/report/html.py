@@ -26,7 +26,9 @@ from .wording import (
     image_words,
     knob_sentence,
     knob_words,
+    pool_words,
     rejection_words,
+    runtime_words,
     taken_words,
 )
 
@@ -56,7 +58,7 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         status=outcome.status,
         error=outcome.error,
         workload=f"{work.width} x {work.height} px, batch {work.batch}, {work.steps} steps, guidance "
-        f"{work.guidance_scale:g}",
+        f"{work.guidance_scale:g}, {runtime_words(plan)}",
         digest=plan.digest[7:19],
         version=__version__,
         command=command,
@@ -122,7 +124,7 @@ def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:
         if size or name != "others"
     ]
     taken = taken_words(slot.peak_bytes, slot.others_bytes, slot.capacity_bytes, slot.fullness)
-    summary = f"{slot.gpu}: ~{taken}, fullest in {slot.peak_phase}"
+    summary = f"{slot.gpu}: ~{taken}, fullest in {slot.peak_phase}{pool_words(slot)}"
     words = f"GPU {slot.index}, {summary}: {', '.join(str(part['words']) for part in parts)}"
     return {"name": f"GPU {slot.index}", "summary": summary, "parts": parts, "words": words}
 

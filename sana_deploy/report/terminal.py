@@ -26,7 +26,9 @@ from .wording import (
     groups_words,
     image_words,
     knob_sentence,
+    pool_words,
     rejection_words,
+    runtime_words,
     taken_words,
 )
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from ..plan.artifact import ResolvedPlan
 
 BAR_CELLS = 24
+CHOSEN = "auto_runtime"
+"""The remark that says why a runtime was chosen; it stands in the head of a plan."""
 
 
 def console() -> Console:
@@ -75,7 +79,7 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
         ("  ", "dim"), spec.hardware.strategy, ("  ", "dim"), spec.precision.name,
     )  # fmt: skip
     load = f"{work.width}x{work.height} px, batch {work.batch}, {work.steps} steps, guidance {work.guidance_scale:g}"
-    blocks: list[RenderableType] = [head, Text(load + _seconds(plan), style="dim")]
+    blocks: list[RenderableType] = [head, Text(load + _seconds(plan), style="dim"), _runtime_line(plan)]
     for slot in plan.slots:
         blocks += [_slot_line(slot, unicode), *_component_lines(plan, slot.index)]
     if "cpu" in plan.device_map.values():
@@ -85,8 +89,15 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
     blocks += [Text(f"knob {knob_sentence(plan, knob)}", style="cyan") for knob in plan.knobs]
     blocks += _transfer_lines(plan)
     blocks += _considered_lines(plan)
-    blocks += [line for remark in plan.diagnostics for line in _remark_lines(remark)]
+    blocks += [line for remark in plan.diagnostics if remark.type != CHOSEN
+               for line in _remark_lines(remark)]  # fmt: skip
     return Group(*blocks)
+
+
+def _runtime_line(plan: Plan) -> Text:
+    """How the denoising loop executes; where that was chosen, with the reason."""
+    chosen = [remark.message for remark in plan.diagnostics if remark.type == CHOSEN]
+    return Text(": ".join([runtime_words(plan), *(one.partition(": ")[2] for one in chosen)]), style="dim")
 
 
 def _seconds(plan: Plan) -> str:
@@ -106,7 +117,8 @@ def _slot_line(slot: Slot, unicode: bool) -> Text:
     sizes = (slot.weights_bytes, slot.activation_bytes, slot.overhead_bytes, slot.others_bytes)
     line = Text.assemble((f"GPU {slot.index}  ", "bold"), bar(sizes, slot.capacity_bytes, unicode))
     taken = taken_words(slot.peak_bytes, slot.others_bytes, slot.capacity_bytes, slot.fullness)
-    return line.append(f"  ~{taken} in {slot.peak_phase}  {slot.gpu.removeprefix('NVIDIA ').removeprefix('GeForce ')}")
+    words = f"~{taken} in {slot.peak_phase}{pool_words(slot)}"
+    return line.append(f"  {words}  {slot.gpu.removeprefix('NVIDIA ').removeprefix('GeForce ')}")
 
 
 def _component_lines(plan: Plan, place: Place) -> list[RenderableType]:
@@ -241,7 +253,8 @@ def render_rehearsal(rehearsal: Rehearsal) -> RenderableType:
     for one in rehearsal.transfers:
         moved[one.src, one.dst] += one.bytes_per_step
     each = ", ".join(f"{src} -> {dst} {human_bytes(step)}" for (src, dst), step in moved.items() if step)
-    blocks.append(Text(f"  moved per step: {each or 'nothing'}"))
+    if each:
+        blocks.append(Text(f"  moved per step: {each}"))
     return Group(*blocks)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from .._units import GIB, human_bytes
 from ..declare.knobs import KNOBS
 from ..declare.pipelines import Component
+from ..declare.runtime import RUNTIMES
 from ..plan.artifact import Plan
-from ..plan.records import Place, RejectionCount
+from ..plan.records import Place, RejectionCount, Slot
 from ..run.outcome import Audit
 
 OTHERS_WORDS = "for others (used, or kept free)"
@@ -19,6 +20,16 @@ def groups_words(device_map: Mapping[Component, Place]) -> str:
     """Which components are together: `text_encoder | vae, transformer, controlnet`, by place."""
     places = sorted(set(device_map.values()), key=lambda place: -1 if place == "cpu" else place)
     return " | ".join(", ".join(name for name, at in device_map.items() if at == place) for place in places)
+
+
+def runtime_words(plan: Plan) -> str:
+    """How the denoising loop executes, and what that does to the picture."""
+    return f"runtime {plan.runtime} ({RUNTIMES[plan.runtime].exactness})"
+
+
+def pool_words(slot: Slot) -> str:
+    """What graphs keep of a GPU, to be put after its peak; empty where they keep nothing."""
+    return f", ~{human_bytes(slot.pool_bytes)} of it for graphs" if slot.pool_bytes else ""
 
 
 def knob_words(knob: str) -> str:
