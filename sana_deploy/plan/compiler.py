@@ -25,7 +25,7 @@ from .knobs import under
 from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
 from .records import Place
-from .rejections import Rejection
+from .rejections import Rejection, host_sentence
 from .remedies import Fits, with_all_knobs, working_changes
 from .runtimes import choose_runtime
 from .search import Search, search_balanced, search_custom, search_host, search_single
@@ -228,8 +228,7 @@ def _forced(profile: PipelineProfile, chosen: Candidate, machine: Machine) -> li
     ]
     needed = host_bytes(under(profile, chosen.knobs), chosen.placement)
     if needed > machine.host_bytes and machine.kind != "virtual":
-        short.append(f"the host needs {human_bytes(needed)} for what is on the CPU, it has "
-                     f"{human_bytes(machine.host_bytes)}")  # fmt: skip
+        short.append(host_sentence(needed, machine.host_bytes))
     if not short:
         return []
     message = f"expected to run out of memory, and forced: {'; '.join(short)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from .._models import Record
@@ -16,6 +17,11 @@ Place = int | Literal["cpu"]
 def place_words(place: Place) -> str:
     """`GPU 1` or `CPU`."""
     return "CPU" if place == "cpu" else f"GPU {place}"
+
+
+def ordered_places(places: Iterable[Place]) -> list[Place]:
+    """The CPU, then slots by index; each once."""
+    return sorted(set(places), key=lambda place: -1 if place == "cpu" else place)
 
 
 class FileContent(Record):

@@ -37,6 +37,11 @@ class _Nearest:
     emulated: int
 
 
+def host_sentence(needed: int, available: int) -> str:
+    """What the host needs and has, in bytes."""
+    return f"the host needs {human_bytes(needed)} for what is on the CPU, it has {human_bytes(available)}"
+
+
 class RejectionTally:
     """The rejected candidates of one search, which come in blocks.
 
@@ -111,8 +116,7 @@ class RejectionTally:
         placement = self.grid.placement(nearest.places)
         if reason == "host memory":
             need, host = host_bytes(setting.profile, placement), self.grid.rules.host_bytes or 0
-            message = f"the host needs {human_bytes(need)} for what is on the CPU, it has {human_bytes(host)}"
-            return Rejection(reason, -1, message, need - host)
+            return Rejection(reason, -1, host_sentence(need, host), need - host)
         gpu = self.grid.gpus[place]
         if reason == "dtype":
             name = self.grid.units[nearest.emulated]

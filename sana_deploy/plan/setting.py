@@ -31,7 +31,6 @@ class Setting:
 
     Attributes:
         needs: bytes on a GPU for each set of units, without what the GPU itself takes.
-        on_host: bytes of the host for each set of units that runs there.
         filled: share of a GPU's free memory, and `lacking` the bytes missing, for GPU x sets + set; the last rows are
             the host's, which is never full here.
     """
@@ -41,7 +40,6 @@ class Setting:
     profile: PipelineProfile
     gpus: Sequence[Gpu]
     needs: Integers
-    on_host: Integers
     filled: Floats
     lacking: Integers
 
@@ -49,15 +47,17 @@ class Setting:
     def of(cls, number: int, knobs: tuple[Knob, ...], profile: PipelineProfile, gpus: Sequence[Gpu]) -> Setting:
         """Cost every set of units under `knobs` on every GPU."""
         changed, names = under(profile, knobs), [unit.name for unit in profile.units]
-        sets = range(1 << len(names))
-        needs, on_host = (
-            np.array([_need(changed, names, mask, place) for mask in sets], np.int64) for place in _PLACES
-        )
+        needs = _needs(changed, names, 0)
         filled, lacking = np.zeros((len(gpus) + 1, len(needs))), np.full((len(gpus) + 1, len(needs)), NOTHING)
         for i, gpu in enumerate(gpus):
             peaks = needs + workspace_bytes(gpu.capability) + overhead(gpu)
             filled[i], lacking[i] = peaks / max(gpu.free_bytes, 1), peaks - gpu.free_bytes
-        return cls(number, knobs, changed, gpus, needs, on_host, filled.ravel(), lacking.ravel())
+        return cls(number, knobs, changed, gpus, needs, filled.ravel(), lacking.ravel())
+
+    @cached_property
+    def on_host(self) -> Integers:
+        """Bytes of the host for each set of units that runs there."""
+        return _needs(self.profile, [unit.name for unit in self.profile.units], "cpu")
 
     @cached_property
     def work(self) -> Mapping[str, Mapping[Phase, Floats]]:
@@ -83,11 +83,7 @@ class Setting:
         return found
 
 
-_PLACES: tuple[Place, Place] = (0, "cpu")
-"""Any GPU, and the host."""
-
-
-def _need(profile: PipelineProfile, names: Sequence[str], mask: int, place: Place) -> int:
-    """Bytes of weights and activations at the fullest moment of a place with the units of `mask`."""
-    placed: dict[str, Place] = {name: place for i, name in enumerate(names) if mask >> i & 1}
-    return slot_use(profile, placed, place).peak_bytes
+def _needs(profile: PipelineProfile, names: Sequence[str], place: Place) -> Integers:
+    """Bytes of weights and activations at the fullest moment of a place, for each set of units that may be there."""
+    sets = ({name: place for i, name in enumerate(names) if mask >> i & 1} for mask in range(1 << len(names)))
+    return np.array([slot_use(profile, placed, place).peak_bytes for placed in sets], np.int64)

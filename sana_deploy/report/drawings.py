@@ -9,7 +9,7 @@ from typing import Any
 
 from .._units import GIB, human_bytes
 from ..plan.artifact import Plan
-from ..plan.records import Place, place_words
+from ..plan.records import Place, ordered_places, place_words
 from ..run.outcome import Rehearsal, RehearsedGpu
 from .wording import taken_words
 
@@ -81,8 +81,7 @@ def flow(plan: Plan) -> dict[str, Any]:
     for one in plan.transfers:
         sums[one.src, one.dst][0] += one.bytes_per_step
         sums[one.src, one.dst][1] += one.bytes_per_image
-    used = {place for pair in sums for place in pair} | set(plan.device_map.values())
-    places = sorted(used, key=lambda place: -1 if place == "cpu" else place)
+    places = ordered_places({place for pair in sums for place in pair} | set(plan.device_map.values()))
     at = {place: index * (BOX + 90) for index, place in enumerate(places)}
     parts = {place: [name for name, where in plan.device_map.items() if where == place] for place in places}
     reach = max((abs(places.index(src) - places.index(dst)) for src, dst in sums), default=1)

@@ -9,7 +9,7 @@ from ..declare.knobs import KNOBS
 from ..declare.pipelines import Component
 from ..declare.runtime import RUNTIMES
 from ..plan.artifact import Plan
-from ..plan.records import Place, RejectionCount, Slot
+from ..plan.records import Place, RejectionCount, Slot, ordered_places
 from ..run.outcome import Audit
 
 OTHERS_WORDS = "for others (used, or kept free)"
@@ -18,7 +18,7 @@ OTHERS_WORDS = "for others (used, or kept free)"
 
 def groups_words(device_map: Mapping[Component, Place]) -> str:
     """Which components are together: `text_encoder | vae, transformer, controlnet`, by place."""
-    places = sorted(set(device_map.values()), key=lambda place: -1 if place == "cpu" else place)
+    places = ordered_places(device_map.values())
     return " | ".join(", ".join(name for name, at in device_map.items() if at == place) for place in places)
 
 

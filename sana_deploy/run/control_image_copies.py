@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,25 +16,24 @@ from typing import Any
 import torch
 from diffusers import SanaControlNetPipeline
 
+from .tensor_mark import TensorMark
+
 
 @dataclass(frozen=True)
 class Copies:
     """The control images that the pipeline prepared last, and for each row the number of the image it is a copy of."""
 
-    images: weakref.ref[torch.Tensor]
-    version: int | None
+    images: TensorMark
     numbers: tuple[int, ...]
 
     @classmethod
     def of(cls, images: torch.Tensor, numbers: Sequence[int]) -> Copies:
         """Remember how `images` of (rows, 3, height, width) were made, without keeping them alive."""
-        return cls(weakref.ref(images), _version(images), tuple(numbers))
+        return cls(TensorMark.of(images), tuple(numbers))
 
     def hold(self, images: object) -> bool:
         """Whether `images` are those, unchanged, and some row is a copy of another."""
-        if not isinstance(images, torch.Tensor) or self.images() is not images or _version(images) != self.version:
-            return False
-        return len(set(self.numbers)) < len(self.numbers)
+        return self.images.holds(images) and len(set(self.numbers)) < len(self.numbers)
 
     def distinct(self, images: torch.Tensor) -> torch.Tensor:
         """One row of each image: a view where there is one image."""
@@ -79,7 +77,3 @@ def watch_copies(pipeline: SanaControlNetPipeline, on_copies: Callable[[Copies],
 
     pipeline.prepare_image = prepare_image
     return lambda: pipeline.__dict__.pop("prepare_image", None)
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

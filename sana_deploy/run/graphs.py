@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .module_state import ModuleState
+from .tensor_mark import TensorMark
 
 log = logging.getLogger(__name__)
 Forward = Callable[..., Any]
@@ -87,7 +88,7 @@ class Input:
         one = tensor[self.where]
         self.written = recorder.empty_like(one)
         self.shape = tensor.shape
-        self._given: tuple[weakref.ref[torch.Tensor], int] | None = None
+        self._given: TensorMark | None = None
         self.take(tensor)
 
     @property
@@ -97,10 +98,11 @@ class Input:
 
     def take(self, tensor: torch.Tensor) -> None:
         """Copy `tensor`, unless it is the one that came last and was not written to since."""
-        if self._given is not None and self._given[0]() is tensor and self._given[1] == tensor._version:
+        if self._given is not None and self._given.holds(tensor):
             return
         self.written.copy_(tensor[self.where])
-        self._given = None if tensor.is_inference() else (weakref.ref(tensor), tensor._version)
+        # An inference tensor may be written to and say nothing of it.
+        self._given = None if tensor.is_inference() else TensorMark.of(tensor)
 
 
 def _nobody() -> None:
@@ -142,8 +144,8 @@ class DeviceGraphs:
     most: int = MOST_GRAPHS
     graphs: OrderedDict[Hashable, Graph] = field(default_factory=OrderedDict)
     lock: threading.RLock = field(default_factory=threading.RLock)
-    made: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Results of graphs by id: another graph reads them where they are."""
+    made: dict[int, tuple[torch.Tensor, Graph]] = field(default_factory=dict)
+    """Results by id, and the graphs that write them: another graph reads them where they are."""
 
     def find(self, key: Hashable) -> Graph | None:
         """The graph of a form, which is now the most recently used."""
@@ -156,32 +158,28 @@ class DeviceGraphs:
         """Keep a graph; the oldest one makes room."""
         self.graphs[key] = graph
         while len(self.graphs) > self.most:
-            self._forget(next(iter(self.graphs)))
+            self.graphs.popitem(last=False)
         self._list_results()
 
     def drop(self, owner: object) -> None:
         """Forget the graphs of one component."""
         for key in [key for key in self.graphs if isinstance(key, tuple) and key[0] is owner]:
-            self._forget(key)
+            del self.graphs[key]
         self._list_results()
 
     def is_result(self, tensor: torch.Tensor) -> bool:
         """Whether a graph writes this tensor."""
-        return self.made.get(id(tensor)) is tensor
+        return id(tensor) in self.made and self.made[id(tensor)][0] is tensor
 
     def release(self, tensors: Sequence[torch.Tensor]) -> None:
         """Results among `tensors` were used: the graphs that made them may write them anew, whoever asks."""
-        used = {id(tensor) for tensor in tensors if self.is_result(tensor)}
-        for graph in self.graphs.values() if used else ():
-            if any(id(leaf) in used for leaf in pytree.tree_leaves(graph.result)):
-                graph.holder = _nobody
-
-    def _forget(self, key: Hashable) -> None:
-        del self.graphs[key]
+        for tensor in tensors:
+            if self.is_result(tensor):
+                self.made[id(tensor)][1].holder = _nobody
 
     def _list_results(self) -> None:
-        results = (leaf for graph in self.graphs.values() for leaf in pytree.tree_leaves(graph.result))
-        self.made = {id(leaf): leaf for leaf in results if isinstance(leaf, torch.Tensor)}
+        results = ((leaf, graph) for graph in self.graphs.values() for leaf in pytree.tree_leaves(graph.result))
+        self.made = {id(leaf): (leaf, graph) for leaf, graph in results if isinstance(leaf, torch.Tensor)}
 
 
 class GraphedForward:
@@ -237,7 +235,7 @@ class GraphedForward:
         if graph is None and form not in self.seen:
             self.seen.add(form)
             return self.graphs.recorder.warm_up(eager)
-        graph = graph or self._capture(key, leaves, spec)
+        graph = graph or self._capture(key, leaves, spec, tensors)
         if graph is None:
             return eager()
         holder, caller = graph.holder(), self.caller()
@@ -271,20 +269,19 @@ class GraphedForward:
             return "gradients are recorded"
         if self.module.training:
             return "the module is in training mode"
+        device = next(self.module.parameters()).device
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
-                if leaf.device != self._device():
+                if leaf.device != device:
                     return f"an argument is on {leaf.device}"
             elif not isinstance(leaf, (int, float, str, bool, type(None), torch.dtype)):
                 return f"an argument is a {type(leaf).__name__}"
         return None
 
-    def _device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    def _capture(self, key: Hashable, leaves: Sequence[Any], spec: Any) -> Graph | None:
+    def _capture(
+        self, key: Hashable, leaves: Sequence[Any], spec: Any, tensors: Sequence[torch.Tensor]
+    ) -> Graph | None:
         """Capture a call; None, and a reason kept, where that fails."""
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         recorder = self.graphs.recorder
         inputs = [None if self.graphs.is_result(tensor) else Input(tensor, recorder) for tensor in tensors]
         read = iter([tensor if own is None else own.tensor for own, tensor in zip(inputs, tensors, strict=True)])

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .control_image_copies import Copies
+from .tensor_mark import TensorMark
 from .traffic import Traffic, move
 
 Event = Literal["enter", "leave"]
@@ -47,15 +48,13 @@ class Listeners:
 class KeptCopy:
     """The copy of an argument, good for as long as the same tensor comes again and neither was written to."""
 
-    source: weakref.ref[torch.Tensor]
-    source_version: int
+    source: TensorMark
     copy: torch.Tensor
-    copy_version: int
+    made: TensorMark
 
     def holds(self, value: torch.Tensor) -> bool:
         """Whether it is a copy of `value` as that is now."""
-        same = self.source() is value and value._version == self.source_version
-        return same and self.copy._version == self.copy_version
+        return self.source.holds(value) and self.made.holds(self.copy)
 
 
 @dataclass(kw_only=True)
@@ -100,12 +99,12 @@ class RequestState(Listeners):
         kept = self.kept.get(key)
         if kept is None or not kept.holds(value):
             copy = move(value, device, self.traffic, argument)
-            source = weakref.ref(value, lambda ref: self._drop(key, ref))
-            kept = self.kept[key] = KeptCopy(source, value._version, copy, copy._version)
+            source = TensorMark.of(value, lambda ref: self._drop(key, ref))
+            kept = self.kept[key] = KeptCopy(source, copy, TensorMark.of(copy))
         return kept.copy
 
     def _drop(self, key: tuple[str, str], source: weakref.ref[torch.Tensor]) -> None:
-        if key in self.kept and self.kept[key].source is source:
+        if key in self.kept and self.kept[key].source.source is source:
             del self.kept[key]
 
 
