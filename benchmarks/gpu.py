@@ -42,8 +42,8 @@ from sana_deploy.errors import InvalidSpecError
 from sana_deploy.facts.allocator import context_bytes
 from sana_deploy.facts.machine import probe_torch
 from sana_deploy.rehearsal.rehearse import rehearse
-from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import PhaseClock, run_request
+from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.nan_guard import NumericsGuard
 from sana_deploy.run.offload import pinned

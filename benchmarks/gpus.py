@@ -34,7 +34,7 @@ from sana_deploy.declare.control_image import read_control_image
 from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.facts.tiny import ensure_tiny
 from sana_deploy.rehearsal.rehearse import open_host
-from sana_deploy.run.border import find_border
+from sana_deploy.run.hook import find_border
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.request_state import RequestState
 

@@ -173,7 +173,7 @@ def _apply(run: Run) -> None:
         with quick_imports():
             from .rehearsal.rehearse import open_host
             from .run import generate  # noqa: F401  with all that it imports, so that no later stage waits for it
-            from .run.border import border_of
+            from .run.hook import border_of
             from .run.load import load_pipeline
         seconds["import"] = clock.lap()
         if starting is not None:

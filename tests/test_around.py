@@ -21,7 +21,7 @@ from sana_deploy.api import compile_spec
 from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.errors import RunError
 from sana_deploy.rehearsal.rehearse import open_host
-from sana_deploy.run.border import border_of
+from sana_deploy.run.hook import border_of
 from sana_deploy.run.traffic import by_pair
 
 INSTRUCTION = inspect.signature(SanaControlNetPipeline.__call__).parameters["complex_human_instruction"].default

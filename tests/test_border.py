@@ -14,7 +14,8 @@ from diffusers import AutoencoderDC
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sana_deploy.run.border import Border, attach
+from sana_deploy.run.border import Border
+from sana_deploy.run.hook import attach
 from sana_deploy.run.traffic import Traffic, by_pair, move
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -23,9 +23,10 @@ from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.cost import bytes_per_request, phase_seconds
+from sana_deploy.plan.cost import bytes_per_request
 from sana_deploy.plan.knobs import under
 from sana_deploy.plan.profile import profile_pipeline
+from sana_deploy.plan.seconds import phase_seconds
 from sana_deploy.rehearsal.calibrate import calibrate
 from sana_deploy.report.wording import knob_sentence
 from sana_deploy.run.control_image_copies import Copies

@@ -22,9 +22,9 @@ from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
 from sana_deploy.plan.artifact import ResolvedPlan
 from sana_deploy.run.audit import Recorder, audit, in_float32
-from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import generate, run_request
-from sana_deploy.run.graphs import GraphedForward
+from sana_deploy.run.graphed_forward import GraphedForward
+from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.place import unplace
 from sana_deploy.run.request_state import RequestState

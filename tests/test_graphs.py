@@ -11,7 +11,8 @@ import torch
 from repeating import Repeating
 from torch import nn
 
-from sana_deploy.run.graphs import DeviceGraphs, GraphedForward
+from sana_deploy.run.graphed_forward import GraphedForward
+from sana_deploy.run.graphs import DeviceGraphs
 
 
 class Net(nn.Module):

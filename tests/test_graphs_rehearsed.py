@@ -15,7 +15,7 @@ from sana_deploy.errors import RunError
 from sana_deploy.facts.virtual_machine import describe_machine
 from sana_deploy.rehearsal.rehearse import open_host
 from sana_deploy.run.generate import run_request
-from sana_deploy.run.graphs import GraphedForward
+from sana_deploy.run.graphed_forward import GraphedForward
 from sana_deploy.run.load import load_pipeline
 
 Small = Callable[..., DeploySpec]

@@ -15,8 +15,8 @@ from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
 from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
-from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import generate
+from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
 
 Small = Callable[..., DeploySpec]

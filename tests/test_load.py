@@ -20,7 +20,7 @@ from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import CheckpointError, PlanError, RunError
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.run.border import BorderHook
+from sana_deploy.run.hook import BorderHook
 
 Small = Callable[..., DeploySpec]
 

@@ -16,8 +16,8 @@ from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
 from sana_deploy.plan.remedies import roomier
 from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
-from sana_deploy.run.border import border_of
 from sana_deploy.run.decode_retry import vae_settings
+from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.request_state import RequestState
 

@@ -19,7 +19,8 @@ from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InputError, PlanError
 from sana_deploy.facts.machine import Machine
-from sana_deploy.plan.artifact import BASIS, Plan
+from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.basis import BASIS
 from sana_deploy.plan.digest import digest_of
 
 

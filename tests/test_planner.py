@@ -15,19 +15,21 @@ from hypothesis import strategies as st
 from sana_deploy._units import GIB, MIB
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.formats import Format
+from sana_deploy.declare.hardware import Objective
 from sana_deploy.declare.knobs import KNOBS, Knob
 from sana_deploy.declare.pipelines import COMPONENTS, SANA_CONTROLNET, Component, Crossing, Phase
-from sana_deploy.declare.spec import DeploySpec, Objective
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu, Machine
-from sana_deploy.plan.cost import bytes_per_request, phase_seconds, slot_use
+from sana_deploy.plan.cost import bytes_per_request, slot_use
 from sana_deploy.plan.execution import executed
 from sana_deploy.plan.grid import Rules
 from sana_deploy.plan.knobs import under
 from sana_deploy.plan.profile import ComponentProfile, PipelineProfile, VaeMode, Work
 from sana_deploy.plan.records import Place
 from sana_deploy.plan.search import ROOMY, search_balanced
+from sana_deploy.plan.seconds import phase_seconds
 from sana_deploy.plan.units import Unit
 
 sizes = st.integers(0, 60).map(lambda n: n * 100 * MIB)

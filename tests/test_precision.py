@@ -22,8 +22,8 @@ from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError, RunError
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.remedies import out_of_float16
-from sana_deploy.run.border import border_of
 from sana_deploy.run.generate import generate
+from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
 
 Small = Callable[..., DeploySpec]

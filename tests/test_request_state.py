@@ -19,11 +19,12 @@ import pytest
 import torch
 from torch import nn
 
-from sana_deploy.declare.spec import OnDecodeOom
+from sana_deploy.declare.hardware import OnDecodeOom
 from sana_deploy.declare.workload import Request, Workload
 from sana_deploy.errors import RunError
-from sana_deploy.run.border import Border, attach
+from sana_deploy.run.border import Border
 from sana_deploy.run.generate import run_request
+from sana_deploy.run.hook import attach
 from sana_deploy.run.request_state import MOST_REMARKS, OnInputs, RequestState
 
 META = torch.device("meta")

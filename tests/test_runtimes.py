@@ -22,12 +22,13 @@ from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.known_gpus import KNOWN_GPUS
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.cost import host_bytes, slot_use, step_seconds
+from sana_deploy.plan.cost import host_bytes, slot_use
 from sana_deploy.plan.diff import compare
 from sana_deploy.plan.execution import executed, pool_bytes
 from sana_deploy.plan.profile import PipelineProfile, profile_pipeline
 from sana_deploy.plan.records import Place
 from sana_deploy.plan.saved_request import saved_plan
+from sana_deploy.plan.seconds import step_seconds
 from sana_deploy.plan.setting import Setting
 
 H100 = ["machine=virtual", "machine.gpus=h100"]

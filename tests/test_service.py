@@ -49,7 +49,7 @@ import asyncio, sys
 from pathlib import Path
 from PIL import Image
 import sana_deploy
-from sana_deploy.run.border import border_of
+from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
 from lighthouse_service import Service
 

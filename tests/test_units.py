@@ -16,21 +16,16 @@ from hypothesis import strategies as st
 from test_planner import SECOND_UNITS, allowed, gpu_lists, objectives, profiles
 
 from sana_deploy._units import GIB, MIB
+from sana_deploy.declare.hardware import Objective
 from sana_deploy.declare.knobs import Knob
 from sana_deploy.declare.pipelines import Crossing
-from sana_deploy.declare.spec import DeploySpec, Objective
+from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import PlanError
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.artifact import Plan
 from sana_deploy.plan.assemble import assemble
-from sana_deploy.plan.cost import (
-    bytes_per_request,
-    component_phases,
-    critical_path,
-    phase_seconds,
-    slot_use,
-)
+from sana_deploy.plan.cost import bytes_per_request, slot_use
 from sana_deploy.plan.diff import compare
 from sana_deploy.plan.digest import digest_of
 from sana_deploy.plan.grid import FITS, PlacementGrid, Rules
@@ -38,6 +33,7 @@ from sana_deploy.plan.knobs import of_placement, parted, under
 from sana_deploy.plan.placements import canonical_placements
 from sana_deploy.plan.profile import PipelineProfile, profile_pipeline
 from sana_deploy.plan.search import Search, search_balanced, search_custom, search_host, search_single
+from sana_deploy.plan.seconds import component_phases, critical_path, phase_seconds
 from sana_deploy.plan.units import Unit, component_of
 
 Small = Callable[..., DeploySpec]

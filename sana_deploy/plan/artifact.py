@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,6 +22,7 @@ from ..declare.spec import DeploySpec
 from ..errors import PlanError
 from ..facts.libraries import library_versions
 from ..facts.machine import Machine
+from .basis import BASIS, POOL_BASIS, UNITS_BASIS
 from .bind import bind_slots, planned_machine, staleness_of
 from .digest import digest_of
 from .records import (
@@ -41,40 +42,6 @@ from .units import component_of
 
 SCHEMA_VERSION = "1.4"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
-
-BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
-    "checkpoint.content.*.files.*.bytes": "exact",
-    "slots.*.capacity_bytes": "measured",
-    "slots.*.available_bytes": "measured",
-    "slots.*.weights_bytes": "exact",
-    "slots.*.activation_bytes": "estimated",
-    "slots.*.overhead_bytes": "estimated",
-    "slots.*.allocator_bytes": "estimated",
-    "slots.*.peak_bytes": "estimated",
-    "components.*.weights_bytes": "exact",
-    "components.*.activation_bytes": "estimated",
-    "transfers.*.bytes_per_step": "estimated",
-    "transfers.*.bytes_per_image": "estimated",
-    "estimates.worst_utilisation": "estimated",
-    "estimates.bytes_per_step": "estimated",
-    "estimates.bytes_per_image": "estimated",
-    "estimates.seconds.*": "estimated",
-    "estimates.seconds_per_image": "estimated",
-    "knob_prices.*.bytes_saved": "estimated",
-    "knob_prices.*.bytes_per_image": "estimated",
-    "knob_prices.*.seconds_per_image": "estimated",
-    "considered.closest.shortfall_bytes": "estimated",
-    "considered.runners_up.*.worst_utilisation": "estimated",
-    "considered.runners_up.*.fullness": "estimated",
-    "considered.runners_up.*.bytes_per_image": "estimated",
-    "considered.runners_up.*.seconds_per_image": "estimated",
-    "rejections.*.closest_shortfall_bytes": "estimated",
-}
-"""How each quantity was obtained; counts and indices are exact."""
-_UNITS_BASIS = {"units.*.weights_bytes": "exact", "units.*.activation_bytes": "estimated"}
-"""The same for plans that have `units`."""
-_POOL_BASIS = {"slots.*.pool_bytes": "estimated"}
-"""The same for plans whose components execute as graphs."""
 
 
 class Plan(Record):
@@ -129,8 +96,8 @@ class Plan(Record):
             schema_version=SCHEMA_VERSION, tool_version=__version__, digest="",
             basis={
                 **BASIS,
-                **(_UNITS_BASIS if fields.get("units") else {}),
-                **(_POOL_BASIS if fields.get("runtime") == "graphs" else {}),
+                **(UNITS_BASIS if fields.get("units") else {}),
+                **(POOL_BASIS if fields.get("runtime") == "graphs" else {}),
             },
             libraries=library_versions(part.format for part in fields["components"].values()), **fields,
         )  # fmt: skip

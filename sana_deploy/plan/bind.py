@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from .._models import Diagnostic
 from .._units import human_bytes
+from ..declare.hardware import CustomMap
 from ..declare.pipelines import Component
-from ..declare.spec import CustomMap, DeploySpec, Model, VirtualMachine
+from ..declare.spec import DeploySpec, Model, VirtualMachine
 from ..errors import InfeasibleError, InvalidSpecError, PlanError
 from ..facts.libraries import library_versions
 from ..facts.machine import Gpu, Machine, is_native, probe_torch

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from ..declare.knobs import KNOBS, Knob
 from ..declare.pipelines import Crossing, Phase
-from .cost import critical_path, phase_steps
 from .placements import Places
 from .profile import ComponentProfile, PipelineProfile
+from .seconds import critical_path, phase_steps
 from .setting import Floats, Integers, Setting
 
 

@@ -8,24 +8,23 @@ from functools import partial
 
 from .._models import Diagnostic
 from .._units import human_bytes
-from ..declare.policies import fragile_components, overflowing_components
-from ..declare.spec import CustomMap, DeploySpec, MultiGpuBalanced, Overrides, Planned, SingleGpu, VirtualMachine
+from ..declare.hardware import CustomMap, MultiGpuBalanced, SingleGpu
+from ..declare.spec import DeploySpec, Overrides, VirtualMachine
 from ..errors import InfeasibleError
 from ..facts import machine as machines
 from ..facts.checkpoint import Checkpoint, open_checkpoint
-from ..facts.machine import Machine, is_native
+from ..facts.machine import Machine
 from ..facts.virtual_machine import describe_machine
 from .artifact import Plan
 from .assemble import assemble
 from .auto_precision import choose_precision
-from .cost import host_bytes
 from .execution import executed
-from .grid import Candidate, Rules
-from .knobs import under
+from .grid import Rules
 from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
 from .records import Place
-from .rejections import Rejection, host_sentence
+from .rejections import Rejection
+from .remarks import cpu_remark, declaration_remarks, forced_remarks
 from .remedies import Fits, with_all_knobs, working_changes
 from .runtimes import choose_runtime
 from .search import Search, search_balanced, search_custom, search_host, search_single
@@ -52,14 +51,14 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     if spec.precision.name == "auto":
         spec, reason = choose_precision(spec, checkpoint, machine, fits)
         diagnostics.append(reason)
-    diagnostics += _remarks(spec, checkpoint, machine)
+    diagnostics += declaration_remarks(spec, checkpoint, machine)
     profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
-        diagnostics.insert(0, _on_cpu(spec.hardware, offered))
+        diagnostics.insert(0, cpu_remark(spec.hardware, offered))
     choice = choose_runtime(spec.runtime.mode, profile, offered, lambda one: _search(spec, one, offered))
     profile, search, diagnostics = choice.profile, choice.search, [*diagnostics, *choice.remarks]
     if search.best:
-        remarks = [*_forced(profile, search.best, offered), *diagnostics]
+        remarks = [*forced_remarks(profile, search.best, offered), *diagnostics]
         return assemble(spec, checkpoint, profile, offered, search.best, search, remarks)
     problem = _infeasible(spec, checkpoint, machine, search, fits)
     if search.closest:
@@ -139,100 +138,6 @@ def _check_present(named: Iterable[tuple[str, Place | None]], prefix: str, prese
 
 def _range(indices: set[int]) -> str:
     return f"an index from 0 to {max(indices)}" if len(indices) > 1 else "0"
-
-
-def _remarks(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> list[Diagnostic]:
-    """What is to say of the precision, whatever is placed where."""
-    return [
-        *_precision_remarks(spec, machine),
-        *_overflow_remarks(spec),
-        *_stored_remarks(spec, checkpoint, machine),
-    ]
-
-
-def _precision_remarks(spec: DeploySpec, machine: Machine) -> list[Diagnostic]:
-    fragile = fragile_components(spec.precision.components, spec.pipeline)
-    if not fragile:
-        return []
-    reasons = "; ".join(f"{name}: {spec.pipeline.by_name[name].fragile}" for name in fragile)
-    message = f"float16 is documented not to be safe for {' and '.join(fragile)} ({reasons})"
-    hint = f"precision={'mixed_bf16' if _has_bfloat16(spec, machine) else 'mixed_fp32'} keeps them out of float16"
-    if spec.precision.strict:
-        raise InfeasibleError(message, where="precision.components", hint=hint)
-    remark = Diagnostic(
-        type="fragile_dtype", severity="warning", message=message, where="precision.components", hint=hint
-    )
-    return [remark]
-
-
-def _overflow_remarks(spec: DeploySpec) -> list[Diagnostic]:
-    """Say where int8 products are summed in float16, which has little range for them."""
-    names = overflowing_components(spec.precision.formats)
-    if not names:
-        return []
-    message = (
-        f"int8 weights of {' and '.join(names)} in float16: torchao sums products before it scales them, "
-        "up to 127 times larger, and float16 ends at 65504"
-    )
-    where, hint = f"precision.components.{names[0]}", "bfloat16 or float32 there, or nf4, which scales first"
-    return [Diagnostic(type="fragile_dtype", severity="warning", message=message, where=where, hint=hint)]
-
-
-def _has_bfloat16(spec: DeploySpec, machine: Machine) -> bool:
-    """Whether every GPU that may be taken computes natively in bfloat16; a CPU emulates it."""
-    gpus = machine.named(spec.hardware.gpu_indices)
-    return bool(gpus) and all(is_native("bfloat16", gpu) for gpu in gpus)
-
-
-def _stored_remarks(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> list[Diagnostic]:
-    """Say where bfloat16 files are loaded in float16, which has less range; rounding is what a policy asks for."""
-    narrowed = [
-        name
-        for name, facts in checkpoint.components.items()
-        if facts.stored.get("BF16") and spec.precision.components[name] == "float16"
-    ]
-    if not narrowed:
-        return []
-    verb = "is" if len(narrowed) == 1 else "are"
-    subject = f"{' and '.join(narrowed)} {verb}"
-    message = f"{subject} stored in bfloat16 and loaded in float16, which has less range"
-    policy = "bf16" if _has_bfloat16(spec, machine) else "fp32"
-    hint = f"values out of range are counted at load; precision={policy} keeps them"
-    return [Diagnostic(type="lossy_dtype", severity="info", message=message, where="precision.components", hint=hint)]
-
-
-def _on_cpu(hardware: Planned, machine: Machine) -> Diagnostic:
-    """Say that everything runs on the CPU, or refuse it, where there is no GPU."""
-    if hardware.on_shortfall == "error":
-        raise InfeasibleError(
-            f"{machine.inventory()}, and hardware.on_shortfall=error refuses the CPU",
-            where="hardware.on_shortfall",
-            hint="hardware.on_shortfall=cpu",
-        )
-    return Diagnostic(
-        type="no_gpu",
-        severity="warning",
-        message=f"{machine.inventory()}; every component runs on the CPU",
-        where="machine",
-        hint="hardware.on_shortfall=error makes this an error",
-    )
-
-
-def _forced(profile: PipelineProfile, chosen: Candidate, machine: Machine) -> list[Diagnostic]:
-    """A remark for a placement that is taken although it is short of memory."""
-    free = {gpu.index: gpu.free_bytes for gpu in machine.gpus}
-    short = [
-        f"GPU {i} needs {human_bytes(use.peak_bytes)} in {use.phase}, {human_bytes(free[i])} are free"
-        for i, use in chosen.uses.items()
-        if use.peak_bytes > free[i]
-    ]
-    needed = host_bytes(under(profile, chosen.knobs), chosen.placement)
-    if needed > machine.host_bytes and machine.kind != "virtual":
-        short.append(host_sentence(needed, machine.host_bytes))
-    if not short:
-        return []
-    message = f"expected to run out of memory, and forced: {'; '.join(short)}"
-    return [Diagnostic(type="forced", severity="warning", message=message, where="hardware.force")]
 
 
 def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> bool:

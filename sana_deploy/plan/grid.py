@@ -13,21 +13,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..declare.hardware import Objective
 from ..declare.knobs import KNOBS, Knob, ordered
 from ..declare.pipelines import Phase
-from ..declare.spec import Objective
 from ..facts.machine import Gpu, is_native
 from .candidates import Feasible, Rows, moved_bytes, request_seconds
-from .cost import (
-    Placement,
-    SlotUse,
-    bytes_per_request,
-    phase_seconds,
-    slot_use,
-)
+from .cost import Placement, SlotUse, bytes_per_request, slot_use
 from .knobs import of_placement, parted
 from .placements import CPU, Places
 from .profile import PipelineProfile
+from .seconds import phase_seconds
 from .setting import NOTHING, Floats, Integers, Setting
 
 Reason = Literal["split", "dtype", "host memory", "memory"]

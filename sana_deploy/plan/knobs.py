@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from ..declare.knobs import KNOBS, Knob, completed, ordered
 from ..declare.pipelines import PipelineDescription, Role
 from ..facts.machine import Gpu
-from .cost import Placement, bytes_per_request, phase_seconds, slot_use
+from .cost import Placement, bytes_per_request, slot_use
 from .profile import PipelineProfile
 from .records import KnobPrice, Place
+from .seconds import phase_seconds
 from .units import component_of
 
 

@@ -9,10 +9,11 @@ from typing import get_args
 
 from .._units import MIB, human_bytes
 from ..declare.formats import Quantization
+from ..declare.hardware import CustomMap, MultiGpuBalanced
 from ..declare.knobs import KNOBS, Knob, ordered
 from ..declare.pipelines import Component
 from ..declare.policies import POLICIES, QUANTIZED, dtypes_of, fragile_components, quantization_of
-from ..declare.spec import CustomMap, DeploySpec, MultiGpuBalanced, VirtualMachine
+from ..declare.spec import DeploySpec, VirtualMachine
 from ..declare.workload import VAE_FACTOR
 from ..errors import SanaDeployError
 from ..facts.checkpoint import Checkpoint

@@ -10,12 +10,12 @@ from .._models import Diagnostic
 from .._units import human_bytes
 from ..declare.runtime import Execution
 from ..facts.machine import Gpu, Machine
-from .cost import step_seconds
 from .execution import executed
 from .grid import Candidate
 from .profile import PipelineProfile
 from .records import place_words
 from .search import Search
+from .seconds import step_seconds
 
 WORTH = 0.95
 """Share of the eager denoising loop's seconds that graphs may take at most to be chosen."""

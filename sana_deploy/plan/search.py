@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..declare.hardware import Objective
 from ..declare.knobs import KNOBS, Knob, clash, completed
-from ..declare.spec import Objective
 from ..facts.machine import Gpu
 from .candidates import Rows
 from .cost import Placement

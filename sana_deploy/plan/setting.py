@@ -14,10 +14,11 @@ from ..declare.knobs import Knob
 from ..declare.pipelines import Crossing, Phase
 from ..facts.allocator import workspace_bytes
 from ..facts.machine import Gpu
-from .cost import component_phases, crossing_seconds, overhead, slot_use
+from .cost import overhead, slot_use
 from .knobs import under
 from .profile import PipelineProfile
 from .records import Place
+from .seconds import component_phases, crossing_seconds
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..declare.spec import Objective
+from ..declare.hardware import Objective
 from .candidates import Feasible, Rows
 from .grid import FITS, Candidate, CostSheet, PlacementGrid
 

@@ -22,8 +22,9 @@ from ..declare.workload import Request, Workload
 from ..facts.checkpoint import Checkpoint
 from ..facts.component import ComponentFacts
 from ..plan.profile import VAE_TILE, VaeMode
-from ..run.border import Border, attach
+from ..run.border import Border
 from ..run.generate import run_request
+from ..run.hook import attach
 from .host import VirtualHost
 from .ledger import Ledger, Tally
 from .meta_modules import stand_in

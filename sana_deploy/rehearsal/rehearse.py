@@ -16,8 +16,8 @@ from ..errors import InfeasibleError
 from ..facts.allocator import context_bytes
 from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.records import Slot
-from ..run.border import border_of
 from ..run.generate import StepDone, host_peak, run_request, to_images
+from ..run.hook import border_of
 from ..run.load import load_pipeline
 from ..run.outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
 from ..run.place import resolved_plan

@@ -1,33 +1,20 @@
-"""The one hook of a placed component: it moves tensors across devices at the component's border, and only there.
-
-Inputs are pulled to the component's device, outputs are pushed to where they are needed next: `home`, the device
-of the denoising loop. diffusers reads `execution_device` off the first component's hook, so that every hook
-answers `home` and the pipeline's own tensors (latents, timesteps, embeddings) are made there.
-"""
+"""What the hooks of a placed pipeline share: the denoising loop's device, who listens, graphs, what placing changed."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
-from torch import nn
 
-from ..declare.pipelines import DEFAULT, PIPELINES, ComponentDescription, PipelineDescription
-from ..declare.spec import OnDecodeOom
+from ..declare.hardware import OnDecodeOom
+from ..declare.pipelines import DEFAULT, PipelineDescription
 from ..errors import RunError
-from .control_image_copies import Copies
-from .decode_retry import Tile, attempt, one_at_a_time, retry_tile
-from .graphs import MOST_GRAPHS, DeviceGraphs, GraphedForward
+from .graphs import MOST_GRAPHS, DeviceGraphs
 from .host import Host, PresentHost
 from .offload import OffloadedWeights
 from .request_state import Event, Listeners, RequestState, States
-from .traffic import move
 
 
 @dataclass(kw_only=True)
@@ -112,177 +99,3 @@ class Border(Listeners):
     def _notify(self, event: Event, call: str) -> None:
         for observer in (*self.observers, *self.state.observers):
             observer(event, call)
-
-
-class BorderHook(ModelHook):  # type: ignore[misc]
-    """accelerate hook of one whole component.
-
-    Args:
-        part: the component.
-        device: where its weights are.
-        border: shared by the pipeline's hooks.
-    """
-
-    def __init__(self, part: ComponentDescription, device: torch.device, border: Border) -> None:
-        self.name = part.name
-        self.calls = {call.method: call for call in part.calls}
-        self.device = device
-        self.border = border
-        self.execution_device = border.home
-        self.graphed: GraphedForward | None = None
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
-        if not args and not kwargs:
-            return args, kwargs
-        self.border.enter(self.name, "forward")
-        self._check_device(module)
-        names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
-        args, kwargs = self._pull(args, names), self._pull(kwargs)
-        self.border.ready(self.name, "forward", args, kwargs)
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Push the outputs home."""
-        self.border.leave(self.name, "forward", output)
-        return self._push(output, self.calls["forward"].output)
-
-    def init_hook(self, module: nn.Module) -> nn.Module:
-        """Wrap the methods that are no `forward`."""
-        for method in self._wrapped_methods():
-            setattr(module, method, self._wrapped(module, getattr(module, method), method))
-        return module
-
-    def detach_hook(self, module: nn.Module) -> nn.Module:
-        """Give the methods back as the class defines them, and the weights back to the module."""
-        if weights := self.border.offloaded.pop(self.name, None):
-            weights.leave()
-        while self.border.restore:
-            self.border.restore.pop()()
-        for method in self._wrapped_methods():
-            module.__dict__.pop(method, None)
-        if self.graphed is not None:
-            vars(module)["_old_forward"] = self.graphed.forward
-            self.graphed.reset()
-        return module
-
-    def use_graphs(self, module: nn.Module) -> None:
-        """Replay the module's forward from graphs, on a device that has them."""
-        graphs, border = self.border.graphs_of(self.device), self.border
-        if graphs is None:
-            return
-        # Residuals of a ControlNet beside the denoiser go from its graph to the denoiser's where they are.
-        lasting = self.name == border.pipeline.denoiser or self.device != border.home
-        self.graphed = GraphedForward(
-            self.name, module, vars(module)["_old_forward"], graphs, self._on_eager, lasting, lambda: border.state
-        )
-        vars(module)["_old_forward"] = self.graphed
-
-    def _on_eager(self, reason: str) -> None:
-        self.border.state.eager_calls[self.name, reason] += 1
-
-    def _wrapped_methods(self) -> list[str]:
-        """Methods besides `forward` that tensors enter."""
-        return [method for method in self.calls if method != "forward"]
-
-    def _wrapped(self, module: nn.Module, inner: Callable[..., Any], method: str) -> Callable[..., Any]:
-        @functools.wraps(inner)
-        def outer(*args: Any, **kwargs: Any) -> Any:
-            self.border.enter(self.name, method)
-            self._check_device(module)
-            copies = self._copies(method, args)
-            if copies:
-                args = (copies.distinct(args[0]), *args[1:])
-            args, kwargs = self._pull(args, [self.calls[method].input]), self._pull(kwargs)
-            self.border.ready(self.name, method, args, kwargs)
-            work = functools.partial(inner, *args, **kwargs)
-            with one_at_a_time(module) if copies else contextlib.nullcontext():
-                output = attempt(work, module, self._retry_tile(module, method, args), self.border.state, self._release)
-            self.border.leave(self.name, method, output)
-            if not self.calls[method].keeps:
-                output = self._push(output, self.calls[method].output)
-            return copies.repeated(output) if copies else output
-
-        return outer
-
-    def _copies(self, method: str, args: Any) -> Copies | None:
-        """How the images to encode were repeated, where they were."""
-        copies = self.border.state.copies if method == "encode" and args else None
-        return copies if copies and copies.hold(args[0]) else None
-
-    def _retry_tile(self, module: nn.Module, method: str, args: Any) -> Tile | None:
-        """Tile to decode in after running out of memory; None where that is not wanted or would change nothing."""
-        wanted = method == "decode" and self.border.on_decode_oom == "tile" and args
-        return retry_tile(module, args[0]) if wanted else None
-
-    def _release(self) -> None:
-        self.border.host.release_cached(self.device)
-
-    def _check_device(self, module: nn.Module) -> None:
-        """Refuse to work with weights that were moved since: inputs go to the device that the plan says.
-
-        Raises:
-            RunError: naming both devices.
-        """
-        found = next((value.device for value in module.parameters()), self.device)
-        if found != self.device:
-            raise RunError(
-                f"{self.name} was moved to {found} after it was placed on {self.device}",
-                where=self.name,
-                hint=f"move it back, or unplace(pipeline) and place it by a plan that has {self.name} on {found}",
-            )
-
-    def _pull(self, value: Any, names: Sequence[str] = ()) -> Any:
-        if isinstance(value, tuple):
-            padded = [*names, *[f"argument {i}" for i in range(len(names), len(value))]]
-            return tuple(self._fetch(item, name) for item, name in zip(value, padded, strict=False))
-        return {key: self._fetch(item, key) for key, item in value.items()}
-
-    def _fetch(self, value: Any, name: str) -> Any:
-        """Move one argument here; one that stays the same from step to step crosses once."""
-        state = self.border.state
-        steady = name in self.border.pipeline.steady and isinstance(value, torch.Tensor) and value.device != self.device
-        if steady and not value.is_inference():
-            return state.steady(self.name, name, value, self.device)
-        return move(value, self.device, state.traffic, name)
-
-    def _push(self, value: Any, name: str) -> Any:
-        return move(value, self.border.home, self.border.state.traffic, name)
-
-
-def attach(
-    module: nn.Module, name: str, device: torch.device, border: Border, offloaded: bool = False, graphed: bool = False
-) -> None:
-    """Put the border hook on one component; accelerate's `remove_hook_from_module` takes it off again.
-
-    Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works. Where it is `graphed`,
-    its forward is replayed from graphs, if `device` has them.
-
-    Raises:
-        RunError: there is no memory for graphs.
-    """
-    if offloaded:
-        border.offloaded[name] = OffloadedWeights(module, name, device)
-    hook = BorderHook(border.pipeline.by_name[name], device, border)
-    add_hook_to_module(module, hook)
-    if graphed:
-        hook.use_graphs(module)
-
-
-def border_of(pipeline: Any) -> Border:
-    """Return the border that a placed pipeline's hooks share.
-
-    Raises:
-        RunError: the pipeline is not placed.
-    """
-    border = find_border(pipeline)
-    if border is None:
-        raise RunError("the pipeline is not placed", hint="use load_pipeline(plan) or place(pipeline, resolved)")
-    return border
-
-
-def find_border(pipeline: Any) -> Border | None:
-    """Return the border that a placed pipeline's hooks share, or None for an unplaced one."""
-    description = PIPELINES.get(type(pipeline).__name__, DEFAULT)
-    hook = getattr(getattr(pipeline, description.denoiser, None), "_hf_hook", None)
-    return hook.border if isinstance(hook, BorderHook) else None

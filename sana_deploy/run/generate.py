@@ -22,7 +22,7 @@ from ..declare.control_image import read_control_image
 from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
 from ..declare.workload import Request, Workload
 from ..errors import RunError, UsageError
-from .border import border_of
+from .hook import border_of
 from .host import Host
 from .outcome import Measured
 from .request_state import Event, RequestState

@@ -19,9 +19,10 @@ from ..declare.knobs import completed
 from ..declare.pipelines import Component, PipelineDescription
 from ..errors import RunError, UsageError
 from ..plan.artifact import Plan, ResolvedPlan
-from .border import Border, attach, find_border
+from .border import Border
 from .control_image_copies import Copies, watch_copies
 from .decode_retry import vae_settings
+from .hook import attach, find_border
 from .host import Host, PresentHost
 from .quantize import quantize_linears
 from .weights import cast_module

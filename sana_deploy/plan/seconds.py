@@ -1,0 +1,209 @@
+"""Seconds of one placement: a roofline per unit and phase, links between GPUs, and the critical path. Imports no torch.
+
+A profile given here has its knobs applied (`knobs.under`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import and_
+from typing import Any, Literal
+
+from ..declare.formats import Dtype
+from ..declare.pipelines import PHASES, Crossing, Phase
+from ..facts.known_gpus import KnownGpu
+from ..facts.machine import Gpu
+from .cost import Placement
+from .profile import ComponentProfile, PipelineProfile, Work
+from .units import component_of
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What of a GPU's rates the kernels of SANA reach.
+
+    Attributes:
+        products: share of the TFLOPS that matrix products and convolutions reach.
+        product_bandwidth: share of the memory bandwidth that they reach where they are bound by it.
+        other_bandwidth: share of the memory bandwidth that all other kernels reach.
+        kernel_seconds: what each kernel takes beyond these, launched by Python or by a graph.
+    """
+
+    products: float
+    product_bandwidth: float
+    other_bandwidth: float
+    kernel_seconds: float = 0.0
+
+
+PHASE_EFFICIENCY = Efficiency(0.5, 0.3, 0.3)
+"""Of text encoder and VAE. Calibrated on an H200 (docs/measured.md)."""
+
+
+STEP_EFFICIENCY = Efficiency(0.84, 1.0, 0.33, 2.6e-6)
+"""Of transformer and ControlNet in denoise. Calibrated on CUDA graphs on an H100, 512 to 2048 px, batch 1 and 4."""
+
+
+LAUNCH_SECONDS = 40e-6
+"""Host time to launch one kernel from eager PyTorch, its Python included; the floor for small images. Calibrated on
+an H200; the host decides it, and how busy that is."""
+
+
+REFILL_SECONDS = 8e-6
+"""What each kernel of one more call loses while the GPU drains and fills again: slicing, tiles. Likewise."""
+
+
+LINK_EFFICIENCY = 0.8
+"""Share of a link's bandwidth that a large copy reaches."""
+
+
+LINK_SECONDS = 20e-6
+"""Fixed cost of one copy between devices."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """How two GPUs exchange bytes, and how many per second in one direction."""
+
+    kind: Literal["nvlink", "pcie", "host"]
+    bytes_per_second: float
+
+
+def link_between(one: KnownGpu, other: KnownGpu) -> Link:
+    """Return the link of two GPUs of one host.
+
+    NVLink where both are wired to a fabric of it (SXM boards); a bridge that may or may not be there is not counted.
+    Else PCIe peer copies at the slower card's rate, but not between GeForce cards: their driver has no peer access
+    over PCIe, copies are staged in host memory and each byte passes PCIe twice.
+    """
+    pcie = min(one.pcie_gbps, other.pcie_gbps) * 1e9 * LINK_EFFICIENCY
+    if one.fabric and other.fabric:
+        return Link("nvlink", min(one.nvlink_gbps, other.nvlink_gbps) * 1e9 * LINK_EFFICIENCY)
+    if "GeForce" in one.name or "GeForce" in other.name:
+        return Link("host", pcie / 2)
+    return Link("pcie", pcie)
+
+
+def work_seconds(
+    work: Work, dtype: Dtype, rates: KnownGpu, reached: Efficiency = PHASE_EFFICIENCY, launched: bool = True
+) -> float:
+    """Seconds of `work` on a GPU, by the roofline (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785).
+
+    max(launches, products + the rest), where launches = operations x LAUNCH_SECONDS, products = max(FLOPs / rate, their
+    bytes / bandwidth), the rest = other bytes / bandwidth + operations x a kernel's seconds, rate and bandwidths what
+    is `reached` of the card's. Work cut into calls takes REFILL_SECONDS more for each kernel of every call but the
+    first. A dtype that is not native runs at the float32 rate.
+
+    Args:
+        launched: whether Python launches each kernel; a graph launches all at once.
+    """
+    tflops = {"float16": rates.tflops_float16, "bfloat16": rates.tflops_bfloat16, "float32": rates.tflops_float32}
+    rate = (tflops[dtype] or rates.tflops_float32) * 1e12 * reached.products
+    bandwidth = rates.memory_gbps * 1e9
+    products = max(work.flops / rate, work.product_bytes / (bandwidth * reached.product_bandwidth))
+    others = work.other_bytes / (bandwidth * reached.other_bandwidth)
+    each = work.operations * (reached.kernel_seconds + (1 - 1 / work.calls) * REFILL_SECONDS)
+    return max(work.operations * LAUNCH_SECONDS if launched else 0.0, products + others + each)
+
+
+def step_seconds(part: ComponentProfile, rates: KnownGpu) -> float:
+    """Seconds of one component on one GPU in a denoising step."""
+    work, launched = part.work.get("denoise", Work()), part.execution == "eager"
+    return work_seconds(work, part.format.dtype, rates, STEP_EFFICIENCY, launched)
+
+
+def upload_seconds(weights_bytes: int, rates: KnownGpu) -> float:
+    """Seconds to copy offloaded weights from the host to a GPU, once per request: bytes / (PCIe x LINK_EFFICIENCY)."""
+    return weights_bytes / (rates.pcie_gbps * 1e9 * LINK_EFFICIENCY)
+
+
+def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
+    """Seconds of one crossing between two GPUs: LINK_SECONDS + bytes / the link's rate."""
+    return LINK_SECONDS + crossing.bytes_each / link_between(src, dst).bytes_per_second
+
+
+def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
+    """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
+    seconds = {
+        phase: steps * step_seconds(part, rates) if phase == "denoise" else work_seconds(work, part.format.dtype, rates)
+        for phase, work in part.work.items()
+    }
+    if not part.resident:
+        seconds["encode"] = seconds.get("encode", 0.0) + upload_seconds(part.weights_bytes, rates)
+    return seconds
+
+
+Step = tuple[Hashable, tuple[Any, ...], Any]
+"""Part of a phase: what it belongs to, what is busy with it (a GPU, or the two ends of a link), and its seconds."""
+
+
+def critical_path(steps: Iterable[Step], longest: Callable[[list[Any]], Any] = max) -> Any:
+    """Seconds of one phase: the sum of what waits for each other, the longest of what is done at once.
+
+    Steps that belong to the same are done at once where different GPUs or links are busy with them, and wait for each
+    other where it is the same one. All others wait for each other: a component needs the result of the one before.
+
+    Args:
+        steps: in numbers, or in arrays with an entry per placement.
+        longest: the largest of a list of such numbers or arrays.
+    """
+    together: dict[Hashable, list[tuple[tuple[Any, ...], Any]]] = {}
+    for whole, busy, seconds in steps:
+        together.setdefault(whole, []).append((busy, seconds))
+    total = 0.0
+    for parts in together.values():
+        if len(parts) == 1:
+            total = total + parts[0][1]
+        else:
+            total = total + longest([sum(_same(busy, other) * each for other, each in parts) for busy, _ in parts])
+    return total
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> Any:
+    return reduce(and_, (a == b for a, b in zip(one, other, strict=True)))
+
+
+def phase_steps(
+    profile: PipelineProfile,
+    work: Callable[[str, ComponentProfile], Mapping[Phase, Any]],
+    crossing: Callable[[Crossing], Any],
+    places: Mapping[str, Any],
+) -> dict[Phase, list[Step]]:
+    """What a request does in each phase, in numbers or in arrays: units work, and tensors cross between them.
+
+    Args:
+        work: seconds of a unit by phase.
+        crossing: seconds of a crossing in the whole request; 0 where it stays on a device.
+        places: where each unit is.
+    """
+    steps: dict[Phase, list[Step]] = {phase: [] for phase in PHASES}
+    for name, part in profile.parts.items():
+        for phase, seconds in work(name, part).items():
+            steps[phase].append((part.name, (places[name],), seconds))
+    for one in profile.crossings:
+        whole = (one.tensor, component_of(one.src), component_of(one.dst))
+        steps[one.phase].append((whole, (places[one.src], places[one.dst]), crossing(one)))
+    return steps
+
+
+def phase_seconds(profile: PipelineProfile, placement: Placement, gpus: Mapping[int, Gpu]) -> dict[Phase, float] | None:
+    """Seconds of one request per phase: the critical path of the work of its units and the crossings into it.
+
+    None where a component sits on the host: CPUs are not in the table of rates.
+    """
+    rates: dict[str, KnownGpu] = {}
+    for name, place in placement.items():
+        if place == "cpu":
+            return None
+        rates[name] = gpus[place].rates
+
+    def work(name: str, part: ComponentProfile) -> Mapping[Phase, float]:
+        return component_phases(part, profile.steps, rates[name])
+
+    def crossing(one: Crossing) -> float:
+        if placement[one.src] == placement[one.dst]:
+            return 0.0
+        return one.times(profile.steps) * crossing_seconds(one, rates[one.src], rates[one.dst])
+
+    return {phase: critical_path(steps) for phase, steps in phase_steps(profile, work, crossing, placement).items()}

@@ -1,0 +1,145 @@
+"""A component's forward, replayed from graphs where it can be, and run eagerly with a reason where it cannot."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .graphs import DeviceGraphs, Graph, Input
+from .module_state import ModuleState
+
+log = logging.getLogger(__name__)
+Forward = Callable[..., Any]
+
+
+class GraphedForward:
+    """A component's forward, replayed from graphs where it can be.
+
+    Args:
+        name: the component.
+        module: whose forward it is.
+        forward: the eager one.
+        graphs: the graphs of the component's device.
+        on_eager: called with the reason whenever a call runs eagerly that is not the first of its form.
+        lasting: copy results, so that the next replay does not write over them.
+        caller: who calls now. Where results are not `lasting`, a call by another one runs eagerly until they were used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        forward: Forward,
+        graphs: DeviceGraphs,
+        on_eager: Callable[[str], None] = lambda reason: None,
+        lasting: bool = True,
+        caller: Callable[[], object] = threading.current_thread,
+    ) -> None:
+        self.name, self.module, self.forward, self.graphs = name, module, forward, graphs
+        self.on_eager, self.lasting, self.caller = on_eager, lasting, caller
+        self.state: ModuleState | None = None
+        self.seen: set[Hashable] = set()
+        self.refused: dict[Hashable, str] = {}
+        self.replays = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward: from its graph, or eagerly."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        with self.graphs.lock:
+            try:
+                return self._run(leaves, spec, tensors, lambda: self.forward(*args, **kwargs))
+            finally:
+                self.graphs.release(tensors)
+
+    def _run(self, leaves: Sequence[Any], spec: Any, tensors: Sequence[torch.Tensor], eager: Callable[[], Any]) -> Any:
+        self._follow_changes()
+        reason = self._unfit(leaves)
+        form = None if reason else (spec, *map(_form, leaves))
+        key = (self, form, *((i, id(one)) for i, one in enumerate(tensors) if self.graphs.is_result(one)))
+        reason = reason or self.refused.get(key)
+        if reason is not None:
+            self.on_eager(reason)
+            return eager()
+        graph = self.graphs.find(key)
+        if graph is None and form not in self.seen:
+            self.seen.add(form)
+            return self.graphs.recorder.warm_up(eager)
+        graph = graph or self._capture(key, leaves, spec, tensors)
+        if graph is None:
+            return eager()
+        holder, caller = graph.holder(), self.caller()
+        if holder is not None and holder is not caller:
+            self.on_eager("another request had not used its results yet")
+            return eager()
+        self.replays += 1
+        result = graph.run(tensors)
+        if self.lasting:
+            return pytree.tree_map_only(torch.Tensor, torch.clone, result)
+        graph.holder = weakref.ref(caller)
+        return result
+
+    def reset(self) -> None:
+        """Forget what was captured."""
+        self.graphs.drop(self)
+        self.seen.clear()
+        self.refused.clear()
+
+    def _follow_changes(self) -> None:
+        """Forget graphs when the module is not what it was: other weights, layers, adapters or attention."""
+        if self.state is None:
+            self.state = ModuleState(self.module)
+        elif not self.state.holds():
+            self.state = ModuleState(self.module)
+            self.reset()
+
+    def _unfit(self, leaves: Sequence[Any]) -> str | None:
+        """Why no graph can take this call."""
+        if torch.is_grad_enabled() and any(value.requires_grad for value in self.module.parameters()):
+            return "gradients are recorded"
+        if self.module.training:
+            return "the module is in training mode"
+        device = next(self.module.parameters()).device
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor):
+                if leaf.device != device:
+                    return f"an argument is on {leaf.device}"
+            elif not isinstance(leaf, (int, float, str, bool, type(None), torch.dtype)):
+                return f"an argument is a {type(leaf).__name__}"
+        return None
+
+    def _capture(
+        self, key: Hashable, leaves: Sequence[Any], spec: Any, tensors: Sequence[torch.Tensor]
+    ) -> Graph | None:
+        """Capture a call; None, and a reason kept, where that fails."""
+        recorder = self.graphs.recorder
+        inputs = [None if self.graphs.is_result(tensor) else Input(tensor, recorder) for tensor in tensors]
+        read = iter([tensor if own is None else own.tensor for own, tensor in zip(inputs, tensors, strict=True)])
+        own_leaves = [next(read) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(own_leaves, spec)
+        try:
+            replay, result = recorder.record(lambda: self.forward(*args, **kwargs))
+        except (RuntimeError, ValueError) as problem:
+            reason = f"its capture failed: {(str(problem) or type(problem).__name__).splitlines()[0]}"
+            log.warning("%s stays eager: %s", self.name, reason)
+            self.refused[key] = reason
+            self.on_eager(reason)
+            return None
+        reads = [tensor for own, tensor in zip(inputs, tensors, strict=True) if own is None]
+        graph = Graph(replay, inputs, result, reads)
+        self.graphs.add(key, graph)
+        return graph
+
+
+def _form(leaf: Any) -> Hashable:
+    """What a graph of a call depends on of an argument: all but the values of a tensor."""
+    if not isinstance(leaf, torch.Tensor):
+        return type(leaf), leaf
+    return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
