@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        self.alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         # The stream is named: PyTorch would keep one that belongs to the device of the first capture.
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -68,11 +70,14 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Capture `work`; see `Recorder`."""
+        if not self.alive:  # PyTorch refuses a pool again that no graph is left of
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads may use CUDA meanwhile: only this thread's calls are captured, and restricted.
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         with torch.cuda.device(self.device), capture:
             result = work()
+        self.alive.add(graph)
         return graph.replay, result
 
 
