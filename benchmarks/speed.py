@@ -1,11 +1,17 @@
-"""Seconds of a whole image with each runtime, beside diffusers' own eager pipeline in the same process. Needs a GPU.
+"""Seconds of a whole image with each runtime and split, beside diffusers' own eager pipeline in the same process.
 
-    python benchmarks/speed.py FOLDER [--model sana_1600m_controlnet] [--turns 7]
+    python benchmarks/speed.py FOLDER [--model sana_1600m_controlnet] [--turns 7] [--sides 512 1024]
+    python benchmarks/speed.py FOLDER --endure 1000
 
 FOLDER gets a checkpoint with random weights, unless it is there (`make_checkpoint.py`). Each case is drawn by diffusers
-first; then the same pipeline is placed by a plan of each runtime, and draws the same request. A row has the ratio of
-medians to diffusers, the plan's seconds over those measured, what PyTorch's allocator had at most over what the plan
-counts, and whether the pictures have the same bits. A busy host makes diffusers slower, and ratios better.
+first, with another prompt in each turn and the same negative prompt; then the same pipeline is placed by a plan of each
+runtime, and draws the same requests. Where there are two GPUs, plans that split guidance are drawn as well. A row has
+the ratio of medians to diffusers; the seconds of the first picture, in which shapes are seen, captured and compiled;
+the plan's seconds over those measured; for each GPU what PyTorch's allocator had at most over what the plan counts;
+whether all pictures have the same bits, and how far they are apart; the seconds of each phase; and a step over the
+FLOPs of its matrix products at the card's rate. A busy host makes diffusers slower, and ratios better.
+
+`--endure` draws that many requests in turn with graphs, and prints what memory and eager calls grew by.
 """
 
 from __future__ import annotations
@@ -14,7 +20,8 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,90 +32,182 @@ from make_checkpoint import make_checkpoint
 
 from sana_deploy import Plan, compile_plan, load_pipeline, place, unplace
 from sana_deploy.declare.control_image import read_control_image
+from sana_deploy.errors import InfeasibleError
+from sana_deploy.facts.checkpoint import open_checkpoint
+from sana_deploy.facts.machine import probe
+from sana_deploy.plan.profile import profile_pipeline
+from sana_deploy.run.generate import generate
+from sana_deploy.run.hook import border_of
+from sana_deploy.run.request_state import RequestState
 
 CASES = ((512, 1), (1024, 1), (1024, 4), (2048, 1))
 """Side in pixels, and images of a request."""
-RUNTIMES = ("eager", "graphs", "auto")
+PROMPTS = ("a lighthouse at dusk", "two cats on a wall", "a glass of water", "an old map", "rain over a city",
+           "a red bicycle", "the sea in winter", "a loaf of bread", "a quiet library", "mountains and fog")  # fmt: skip
 
 
-def planned(folder: Path, side: int, batch: int, runtime: str) -> Plan:
-    """Everything on one GPU in the documented recipe, without knobs, as diffusers has it."""
+@dataclass(frozen=True)
+class Way:
+    """How a case is drawn: on one GPU, or with the halves of guidance on two."""
+
+    runtime: str
+    split: str = "none"
+
+    @property
+    def hardware(self) -> tuple[str, ...]:
+        """Overrides: without knobs, as diffusers has it."""
+        if self.split == "none":
+            return ("hardware=single_gpu", "hardware.allow=[]", "hardware.use=[0]")
+        return ("hardware=multi_gpu_balanced", f"hardware.split={self.split}", "hardware.objective=latency",
+                "hardware.allow=[]", "hardware.pin.transformer=0", "hardware.pin.text_encoder=0",
+                "hardware.pin.vae=0", "hardware.pin.controlnet=0")  # fmt: skip
+
+
+def planned(folder: Path, side: int, batch: int, way: Way, *more: str) -> Plan:
+    """The documented recipe, in one way."""
     return compile_plan([
-        "model=checkpoint", f"model.source={folder}", "hardware=single_gpu", "hardware.allow=[]",
-        "precision=mixed_bf16", f"runtime={runtime}", "workload.prompt=a lighthouse at dusk, oil on canvas",
-        f"workload.height={side}", f"workload.width={side}", f"workload.batch={batch}", "workload.seed=1",
+        "model=checkpoint", f"model.source={folder}", *way.hardware, "precision=mixed_bf16", f"runtime={way.runtime}",
+        "workload.prompt=a lighthouse", "workload.negative_prompt=blurry", "workload.seed=1",
+        f"workload.height={side}", f"workload.width={side}", f"workload.batch={batch}", *more,
     ])  # fmt: skip
 
 
-def drawer(pipeline: DiffusionPipeline, plan: Plan) -> Callable[[], torch.Tensor]:
-    """Draws the plan's request with the pipeline as it is: pixels of (batch, 3, side, side)."""
+def drawer(pipeline: DiffusionPipeline, plan: Plan) -> Callable[[int], torch.Tensor]:
+    """Draws the plan's request with the pipeline as it is, and the prompt of a turn: pixels (batch, 3, side, side)."""
     work, description = plan.spec.workload, plan.pipeline
-    given = description.arguments(work.request, work.bounds, read_control_image(work, work.bounds))
+    picture = read_control_image(work, work.bounds)
 
-    def draw() -> torch.Tensor:
+    def draw(turn: int) -> torch.Tensor:
+        request = work.request.model_copy(update={"prompt": f"{PROMPTS[turn % len(PROMPTS)]}, number {turn}"})
+        given = description.arguments(request, work.bounds, picture)
         generator = torch.Generator().manual_seed(work.seed)
         images: torch.Tensor = pipeline(**given, generator=generator, output_type="pt").images
-        torch.cuda.synchronize()
-        return images
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(number)
+        return images.float().cpu()
 
     return draw
 
 
-def seconds_of(draw: Callable[[], torch.Tensor], turns: int) -> float:
-    """Median seconds of a call."""
-    found = []
-    for _ in range(turns):
+def drawn(draw: Callable[[int], torch.Tensor], turns: int, warm: int) -> tuple[list[torch.Tensor], list[float]]:
+    """The pictures of all turns, and their seconds; the first `warm` ones see a shape for the first time."""
+    pictures, seconds = [], []
+    for turn in range(warm + turns):
         started = time.perf_counter()
-        draw()
-        found.append(time.perf_counter() - started)
-    return median(found)
+        pictures.append(draw(turn))
+        seconds.append(time.perf_counter() - started)
+    return pictures, seconds
 
 
-def measure(pipeline: Any, plan: Plan, reference: torch.Tensor, base: float, turns: int) -> dict[str, Any]:
+def floor_seconds(plan: Plan) -> float:
+    """Seconds of a step's FLOPs at the rate of GPU 0 for the denoiser's dtype."""
+    spec = plan.spec
+    profile = profile_pipeline(
+        open_checkpoint(spec.model), spec.workload.bounds, spec.precision.formats, lambda *_: {}
+    )  # a published architecture: nothing is measured
+    flops = sum(part.work["denoise"].flops for part in profile.components.values() if "denoise" in part.work)
+    return flops / (probe().gpus[0].rates.tflops_float16 * 1e12)
+
+
+WARM = 2
+"""Requests that see a shape for the first time: in the first one, graphs are captured."""
+
+
+def measure(
+    pipeline: Any, plan: Plan, reference: list[torch.Tensor], base: float, turns: int
+) -> Iterator[tuple[str, Any]]:
     """Place the pipeline by `plan`, draw, and take the placement off again."""
     place(pipeline, plan)
     draw = drawer(pipeline, plan)
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    held = reference.nbytes  # what this benchmark keeps there
-    equal = all(torch.equal(draw(), reference) for _ in range(3))  # the first call of a shape, its capture, a replay
-    seconds = seconds_of(draw, turns)
-    peak = torch.cuda.max_memory_allocated() - held
+    for slot in plan.slots:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(slot.index)
+    pictures, seconds = drawn(draw, turns, WARM)
+    peaks = {slot.index: torch.cuda.max_memory_allocated(slot.index) for slot in plan.slots}
+    now = median(seconds[WARM:])
+    yield "runtime", plan.runtime
+    yield "over_diffusers", round(now / base, 3)
+    yield "seconds", round(now, 4)
+    yield "first_seconds", round(seconds[0], 2)
+    batch = plan.spec.workload.batch
+    yield "planned_over_measured", round((plan.estimates.seconds_per_image or 0) * batch / now, 3)
+    counted = {s.index: s.weights_bytes + s.activation_bytes + s.allocator_bytes for s in plan.slots}
+    yield "counted_over_peak", {i: round(counted[i] / peak, 4) for i, peak in peaks.items()}
+    pairs = list(zip(pictures, reference, strict=True))
+    yield "same_bits", all(torch.equal(one, other) for one, other in pairs)
+    yield "largest_difference", round(max(float((one - other).abs().max()) for one, other in pairs), 5)
+    phases = generate(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)[1].seconds
+    yield "phases", {name: round(value, 4) for name, value in phases.items()}
+    yield "planned_phases", plan.estimates.seconds
+    yield "step_over_floor", round(phases["denoise"] / plan.spec.workload.steps / floor_seconds(plan), 2)
     unplace(pipeline)
-    (slot,) = plan.slots
-    counted = slot.weights_bytes + slot.activation_bytes + slot.allocator_bytes
-    return {
-        "runtime": plan.runtime,
-        "over_diffusers": round(seconds / base, 3),
-        "seconds": round(seconds, 4),
-        "planned_over_measured": round((plan.estimates.seconds_per_image or 0) * plan.spec.workload.batch / seconds, 3),
-        "counted_over_peak": round(counted / peak, 4),
-        "same_bits": equal,
-    }
+
+
+def ways(side: int) -> list[Way]:
+    """What is compared; eager is left out where it is slow and known to be diffusers'."""
+    found = [Way("eager"), Way("graphs"), Way("compiled")]
+    if torch.cuda.device_count() > 1:
+        found += [Way("graphs", "guidance"), Way("compiled", "guidance")]
+    return found
+
+
+def compare(options: argparse.Namespace, pipeline: Any) -> None:
+    """Print one JSON line per case and way."""
+    for side, batch in CASES:
+        if options.sides and side not in options.sides:
+            continue
+        turns = options.turns if side * side * batch < 2**21 else max(3, options.turns // 2)
+        draw = drawer(pipeline, planned(options.folder, side, batch, Way("eager")))
+        reference, seconds = drawn(draw, turns, WARM)
+        base = median(seconds[WARM:])
+        print(json.dumps({"side": side, "batch": batch, "way": "diffusers", "seconds": round(base, 4)}), flush=True)
+        for way in ways(side):
+            row = {"side": side, "batch": batch, "split": way.split}
+            try:
+                plan = planned(options.folder, side, batch, way)
+            except InfeasibleError as problem:
+                print(json.dumps(row | {"asked": way.runtime, "refused": str(problem)}), flush=True)
+                continue
+            print(json.dumps(row | dict(measure(pipeline, plan, reference, base, turns))), flush=True)
+
+
+def endure(options: argparse.Namespace, pipeline: Any) -> None:
+    """Draw many small requests with graphs: memory and eager calls at the tenth and at the last."""
+    plan = planned(options.folder, 512, 1, Way("graphs"), "workload.steps=4")
+    place(pipeline, plan)
+    work, marks = plan.spec.workload, []
+    for number in range(options.endure):
+        request = work.request.model_copy(update={"prompt": f"{PROMPTS[number % len(PROMPTS)]}, number {number}"})
+        state = RequestState()
+        generate(pipeline, work.bounds, request, state=state)
+        if number in (10, options.endure - 1):
+            gc.collect()
+            held = [torch.cuda.memory_allocated(slot.index) for slot in plan.slots]
+            kept = [torch.cuda.memory_reserved(slot.index) for slot in plan.slots]
+            marks.append(
+                {"request": number, "allocated": held, "reserved": kept, "eager": str(dict(state.eager_calls))}
+            )
+    graphs = {str(device): len(one.graphs) for device, one in border_of(pipeline).graphs.items() if one}
+    print(json.dumps({"requests": options.endure, "marks": marks, "graphs": graphs}))
 
 
 def main() -> None:
-    """Print one JSON line per case and runtime."""
+    """Parse, load once, and compare or endure."""
     parser = argparse.ArgumentParser(description="seconds of whole images with each runtime, beside diffusers")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="sana_1600m_controlnet")
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--sides", type=int, nargs="*")
+    parser.add_argument("--endure", type=int, default=0)
     options = parser.parse_args()
     if not (options.folder / "model_index.json").is_file():
         make_checkpoint(options.model, options.folder)
-    pipeline = unplace(load_pipeline(planned(options.folder, 512, 1, "eager")))
+    pipeline = unplace(load_pipeline(planned(options.folder, 512, 1, Way("eager"))))
     pipeline.set_progress_bar_config(disable=True)
-    print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "model": options.model}))
-    for side, batch in CASES:
-        plans = {runtime: planned(options.folder, side, batch, runtime) for runtime in RUNTIMES}
-        draw = drawer(pipeline, plans["eager"])
-        turns = options.turns if side * side * batch < 2**21 else max(3, options.turns // 2)
-        reference = draw()
-        base = seconds_of(draw, turns)
-        for asked, plan in plans.items():
-            row = {"side": side, "batch": batch, "asked": asked}
-            print(json.dumps(row | measure(pipeline, plan, reference, base, turns)), flush=True)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(json.dumps({"gpus": gpus, "torch": torch.__version__, "model": options.model}))
+    (endure if options.endure else compare)(options, pipeline)
 
 
 if __name__ == "__main__":
