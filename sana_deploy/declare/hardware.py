@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .._models import Declared
 from .._units import parse_bytes
-from .knobs import KNOBS, Knob, MapKnob, clash, ordered
-from .pipelines import DEFAULT, Component
+from .knobs import KNOBS, Exactness, Knob, MapKnob, clash, ordered
+from .pipelines import DEFAULT, UnitName
 from .sizes import Size
 
 Objective = Literal["balance", "latency", "fit"]
@@ -17,6 +19,25 @@ Objective = Literal["balance", "latency", "fit"]
 
 OnDecodeOom = Literal["tile", "raise"]
 """When the VAE runs out of memory in decode: decode once more in tiles and say so, or give up."""
+
+
+Split = Literal["none", "guidance"]
+"""How one image is spread over GPUs."""
+
+
+@dataclass(frozen=True)
+class SplitDescription:
+    """One way to spread an image over GPUs: what it does in a line, and its exactness."""
+
+    help: str
+    exactness: Exactness
+
+
+SPLITS: dict[Split, SplitDescription] = {
+    "none": SplitDescription("one GPU computes a whole denoising step", "bitwise"),
+    "guidance": SplitDescription("two GPUs compute one half of classifier-free guidance each", "rounding"),
+}
+"""By name, the plainest first. Libraries may choose kernels by batch size, so that halves may differ from the whole."""
 
 
 GpuIndex = Annotated[int, Field(ge=0, le=1023)]
@@ -85,26 +106,47 @@ class SingleGpu(Planned):
         return super().gpu_indices if self.gpu is None else frozenset({self.gpu})
 
 
+def _without_unnamed_units(value: Any) -> Any:
+    """Leave out units of the second half of guidance whose place is null."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: place for key, place in value.items() if place is not None or key not in DEFAULT.second_units}
+
+
 class MultiGpuBalanced(Planned):
     """Whole components dealt over all GPUs: fast while no GPU is crowded, else so that the fullest is the emptiest.
 
-    `pin` fixes single components to a GPU index; None leaves one free.
+    Attributes:
+        pin: fixes single units to a GPU index; None leaves one free. One of the second half counts where it is planned.
+        split: `guidance` (the halves of classifier-free guidance on two GPUs), `none`, or `auto`: where the objective
+            gains by it.
     """
 
     strategy: Literal["multi_gpu_balanced"]
-    pin: dict[Component, GpuIndex | None] = {}
+    pin: dict[UnitName, GpuIndex | None] = {}
+    split: Literal["auto", "none", "guidance"] = "auto"
+
+    _named = field_validator("pin", mode="before")(_without_unnamed_units)
 
 
 class CustomMap(Placed):
     """Exactly what the user wrote: each component's GPU index, or `cpu`.
 
     Attributes:
+        device_map: unit -> place. Where it names units of the second half of guidance, that is the split.
         knobs: memory savers to turn on; one that has nothing to do in the request stays off.
     """
 
     strategy: Literal["custom_map"]
     knobs: list[MapKnob] = [name for name, knob in KNOBS.items() if knob.in_maps and knob.always]
-    device_map: dict[Component, GpuIndex | Literal["cpu"]]
+    device_map: dict[UnitName, GpuIndex | Literal["cpu"]]
+
+    _named = field_validator("device_map", mode="before")(_without_unnamed_units)
+
+    @property
+    def split(self) -> Split:
+        """`guidance` where the map names units of its second half."""
+        return "guidance" if any(name in self.device_map for name in DEFAULT.second_units) else "none"
 
     @property
     def gpu_indices(self) -> frozenset[int] | None:
@@ -116,6 +158,8 @@ class CustomMap(Placed):
         missing = [name for name in DEFAULT.names if name not in self.device_map]
         if missing:
             raise ValueError(f"device_map has no entry for {', '.join(missing)}; every component needs one")
+        if self.split == "guidance":
+            self._check_second_half()
         for name in ordered(self.knobs):
             role = KNOBS[name].role
             if KNOBS[name].needs_gpu and self.device_map[DEFAULT.of(role)] == "cpu":
@@ -124,6 +168,17 @@ class CustomMap(Placed):
         if pair := clash(self.knobs):
             raise ValueError(f"{pair[0]} and {pair[1]} exclude each other")
         return self
+
+    def _check_second_half(self) -> None:
+        """Refuse a second half of guidance that is not whole, not on GPUs, or on the first one's."""
+        second, home = DEFAULT.second_units, DEFAULT.denoiser
+        if missing := [name for name in second if name not in self.device_map]:
+            there = next(name for name in second if name in self.device_map)
+            raise ValueError(f"device_map has {there} and no entry for {', '.join(missing)}: half a step needs both")
+        if on_host := [name for name in (*DEFAULT.looped, *second) if self.device_map[name] == "cpu"]:
+            raise ValueError(f"guidance is split between GPUs, device_map keeps {on_host[0]} on the CPU")
+        if self.device_map[f"{home}.1"] == self.device_map[home]:
+            raise ValueError(f"guidance is split between two GPUs, device_map has {home} and {home}.1 on the same one")
 
 
 Hardware = Annotated[SingleGpu | MultiGpuBalanced | CustomMap, Field(discriminator="strategy")]

@@ -17,7 +17,7 @@ from .._units import parse_bytes
 from .explain import first_error
 from .formats import Dtype, Format, Quantization
 from .hardware import Hardware
-from .pipelines import DEFAULT, Component, PipelineDescription
+from .pipelines import DEFAULT, Component, PipelineDescription, UnitName
 from .runtime import Runtime
 from .sizes import Size, Sizes
 from .workload import DeclaredWorkload, Side
@@ -213,5 +213,5 @@ def component_mappings() -> frozenset[str]:
         for group, field in DeploySpec.model_fields.items()
         for model in get_args(field.annotation) or (field.annotation,)
         for name, inner in (getattr(model, "model_fields", None) or {}).items()
-        if get_origin(inner.annotation) is dict and get_args(inner.annotation)[0] is Component
+        if get_origin(inner.annotation) is dict and get_args(inner.annotation)[0] in (Component, UnitName)
     )

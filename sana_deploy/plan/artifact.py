@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from .._files import write_text
 from .._models import Diagnostic, Record
 from .._version import __version__
+from ..declare.hardware import Split
 from ..declare.pipelines import PIPELINES, SANA_CONTROLNET, Component, PipelineDescription
 from ..declare.runtime import Execution
 from ..declare.spec import DeploySpec
@@ -23,7 +24,7 @@ from ..errors import PlanError
 from ..facts.libraries import library_versions
 from ..facts.machine import Machine
 from .basis import BASIS, POOL_BASIS, UNITS_BASIS
-from .bind import bind_slots, planned_machine, staleness_of
+from .bind import Binding, bind_slots, planned_machine, staleness_of
 from .digest import digest_of
 from .records import (
     CheckpointRecord,
@@ -49,7 +50,8 @@ class Plan(Record):
 
     A plan that is not `feasible` shows the closest miss: it can be read, not applied. `units` are those beyond the
     first of their component, by name; `device_map` and `components` say where the first ones are. `runtime` is how the
-    components of the denoising loop execute on GPUs.
+    components of the denoising loop execute on GPUs. `split` is how one image is spread over GPUs: with `guidance` each
+    component of the denoising loop has a unit 1, which computes the second half of the rows.
     """
 
     schema_version: str
@@ -75,6 +77,7 @@ class Plan(Record):
     pipeline_class: str = SANA_CONTROLNET.class_name
     units: dict[str, PlacedUnit] = {}
     runtime: Execution = "eager"
+    split: Split = "none"
 
     @property
     def pipeline(self) -> PipelineDescription:
@@ -221,15 +224,23 @@ class Plan(Record):
         wanted = (declared.bind if bind is None else bind) or {}
         bound = bind_slots(self.slots, self.components, spec, machine or planned_machine(spec), wanted, stale)
         devices = bound.device_map, bound.slot_devices, bound.home
-        return ResolvedPlan(self, bound.machine, *devices, bound.drift, stale.allowed)
+        return ResolvedPlan(self, bound.machine, *devices, bound.drift, stale.allowed, self._unit_devices(bound))
+
+    def _unit_devices(self, bound: Binding) -> dict[str, str]:
+        """The device of each further unit; none where everything runs on the CPU for want of GPUs."""
+        if self.slots and not bound.slot_devices:
+            return {}
+        return {
+            name: "cpu" if unit.slot == "cpu" else bound.slot_devices[unit.slot] for name, unit in self.units.items()
+        }
 
 
 @dataclass(frozen=True)
 class ResolvedPlan:
     """A plan bound to devices: `device_map` gives each component's torch device string, `slot_devices` each slot's.
 
-    `home` is the device where the denoising loop lives; `drift` lists differences that do no harm; `allowed` names the
-    staleness that was accepted.
+    `home` is the device where the denoising loop lives; `unit_devices` are those of further units; `drift` lists
+    differences that do no harm; `allowed` names the staleness that was accepted.
     """
 
     plan: Plan
@@ -239,3 +250,4 @@ class ResolvedPlan:
     home: str
     drift: tuple[Diagnostic, ...] = ()
     allowed: tuple[str, ...] = ()
+    unit_devices: Mapping[str, str] = field(default_factory=dict)

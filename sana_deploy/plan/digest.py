@@ -2,9 +2,9 @@
 
 Equal decisions have equal digests, whatever minor version wrote them. From 1.4 on a digest covers no minor version's
 number, and a key that a later version added only where it says something: it is left out where it is empty, and
-`pipeline_class` where it names the one pipeline that earlier versions knew, `runtime` where it is eager. What was
-declared of the runtime is left out: `runtime` is what was decided. Digests of 1.0 to 1.3 cover their number;
-1.3 goes on to stand in its place.
+`pipeline_class` where it names the one pipeline that earlier versions knew, `runtime` where it is eager, `split` where
+it is none. What was declared of runtime and split is left out: these keys of the plan are what was decided. Digests of
+1.0 to 1.3 cover their number; 1.3 goes on to stand in its place.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _HOST_PATHS = (
     ("output",),
     ("resolve",),
     ("runtime",),
+    ("hardware", "split"),
 )
 
 
@@ -66,6 +67,8 @@ def _says(key: str, value: Any) -> bool:
         return bool(value != SANA_CONTROLNET.class_name)
     if key == "runtime":
         return bool(value != "eager")
+    if key == "split":
+        return bool(value != "none")
     return key in _COVERED_BY_1_3 or bool(value)
 
 

@@ -22,8 +22,13 @@ DEFAULT = SANA_CONTROLNET
 COMPONENTS: tuple[str, ...] = tuple(dict.fromkeys(name for one in PIPELINES.values() for name in one.names))
 """Every component of any pipeline."""
 
+UNITS: tuple[str, ...] = (*COMPONENTS, *dict.fromkeys(name for one in PIPELINES.values() for name in one.second_units))
+"""What may be given a place by name: components, and the units that the second half of guidance has."""
+
 if TYPE_CHECKING:
     Component = str
+    UnitName = str
 else:
     Component = Literal[COMPONENTS]
-"""The name of a component."""
+    UnitName = Literal[UNITS]
+"""The name of a component, and that of a unit."""

@@ -170,6 +170,16 @@ class PipelineDescription:
             raise LookupError(f"a {self.title} has no {role}")
         return name
 
+    @cached_property
+    def looped(self) -> tuple[str, ...]:
+        """Components that work in every denoising step, in the order of plans."""
+        return tuple(part.name for part in self.components if any(call.phase == "denoise" for call in part.calls))
+
+    @cached_property
+    def second_units(self) -> tuple[str, ...]:
+        """The units that the second half of guidance has: one of each component of the denoising loop."""
+        return tuple(f"{name}.1" for name in self.looped)
+
     @property
     def denoiser(self) -> str:
         """The component that the denoising loop lives with."""
