@@ -20,16 +20,25 @@ _ADAPTER = ("scaling", "active_adapter", "_active_adapter", "_disable_adapters",
 
 
 class ModuleState:
-    """What a module's work depends on besides its arguments, kept to be compared."""
+    """What a module's work depends on besides its arguments, kept to be compared.
 
-    def __init__(self, module: nn.Module) -> None:
+    With `values`, writing to a weight is a change too: PyTorch counts that, but for what goes through `tensor.data`.
+    """
+
+    def __init__(self, module: nn.Module, values: bool = False) -> None:
         self.layers = [(layer.__dict__, layer.training) for layer in module.modules()]
         self.sizes: list[tuple[Any, int]] = []
         self.objects: list[tuple[dict[str, Any], str, Any]] = []
-        self.addresses: list[tuple[torch.Tensor, tuple[int, ...]]] = []
+        self.addresses: list[tuple[torch.Tensor, tuple[Any, ...]]] = []
         self.words: list[tuple[dict[str, Any], str, str]] = []
+        self.versions: list[tuple[torch.Tensor, int]] = []
         for layer in module.modules():
             self._keep(layer)
+            if layer is not module:  # whose forward is the border's
+                self.objects.append((layer.__dict__, "forward", layer.__dict__.get("forward")))
+        if values:
+            parts = [part for tensor, _ in self.addresses for part in parts_of(tensor) if not part.is_inference()]
+            self.versions = [(part, part._version) for part in parts]
 
     def _keep(self, layer: nn.Module) -> None:
         for held in (layer._modules, layer._parameters, layer._buffers, layer._forward_hooks, layer._forward_pre_hooks):
@@ -50,14 +59,15 @@ class ModuleState:
             all(len(held) == size for held, size in self.sizes)
             and all(named.get(key) is value for named, key, value in self.objects)
             and all(_addresses(tensor) == known for tensor, known in self.addresses)
+            and all(part._version == known for part, known in self.versions)
             and all(values["training"] == training for values, training in self.layers)
             and all(repr(values.get(key)) == word for values, key, word in self.words)
         )
 
 
-def _addresses(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Where the values of a tensor are: of each part of a quantised one; nothing where they have no address."""
+def _addresses(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Dtype, and where the values of a tensor are: of each part of a quantised one; alone where there are none."""
     try:
-        return tuple(part.data_ptr() for part in parts_of(tensor))
+        return tensor.dtype, *(part.data_ptr() for part in parts_of(tensor))
     except (RuntimeError, RunError):  # a tensor without values, in a rehearsal
-        return ()
+        return (tensor.dtype,)
