@@ -23,3 +23,9 @@ class Unit:
 def component_of(unit: str) -> Component:
     """The component that a unit of this name belongs to."""
     return unit.partition(".")[0]
+
+
+def component_call(call: str) -> str:
+    """The call of the component, `transformer.forward`, where it is one of its unit: `transformer.1.forward`."""
+    unit, _, method = call.rpartition(".")
+    return f"{component_of(unit)}.{method}"

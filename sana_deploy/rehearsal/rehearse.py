@@ -16,6 +16,7 @@ from ..errors import InfeasibleError
 from ..facts.allocator import context_bytes
 from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.records import Slot
+from ..plan.units import component_call
 from ..run.generate import StepDone, host_peak, run_request, to_images
 from ..run.hook import border_of
 from ..run.load import load_pipeline
@@ -79,14 +80,14 @@ def _slot_of(resolved: ResolvedPlan, index: int) -> Slot | None:
 
 
 class LedgerClock:
-    """Border observer that tells the ledger which component works in which phase."""
+    """Border observer that tells the ledger which component, or unit of one, works in which phase."""
 
     def __init__(self, ledger: Ledger, pipeline: PipelineDescription) -> None:
         self.ledger, self.pipeline = ledger, pipeline
 
     def __call__(self, event: Event, call: str) -> None:
         if event == "enter":
-            self.ledger.enter(self.pipeline.phase_of[call], call.partition(".")[0])
+            self.ledger.enter(self.pipeline.phase_of[component_call(call)], call.rpartition(".")[0])
         else:
             self.ledger.leave()
 
@@ -164,7 +165,8 @@ def report_of(
 ) -> Rehearsal:
     """Sum up a rehearsal: peaks against the plan's estimate, traffic by tensor, timeline, work."""
     plan, ledger = resolved.plan, host.ledger
-    used = sorted({int(place.partition(":")[2]) for place in resolved.device_map.values() if ":" in place})
+    places = {*resolved.device_map.values(), *resolved.unit_devices.values()}
+    used = sorted({int(place.partition(":")[2]) for place in places if ":" in place})
     workload = plan.spec.workload
     transfers = [
         RehearsedTransfer(

@@ -24,6 +24,7 @@ from ..declare.spec import DeploySpec
 from ..declare.workload import DeclaredWorkload
 from ..errors import InfeasibleError
 from ..plan.artifact import Plan
+from ..plan.units import component_call, component_of
 from .generate import run_request, to_images
 from .load import load_pipeline
 from .outcome import Audit, AuditedBorder
@@ -88,8 +89,8 @@ def audit(recorded: Recorder, images: list[Image], plan: Plan, reference: Plan, 
     rows = [
         AuditedBorder(
             component=name,
-            phase=plan.pipeline.phase_of[f"{name}.{method}"],
-            dtype=str(plan.components[name].format),
+            phase=plan.pipeline.phase_of[component_call(f"{name}.{method}")],
+            dtype=str(plan.components[component_of(name)].format),
             relative_error=round(_error(result, _again(pipeline, name, method, recorded)), 9),
         )
         for (name, method), result in recorded.results.items()
@@ -105,7 +106,7 @@ def audit(recorded: Recorder, images: list[Image], plan: Plan, reference: Plan, 
 
 def _again(pipeline: DiffusionPipeline, name: Component, method: str, recorded: Recorder) -> Any:
     """The float32 component's result for the recorded inputs, on the CPU."""
-    module = getattr(pipeline, name)
+    module = getattr(pipeline, component_of(name))
     args, kwargs = recorded.inputs[name, method]
     args, kwargs = _moved(args, _to_float), _moved(kwargs, _to_float)
     with torch.no_grad():

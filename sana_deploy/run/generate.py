@@ -22,6 +22,7 @@ from ..declare.control_image import read_control_image
 from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
 from ..declare.workload import Request, Workload
 from ..errors import RunError, UsageError
+from ..plan.units import component_call
 from .hook import border_of
 from .host import Host
 from .outcome import Measured
@@ -44,7 +45,7 @@ class PhaseClock:
     since: float = 0.0
 
     def __call__(self, event: Event, call: str) -> None:
-        phase = self.pipeline.phase_of.get(call)
+        phase = self.pipeline.phase_of.get(component_call(call))
         if event == "enter" and phase and phase != self.current:
             self.switch(phase)
 
@@ -68,7 +69,7 @@ class StepTraffic:
     per_step: Counter[Movement] = field(default_factory=Counter)
 
     def __call__(self, event: Event, call: str) -> None:
-        if self.before is None and self.pipeline.phase_of.get(call) == "denoise":
+        if self.before is None and self.pipeline.phase_of.get(component_call(call)) == "denoise":
             self.before = Counter(self.traffic.moved)
 
     def step_done(self) -> None:
@@ -181,7 +182,7 @@ def run_request(
 def _out_of_memory(pipeline: DiffusionPipeline, state: RequestState, said: str) -> RunError:
     """Say where memory ran out, what the plan expected there, and what the allocator says."""
     border, (name, method) = border_of(pipeline), state.inside
-    phase = border.pipeline.phase_of.get(f"{name}.{method}", "generate")
+    phase = border.pipeline.phase_of.get(component_call(f"{name}.{method}"), "generate")
     device = pipeline.hf_device_map.get(name, str(border.home))
     planned = ""
     if device in border.expected:

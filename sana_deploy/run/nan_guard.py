@@ -10,6 +10,7 @@ import torch
 
 from ..declare.pipelines import Component, ComponentDescription, Phase, PipelineDescription
 from ..errors import RunError
+from ..plan.units import component_call, component_of
 from .traffic import floating
 
 GUARDED_STEPS = 2
@@ -26,10 +27,10 @@ class NumericsGuard:
     pipeline: PipelineDescription
     dtypes: dict[Component, str]
     steps: int = 0
-    _flags: list[tuple[Component, Phase, torch.Tensor]] = field(default_factory=list)
+    _flags: list[tuple[str, Phase, torch.Tensor]] = field(default_factory=list)
 
-    def __call__(self, name: Component, method: str, output: Any) -> None:
-        phase = self.pipeline.phase_of[f"{name}.{method}"]
+    def __call__(self, name: str, method: str, output: Any) -> None:
+        phase = self.pipeline.phase_of[component_call(f"{name}.{method}")]
         if phase == "denoise" and self.steps >= GUARDED_STEPS:
             return
         for tensor in floating(output):
@@ -53,12 +54,13 @@ class NumericsGuard:
         found, self._flags = self._flags, []
         for name, phase, finite in found:
             if not bool(finite):
-                dtype = self.dtypes[name]
+                component = component_of(name)
+                dtype = self.dtypes[component]
                 raise RunError(
                     f"the {name} gave NaN or infinity in {dtype} during {phase}",
-                    where=f"precision.components.{name}",
-                    hint=_cure(self.pipeline.by_name[name], dtype),
-                    component=name,
+                    where=f"precision.components.{component}",
+                    hint=_cure(self.pipeline.by_name[component], dtype),
+                    component=component,
                     dtype=dtype,
                     phase=phase,
                 )
