@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -17,12 +17,13 @@ from ..errors import InfeasibleError, RunError
 from ..facts.checkpoint import Checkpoint
 from ..plan.artifact import ResolvedPlan
 from ..run.host import load_helpers
+from ..run.mirror import copied_to, digest
 from ..run.quantize import like, map_parts, own_tensors
 from ..run.weights import LoadRequest, Progress, load_components
 from .meta_modules import StandInTokenizer, stand_in
 from .pools import PoolRecorder
 from .virtual import VirtualGpus
-from .virtual_tensor import DEVICE_TYPE
+from .virtual_tensor import DEVICE_TYPE, inner_of
 
 
 class VirtualHost(VirtualGpus):
@@ -75,6 +76,15 @@ class VirtualHost(VirtualGpus):
             for own, key, value in own_tensors(module):
                 own[key] = like(value, map_parts(value.detach(), lambda part: self.take(part, device)))
         return module
+
+    def copy_module(self, module: nn.Module, unit: str, device: torch.device) -> nn.Module:
+        """Copy it between virtual GPUs, counted as weights of `unit`; see `Host`."""
+        with self.ledger.owning(unit):
+            return copied_to(module, device)
+
+    def digest(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
+        """Norms and sums, computed beside the books; see `Host`."""
+        return digest(map(inner_of, tensors)) if self.reads_weights else None
 
     def load_helpers(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
         """Load what the checkpoint holds; see `Host`. Stand-ins do where a catalogued model has nothing here."""

@@ -157,8 +157,9 @@ class Ledger:
         self._since = [self.live(gpu) for gpu in range(len(self.capacities))]
 
     def moved(self, src: str, dst: str, size: int) -> None:
-        """Count a copy between devices."""
-        self.traffic[src, dst] += size
+        """Count a copy between devices, unless weights are being laid out."""
+        if not self._loading:
+            self.traffic[src, dst] += size
 
     def add_work(self, flops: int, touched: int) -> None:
         """Count one operation of the working component: its FLOPs, and the bytes it reads and writes."""

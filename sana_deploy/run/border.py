@@ -25,6 +25,7 @@ class Border(Listeners):
         home: the device of the denoising loop.
         pipeline: which pipeline it is.
         host: whose devices its components are on.
+        units: the devices of components' further units, by the unit's name.
         notes: what loading found that the user should know.
         on_decode_oom: `tile` decodes once more in tiles when the VAE runs out of memory.
         offloaded: components whose weights wait on the CPU.
@@ -39,6 +40,7 @@ class Border(Listeners):
     home: torch.device
     pipeline: PipelineDescription = DEFAULT
     host: Host = field(default_factory=PresentHost)
+    units: dict[str, torch.device] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     on_decode_oom: OnDecodeOom = "raise"
     offloaded: dict[str, OffloadedWeights] = field(default_factory=dict)
@@ -88,6 +90,12 @@ class Border(Listeners):
         for on_outputs in (*self.on_outputs, *self.state.on_outputs):
             on_outputs(name, method, output)
         self._notify("leave", f"{name}.{method}")
+
+    def target_of(self, unit: str) -> torch.device:
+        """The device that needs a unit's results: its denoiser's, or the pipeline's own for those of a denoiser."""
+        component, _, number = unit.partition(".")
+        beside = f"{self.pipeline.denoiser}.{number}"
+        return self.home if component == self.pipeline.denoiser else self.units.get(beside, self.home)
 
     def graphs_of(self, device: torch.device) -> DeviceGraphs | None:
         """The graphs that the components on `device` share; None where it has none."""

@@ -17,8 +17,9 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from ..declare.pipelines import DEFAULT, PIPELINES, ComponentDescription
+from ..declare.pipelines import DEFAULT, PIPELINES
 from ..errors import RunError
+from ..plan.units import component_of
 from .border import Border
 from .control_image_copies import Copies
 from .decode_retry import Tile, attempt, one_at_a_time, retry_tile
@@ -31,17 +32,18 @@ class BorderHook(ModelHook):  # type: ignore[misc]
     """accelerate hook of one whole component.
 
     Args:
-        part: the component.
+        name: the component, or one of its further units.
         device: where its weights are.
         border: shared by the pipeline's hooks.
     """
 
-    def __init__(self, part: ComponentDescription, device: torch.device, border: Border) -> None:
-        self.name = part.name
+    def __init__(self, name: str, device: torch.device, border: Border) -> None:
+        self.name = name
+        part = border.pipeline.by_name[component_of(name)]
         self.calls = {call.method: call for call in part.calls}
         self.device = device
         self.border = border
-        self.execution_device = border.home
+        self.execution_device, self.target = border.home, border.target_of(name)
         self.graphed: GraphedForward | None = None
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -56,7 +58,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Push the outputs home."""
+        """Push the outputs to where they are needed."""
         self.border.leave(self.name, "forward", output)
         return self._push(output, self.calls["forward"].output)
 
@@ -84,12 +86,17 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         graphs, border = self.border.graphs_of(self.device), self.border
         if graphs is None:
             return
-        # Residuals of a ControlNet beside the denoiser go from its graph to the denoiser's where they are.
-        lasting = self.name == border.pipeline.denoiser or self.device != border.home
+        # Residuals of a ControlNet beside its denoiser go from its graph to the denoiser's where they are.
+        lasting = component_of(self.name) == border.pipeline.denoiser or self.device != self.target
         self.graphed = GraphedForward(
             self.name, module, vars(module)["_old_forward"], graphs, self._on_eager, lasting, lambda: border.state
         )
         vars(module)["_old_forward"] = self.graphed
+
+    def forget_graphs(self) -> None:
+        """Give back the memory of graphs, if there are any."""
+        if self.graphed is not None:
+            self.graphed.reset()
 
     def _on_eager(self, reason: str) -> None:
         self.border.state.eager_calls[self.name, reason] += 1
@@ -160,13 +167,13 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         return move(value, self.device, state.traffic, name)
 
     def _push(self, value: Any, name: str) -> Any:
-        return move(value, self.border.home, self.border.state.traffic, name)
+        return move(value, self.target, self.border.state.traffic, name)
 
 
 def attach(
     module: nn.Module, name: str, device: torch.device, border: Border, offloaded: bool = False, graphed: bool = False
-) -> None:
-    """Put the border hook on one component; accelerate's `remove_hook_from_module` takes it off again.
+) -> BorderHook:
+    """Put the border hook on a component, or on one of its units; accelerate's `remove_hook_from_module` takes it off.
 
     Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works. Where it is `graphed`,
     its forward is replayed from graphs, if `device` has them.
@@ -176,10 +183,11 @@ def attach(
     """
     if offloaded:
         border.offloaded[name] = OffloadedWeights(module, name, device)
-    hook = BorderHook(border.pipeline.by_name[name], device, border)
+    hook = BorderHook(name, device, border)
     add_hook_to_module(module, hook)
     if graphed:
         hook.use_graphs(module)
+    return hook
 
 
 def border_of(pipeline: Any) -> Border:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import diffusers
@@ -15,6 +15,7 @@ from ..errors import RunError
 from ..facts.checkpoint import Checkpoint
 from ..plan.artifact import ResolvedPlan
 from .graphs import CudaRecorder, Recorder
+from .mirror import copied_to, digest
 from .weights import LoadRequest, Progress, load_components, quiet_libraries
 
 
@@ -55,6 +56,16 @@ class Host(Protocol):
 
     def release_cached(self, device: torch.device) -> None:
         """Give back memory of `device` that is kept for later tensors."""
+
+    def copy_module(self, module: nn.Module, unit: str, device: torch.device) -> nn.Module:
+        """Copy a module onto `device` as the weights of `unit`; see `mirror.copied_to`.
+
+        Raises:
+            torch.OutOfMemoryError: the copy does not fit.
+        """
+
+    def digest(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
+        """What changes when values in `tensors` do; None where they have no values. See `mirror.digest`."""
 
     def recorder(self, device: torch.device) -> Recorder | None:
         """What makes the graphs of `device`, with a memory pool of its own; None for a device that has none.
@@ -102,6 +113,14 @@ class PresentHost:
         """Empty the cache of PyTorch's allocator."""
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def copy_module(self, module: nn.Module, unit: str, device: torch.device) -> nn.Module:
+        """Copy it from device to device; see `Host`."""
+        return copied_to(module, device)
+
+    def digest(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
+        """Norms and sums, computed where the tensors are; see `Host`."""
+        return digest(tensors)
 
     def recorder(self, device: torch.device) -> Recorder | None:
         """CUDA graphs on a GPU; the CPU has none."""

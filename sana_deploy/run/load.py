@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 
 from ..declare.spec import Model
-from ..errors import PlanError
+from ..errors import PlanError, RunError
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.identity import check_checkpoint
@@ -49,7 +50,11 @@ def load_pipeline(
     modules = host.load_components(requests, progress, notes)
     pipeline_class = getattr(diffusers, resolved.plan.pipeline.class_name)
     pipeline = pipeline_class(**modules, **host.load_helpers(checkpoint))
-    bind(pipeline, resolved, host).notes += notes
+    try:
+        bind(pipeline, resolved, host).notes += notes
+    except torch.OutOfMemoryError as problem:
+        message = f"out of memory while copying components for the second half of guidance: {problem}"
+        raise RunError(message, where="hardware.split", hint="hardware.split=none", out_of_memory=True) from problem
     return pipeline
 
 

@@ -22,6 +22,7 @@ from ..plan.artifact import Plan, ResolvedPlan
 from .border import Border
 from .control_image_copies import Copies, watch_copies
 from .decode_retry import vae_settings
+from .guidance_split import second_units, split_guidance
 from .hook import attach, find_border
 from .host import Host, PresentHost
 from .quantize import quantize_linears
@@ -79,12 +80,13 @@ def place(pipeline: DiffusionPipeline, plan: Plan | ResolvedPlan | None = None) 
             if form.quantization:
                 quantize_linears(module, form.quantization)
             module.to(device=waiting_device(resolved, name))
+        border = bind(pipeline, resolved, PresentHost())
     except torch.OutOfMemoryError as problem:
         for moved, device in origins.items():
             getattr(pipeline, moved).to(device)
         raise RunError(f"out of memory while moving components: {problem}", where="place") from problem
     _log_casts(dtypes, modules)
-    bind(pipeline, resolved, PresentHost()).origins |= origins
+    border.origins |= origins
     return pipeline
 
 
@@ -153,12 +155,17 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
 
     Returns:
         What the hooks share.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for the second half of guidance; the pipeline has no hooks then.
+        RunError: there is no memory for graphs.
     """
     plan = resolved.plan
     border = Border(
         home=torch.device(resolved.home),
         pipeline=plan.pipeline,
         host=host,
+        units={name: torch.device(device) for name, device in resolved.unit_devices.items()},
         on_decode_oom=plan.spec.hardware.on_decode_oom,
         most_graphs=plan.spec.runtime.most_graphs,
         expected={
@@ -167,19 +174,21 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
             if slot.index in resolved.slot_devices
         },
     )
+    mirrors = second_units(pipeline, border, graphed=plan.runtime == "graphs")
     for part in plan.pipeline.components:
         device = torch.device(resolved.device_map[part.name])
         offloaded = waiting_device(resolved, part.name) != resolved.device_map[part.name]
         graphed = plan.runtime == "graphs" and part.role in ("denoiser", "controlnet")
         attach(getattr(pipeline, part.name), part.name, device, border, offloaded, graphed)
+    split_guidance(pipeline, border, mirrors)
     _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
     if "encode_once" in plan.knobs:
         _encode_once(pipeline, border)
     _refuse_group_offload(pipeline, border)
     controlnet = plan.pipeline.find("controlnet")
-    if controlnet and resolved.device_map[controlnet] != resolved.home:
+    if controlnet and (mirrors or resolved.device_map[controlnet] != resolved.home):
         _cast_prompt_once(pipeline, controlnet, border)
-    pipeline.hf_device_map = dict(resolved.device_map)
+    pipeline.hf_device_map = {**resolved.device_map, **resolved.unit_devices}
     return border
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .control_image_copies import Copies
+from .halves import Halves
 from .tensor_mark import TensorMark
 from .traffic import Traffic, move
 
@@ -67,6 +68,7 @@ class RequestState(Listeners):
         failure: what an OutOfMemoryError of the VAE said, which diffusers' pipeline swallows.
         inside: the component and method at work, or the last one.
         copies: which rows of the control images are copies, where each image is encoded once.
+        halves: what the pipeline's call at work keeps of the halves of its guidance; None without guidance.
         kept: copies of arguments that stay the same from step to step, by component and argument.
         calls: how often each component was called.
         eager_calls: how often a component with graphs ran eagerly, by component and reason.
@@ -77,6 +79,7 @@ class RequestState(Listeners):
     failure: str | None = None
     inside: tuple[str, str] = ("pipeline", "")
     copies: Copies | None = None
+    halves: Halves | None = None
     kept: dict[tuple[str, str], KeptCopy] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     eager_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -131,7 +134,7 @@ class States:
         finally:
             _OPEN.reset(token)
             state.kept.clear()
-            state.copies = None
+            state.copies = state.halves = None
 
 
 class _OwnState(threading.local):
