@@ -24,11 +24,13 @@ from torch.utils import _pytree as pytree
 from ..plan.units import component_of
 from .border import Border
 from .halves import Halves, UncutError
-from .hook import attach
+from .hook import BorderHook
 from .mirror import Mirror
 from .split_tensor import SplitTensor, as_whole
 from .traffic import move
 
+Hook = Callable[..., BorderHook]
+"""Puts a hook on a module, given `unit` and `device` by name."""
 _GUIDED = "do_classifier_free_guidance"
 """The argument of a pipeline's `encode_prompt` that says whether the call is with guidance."""
 
@@ -99,13 +101,13 @@ class SplitForward:
             self.border.state.remark(remark)
 
 
-def second_units(pipeline: DiffusionPipeline, border: Border, graphed: bool) -> dict[str, Mirror]:
+def second_units(pipeline: DiffusionPipeline, border: Border, hook: Hook) -> dict[str, Mirror]:
     """Copy the components of the denoising loop onto the devices of their second units, each with a border of its own.
 
     Args:
         pipeline: with all components where they belong.
         border: of the pipeline; `units` says where.
-        graphed: replay the copies' forwards from graphs, on devices that have them.
+        hook: puts a unit's hook on a copy.
 
     Raises:
         torch.OutOfMemoryError: a copy does not fit.
@@ -114,14 +116,10 @@ def second_units(pipeline: DiffusionPipeline, border: Border, graphed: bool) -> 
     for unit, device in border.units.items():
         host = border.host
         copy_module = functools.partial(host.copy_module, unit=unit, device=device)
-        hook = functools.partial(_attach, unit=unit, border=border, graphed=graphed)
-        mirrors[unit] = Mirror(unit, getattr(pipeline, component_of(unit)), copy_module, host.digest, hook)
+        hooked = functools.partial(hook, unit=unit, device=device)
+        mirrors[unit] = Mirror(unit, getattr(pipeline, component_of(unit)), copy_module, host.digest, hooked)
         border.restore.append(mirrors[unit].free)
     return mirrors
-
-
-def _attach(module: nn.Module, unit: str, border: Border, graphed: bool) -> Callable[[], object]:
-    return attach(module, unit, border.units[unit], border, graphed=graphed).forget_graphs
 
 
 def split_guidance(pipeline: DiffusionPipeline, border: Border, mirrors: dict[str, Mirror]) -> None:

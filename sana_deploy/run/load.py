@@ -11,6 +11,7 @@ from ..errors import PlanError, RunError
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.identity import check_checkpoint
+from .border import Border
 from .host import Host, PresentHost
 from .place import bind, resolved_plan, waiting_device
 from .weights import LoadRequest, Progress
@@ -50,12 +51,16 @@ def load_pipeline(
     modules = host.load_components(requests, progress, notes)
     pipeline_class = getattr(diffusers, resolved.plan.pipeline.class_name)
     pipeline = pipeline_class(**modules, **host.load_helpers(checkpoint))
+    _bind(pipeline, resolved, host).notes += notes
+    return pipeline
+
+
+def _bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Border:
     try:
-        bind(pipeline, resolved, host).notes += notes
+        return bind(pipeline, resolved, host)
     except torch.OutOfMemoryError as problem:
         message = f"out of memory while copying components for the second half of guidance: {problem}"
         raise RunError(message, where="hardware.split", hint="hardware.split=none", out_of_memory=True) from problem
-    return pipeline
 
 
 def _pinned(plan: Plan) -> Model:

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,8 +21,16 @@ from .module_state import ModuleState
 from .quantize import like, map_parts, own_tensors, parts_of
 
 log = logging.getLogger(__name__)
-Attach = Callable[[nn.Module], Callable[[], object]]
-"""Puts the hook of a unit on a copy; returns what gives back the memory that the copy's calls keep."""
+
+
+class Hook(Protocol):
+    """The hook of a copy."""
+
+    def forget_graphs(self) -> None:
+        """Give back the memory that the copy's calls keep."""
+
+
+HookOn = Callable[[nn.Module], Hook]
 CopyModule = Callable[[nn.Module], nn.Module]
 Digest = Callable[[Iterable[torch.Tensor]], torch.Tensor | None]
 _PLACING = ("forward", "_old_forward", "_hf_hook", "enable_group_offload")
@@ -39,7 +47,7 @@ class Mirror:
         module: the original.
         copy_module: makes the copy.
         digest: what to recognise weights by.
-        attach: puts the unit's hook on a new copy.
+        hook: puts the unit's hook on a new copy.
 
     Attributes:
         refusal: why there is no copy; empty where there is one.
@@ -48,12 +56,12 @@ class Mirror:
         torch.OutOfMemoryError: the copy does not fit.
     """
 
-    def __init__(self, unit: str, module: nn.Module, copy_module: CopyModule, digest: Digest, attach: Attach) -> None:
+    def __init__(self, unit: str, module: nn.Module, copy_module: CopyModule, digest: Digest, hook: HookOn) -> None:
         self.unit, self.module, self.refusal = unit, module, ""
-        self._copy_module, self._digest, self._attach = copy_module, digest, attach
+        self._copy_module, self._digest, self._hook_on = copy_module, digest, hook
         self._lock = threading.RLock()
         self._copy: nn.Module | None = None
-        self._release: Callable[[], object] = _nothing
+        self._hook: Hook | None = None
         self._make()
 
     def current(self, seen: set[Hashable]) -> nn.Module | None:
@@ -76,27 +84,23 @@ class Mirror:
     def free(self) -> None:
         """Give back the memory of the copy."""
         with self._lock:
-            self._release()
-            self._copy, self._release = None, _nothing
+            if self._hook is not None:
+                self._hook.forget_graphs()
+            self._copy = self._hook = None
 
     def _make(self) -> None:
-        self._state = ModuleState(self.module, values=True)
-        self._weights = self._digest(_stored(self.module))
+        state, weights = ModuleState(self.module, values=True), self._digest(_stored(self.module))
         self.refusal = whole_only(self.module)
         if not self.refusal:
             made = self._copy_module(self.module)
-            self._release = self._attach(made)
-            self._copy = made
+            self._copy, self._hook = made, self._hook_on(made)
+        self._state, self._weights = state, weights  # last: where the copy failed, the next call tries again
 
     def _same_weights(self) -> bool:
         found = self._digest(_stored(self.module))
         if found is None or self._weights is None:
             return True
         return found.device == self._weights.device and torch.equal(found, self._weights)
-
-
-def _nothing() -> None:
-    """Nothing to give back."""
 
 
 def copied_to(module: nn.Module, device: torch.device) -> nn.Module:

@@ -19,11 +19,12 @@ from ..declare.knobs import completed
 from ..declare.pipelines import Component, PipelineDescription
 from ..errors import RunError, UsageError
 from ..plan.artifact import Plan, ResolvedPlan
+from ..plan.units import component_of
 from .border import Border
 from .control_image_copies import Copies, watch_copies
 from .decode_retry import vae_settings
 from .guidance_split import second_units, split_guidance
-from .hook import attach, find_border
+from .hook import BorderHook, attach, find_border
 from .host import Host, PresentHost
 from .quantize import quantize_linears
 from .weights import cast_module
@@ -160,8 +161,27 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
         torch.OutOfMemoryError: there is no room for the second half of guidance; the pipeline has no hooks then.
         RunError: there is no memory for graphs.
     """
+    plan, border = resolved.plan, _new_border(resolved, host)
+    hook = functools.partial(_hook, plan=plan, border=border)
+    mirrors = second_units(pipeline, border, hook)
+    for name in plan.pipeline.names:
+        device = torch.device(resolved.device_map[name])
+        hook(getattr(pipeline, name), name, device, offloaded=waiting_device(resolved, name) != str(device))
+    split_guidance(pipeline, border, mirrors)
+    _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
+    if "encode_once" in plan.knobs:
+        _encode_once(pipeline, border)
+    _refuse_group_offload(pipeline, border)
+    controlnet = plan.pipeline.find("controlnet")
+    if controlnet and (mirrors or resolved.device_map[controlnet] != resolved.home):
+        _cast_prompt_once(pipeline, controlnet, border)
+    pipeline.hf_device_map = {**resolved.device_map, **resolved.unit_devices}
+    return border
+
+
+def _new_border(resolved: ResolvedPlan, host: Host) -> Border:
     plan = resolved.plan
-    border = Border(
+    return Border(
         home=torch.device(resolved.home),
         pipeline=plan.pipeline,
         host=host,
@@ -174,22 +194,15 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
             if slot.index in resolved.slot_devices
         },
     )
-    mirrors = second_units(pipeline, border, graphed=plan.runtime == "graphs")
-    for part in plan.pipeline.components:
-        device = torch.device(resolved.device_map[part.name])
-        offloaded = waiting_device(resolved, part.name) != resolved.device_map[part.name]
-        graphed = plan.runtime == "graphs" and part.role in ("denoiser", "controlnet")
-        attach(getattr(pipeline, part.name), part.name, device, border, offloaded, graphed)
-    split_guidance(pipeline, border, mirrors)
-    _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
-    if "encode_once" in plan.knobs:
-        _encode_once(pipeline, border)
-    _refuse_group_offload(pipeline, border)
-    controlnet = plan.pipeline.find("controlnet")
-    if controlnet and (mirrors or resolved.device_map[controlnet] != resolved.home):
-        _cast_prompt_once(pipeline, controlnet, border)
-    pipeline.hf_device_map = {**resolved.device_map, **resolved.unit_devices}
-    return border
+
+
+def _hook(
+    module: nn.Module, unit: str, device: torch.device, plan: Plan, border: Border, offloaded: bool = False
+) -> BorderHook:
+    """Put the hook of a component, or of one of its further units, on a module: it executes as the plan says."""
+    part = plan.pipeline.by_name[component_of(unit)]
+    graphed = plan.runtime == "graphs" and part.role in ("denoiser", "controlnet")
+    return attach(module, unit, device, border, offloaded, graphed)
 
 
 def _set_vae(vae: Any, plan: Plan, border: Border) -> None:
