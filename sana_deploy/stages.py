@@ -196,7 +196,7 @@ def _ahead_of_load(resolved: ResolvedPlan) -> threading.Thread | None:
         variant = getattr(model, "variant", None)
         parts = [folder / name for name in resolved.plan.pipeline.names if (folder / name / "config.json").is_file()]
         read_ahead([file for part in parts for file in weight_files(part, variant, part.name)])
-    return start_gpus(set(resolved.device_map.values()))
+    return start_gpus({*resolved.device_map.values(), *resolved.unit_devices.values()})
 
 
 def _out_of_range(text: str, plan: Plan) -> Diagnostic:

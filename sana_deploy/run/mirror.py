@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..errors import RunError
 from .module_state import ModuleState
 from .quantize import like, map_parts, own_tensors, parts_of
 
@@ -77,7 +79,8 @@ class Mirror:
             if not self._state.holds() or (self.unit not in seen and not self._same_weights()):
                 self.free()
                 self._make()
-                log.warning("the module behind %s changed: its weights were copied anew", self.unit)
+                done = f"there is no copy: {self.refusal}" if self.refusal else "it was copied anew"
+                log.warning("the module behind %s changed; %s", self.unit, done)
             seen.add(self.unit)
             return self._copy
 
@@ -92,8 +95,12 @@ class Mirror:
         state, weights = ModuleState(self.module, values=True), self._digest(_stored(self.module))
         self.refusal = whole_only(self.module)
         if not self.refusal:
-            made = self._copy_module(self.module)
-            self._copy, self._hook = made, self._hook_on(made)
+            try:
+                made = self._copy_module(self.module)
+            except (TypeError, AttributeError, pickle.PicklingError, RunError) as problem:
+                self.refusal = f"it cannot be copied: {problem}"
+            else:
+                self._copy, self._hook = made, self._hook_on(made)
         self._state, self._weights = state, weights  # last: where the copy failed, the next call tries again
 
     def _same_weights(self) -> bool:
