@@ -5,7 +5,6 @@ The whole is compared with its halves within rounding, and bit for bit where bot
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, SanaControlNetPipeline
 from halved import ROUNDING, UNITS, apart, called, drawn, resolved_plan
 from repeating import RepeatingHost
+from torch.utils import _pytree as pytree
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
@@ -30,7 +30,7 @@ from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.place import place, unplace
 from sana_deploy.run.quantize import is_quantized, parts_of
 from sana_deploy.run.request_state import RequestState
-from sana_deploy.run.split_tensor import SplitTensor
+from sana_deploy.run.split_tensor import SplitTensor, as_whole
 
 Small = Callable[..., DeploySpec]
 pytestmark = pytest.mark.usefixtures("short_prompts")
@@ -107,6 +107,30 @@ def test_a_module_that_is_called_by_itself_works_by_itself(pipeline: DiffusionPi
 def inputs(pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
     config = pipeline.transformer.config
     return {"hidden_states": (config.in_channels, 2, 3), "encoder_hidden_states": (4, config.caption_channels)}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["positional", "named"])
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_any_form_of_a_call_has_the_form_of_the_module_s_own_result(
+    pipeline: DiffusionPipeline, whole: DiffusionPipeline, named: bool, return_dict: bool
+) -> None:
+    rows = {name: torch.randn(4, *shape) for name, shape in inputs(pipeline).items()}
+    rows["timestep"] = torch.full((4,), 500)
+    options: dict[str, Any] = {"return_dict": return_dict, "attention_kwargs": {"scale": 0.5}}
+    given: dict[str, dict[str, Any]] = {
+        "controlnet": {"controlnet_cond": rows["hidden_states"], "conditioning_scale": torch.tensor(0.5)},
+        "transformer": {"encoder_attention_mask": torch.ones(4, 4)},
+    }
+    border_of(pipeline).state.halves = Halves()
+    for name, more in given.items():
+        args, kwargs = ((), {**rows, **more}) if named else (tuple(rows.values()), more)
+        with torch.no_grad():
+            made = [getattr(one, name)(*args, **kwargs, **options) for one in (pipeline, whole)]
+        assert type(made[0]) is type(made[1])
+        halved, plain = (pytree.tree_leaves(as_whole(one)) for one in made)
+        assert len(halved) == len(plain)
+        assert all(apart(a, b) < 1e-4 * float(b.abs().max()) for a, b in zip(halved, plain, strict=True))
+        assert border_of(pipeline).state.calls[f"{name}.1"] == 1
 
 
 def test_requests_in_threads_with_and_without_guidance_do_not_mix(
@@ -290,7 +314,6 @@ def test_a_pipeline_in_memory_is_split_and_taking_that_off_frees_the_copies(
     assert apart(drawn(pipeline, spec), drawn(whole, spec)) < ROUNDING
     copies = [weakref.ref(pipeline.transformer.forward.mirror._copy)]
     undo(pipeline)
-    gc.collect()
     assert [copy() for copy in copies] == [None]
     for name in ("transformer", "controlnet"):
         module = getattr(pipeline, name)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
+from diffusers.models.attention_processor import PAGIdentitySanaLinearAttnProcessor2_0, SanaLinearAttnProcessor2_0
 from halved import ROUNDING, UNITS, apart, called, drawn, resolved_plan
 from repeating import RepeatingHost
 
@@ -106,6 +106,18 @@ def test_both_halves_follow_what_is_done_to_the_component(
     assert {*UNITS} <= {*called(pipeline, spec)}, "and both units work on"
 
 
+def test_a_change_between_two_steps_reaches_the_copy_in_the_next(
+    pipeline: DiffusionPipeline, whole: DiffusionPipeline, spec: DeploySpec
+) -> None:
+    plain, pictures = drawn(pipeline, spec), []
+    for one in (pipeline, whole):
+        state = RequestState()
+        state.on_outputs.append(lambda name, _, __, one=one: in_place(one) if name == "transformer" else None)
+        pictures.append(drawn(one, spec, state))
+    assert apart(*pictures) < ROUNDING
+    assert apart(pictures[0], plain) > 1e-4
+
+
 def test_adapters_may_be_turned_off_and_taken_away_again(pipeline: DiffusionPipeline, spec: DeploySpec) -> None:
     plain = drawn(pipeline, spec)
     peft = pytest.importorskip("peft")
@@ -149,6 +161,16 @@ def looking_at_rows_together(pipeline: DiffusionPipeline) -> None:
     pipeline.transformer.transformer_blocks[0].attn1.set_processor(RowsTogether())
 
 
+def perturbed(pipeline: DiffusionPipeline) -> None:
+    pipeline.transformer.transformer_blocks[0].attn1.set_processor(PAGIdentitySanaLinearAttnProcessor2_0())
+
+
+def inference_weights(pipeline: DiffusionPipeline) -> None:
+    with torch.inference_mode():
+        layer = pipeline.transformer.proj_out
+        layer.weight = torch.nn.Parameter(layer.weight * 0.9, requires_grad=False)
+
+
 def hook_inside(pipeline: DiffusionPipeline) -> None:
     pipeline.transformer.transformer_blocks[0].register_forward_hook(
         lambda _, __, output: output + output.mean(dim=0, keepdim=True)
@@ -168,6 +190,8 @@ def forward_inside(pipeline: DiffusionPipeline) -> None:
             looking_at_rows_together,
             "transformer_blocks.0.attn1 has the attention processor RowsTogether, which may look",
         ),
+        (perturbed, "transformer_blocks.0.attn1 has the attention processor PAGIdentitySanaLinearAttnProcessor2_0"),
+        (inference_weights, "its weights were made in inference mode"),
         (hook_inside, "transformer_blocks.0 has hooks"),
         (forward_inside, "transformer_blocks.0 has another forward than its class"),
         (lambda pipeline: pipeline.transformer.train(), "the module is in training mode"),

@@ -8,6 +8,7 @@ through `tensor.data` leaves no trace on a tensor, so that the weights themselve
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import threading
@@ -90,6 +91,7 @@ class Mirror:
             if self._hook is not None:
                 self._hook.forget_graphs()
             self._copy = self._hook = None
+            gc.collect()  # a hooked module refers to itself
 
     def _make(self) -> None:
         state, weights = ModuleState(self.module, values=True), self._digest(_stored(self.module))
