@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -109,10 +110,14 @@ def test_both_halves_follow_what_is_done_to_the_component(
 def test_a_change_between_two_steps_reaches_the_copy_in_the_next(
     pipeline: DiffusionPipeline, whole: DiffusionPipeline, spec: DeploySpec
 ) -> None:
+    def weaken(one: DiffusionPipeline, name: str, *_: Any) -> None:
+        if name == "transformer":
+            in_place(one)
+
     plain, pictures = drawn(pipeline, spec), []
     for one in (pipeline, whole):
         state = RequestState()
-        state.on_outputs.append(lambda name, _, __, one=one: in_place(one) if name == "transformer" else None)
+        state.on_outputs.append(functools.partial(weaken, one))
         pictures.append(drawn(one, spec, state))
     assert apart(*pictures) < ROUNDING
     assert apart(pictures[0], plain) > 1e-4
@@ -149,7 +154,7 @@ def test_a_cast_of_one_component_reaches_its_copy(
     assert state.remarks == []
 
 
-class RowsTogether(SanaLinearAttnProcessor2_0):
+class RowsTogether(SanaLinearAttnProcessor2_0):  # type: ignore[misc]
     """An attention processor from elsewhere: it lets the second half of the rows see the first."""
 
     def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

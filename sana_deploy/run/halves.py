@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ class Halves:
     """
 
     kept: dict[tuple[str, str], tuple[TensorMark, Pair]] = field(default_factory=dict)
-    seen: set[Hashable] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
 
     def cut(

@@ -1,8 +1,9 @@
 """The one hook of a placed component: it moves tensors across devices at the component's border, and only there.
 
 Inputs are pulled to the component's device, outputs are pushed to where they are needed next: `home`, the device
-of the denoising loop. diffusers reads `execution_device` off the first component's hook, so that every hook
-answers `home` and the pipeline's own tensors (latents, timesteps, embeddings) are made there.
+of the denoising loop, or that of the denoiser's other unit (`guidance_split.py`). diffusers reads `execution_device`
+off the first component's hook, so that every hook answers `home` and the pipeline's own tensors (latents, timesteps,
+embeddings) are made there.
 """
 
 from __future__ import annotations

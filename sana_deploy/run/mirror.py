@@ -13,7 +13,7 @@ import logging
 import pickle
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -67,7 +67,7 @@ class Mirror:
         self._hook: Hook | None = None
         self._make()
 
-    def current(self, seen: set[Hashable]) -> nn.Module | None:
+    def current(self, seen: set[str]) -> nn.Module | None:
         """The copy of the module as it is now; None, and a refusal, where there can be none.
 
         Args:
