@@ -128,6 +128,15 @@ class MultiGpuBalanced(Planned):
 
     _named = field_validator("pin", mode="before")(_without_unnamed_units)
 
+    @model_validator(mode="after")
+    def _halves_apart(self) -> MultiGpuBalanced:
+        for first, second in zip(DEFAULT.looped, DEFAULT.second_units, strict=True):
+            if self.pin.get(first) is not None and self.pin.get(first) == self.pin.get(second):
+                raise ValueError(
+                    f"the halves of guidance work at the same time, pin has {first} and {second} on one GPU"
+                )
+        return self
+
 
 class CustomMap(Placed):
     """Exactly what the user wrote: each component's GPU index, or `cpu`.
@@ -171,14 +180,17 @@ class CustomMap(Placed):
 
     def _check_second_half(self) -> None:
         """Refuse a second half of guidance that is not whole, not on GPUs, or on the first one's."""
-        second, home = DEFAULT.second_units, DEFAULT.denoiser
+        second = DEFAULT.second_units
         if missing := [name for name in second if name not in self.device_map]:
             there = next(name for name in second if name in self.device_map)
             raise ValueError(f"device_map has {there} and no entry for {', '.join(missing)}: half a step needs both")
         if on_host := [name for name in (*DEFAULT.looped, *second) if self.device_map[name] == "cpu"]:
             raise ValueError(f"guidance is split between GPUs, device_map keeps {on_host[0]} on the CPU")
-        if self.device_map[f"{home}.1"] == self.device_map[home]:
-            raise ValueError(f"guidance is split between two GPUs, device_map has {home} and {home}.1 on the same one")
+        for first, other in zip(DEFAULT.looped, second, strict=True):
+            if self.device_map[first] == self.device_map[other]:
+                raise ValueError(
+                    f"the halves of guidance work at the same time, device_map has {first} and {other} on one GPU"
+                )
 
 
 Hardware = Annotated[SingleGpu | MultiGpuBalanced | CustomMap, Field(discriminator="strategy")]

@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from .pipelines import Role
 
 Exactness = Literal["bitwise", "rounding", "changes"]
 """Against diffusers in eager mode on that device: the same bits, the same arithmetic with other last places, or other
 pixels."""
+
+
+def least_exact(found: Iterable[Exactness]) -> Exactness:
+    """The worst of what is done to one picture; `bitwise` where nothing is."""
+    order = get_args(Exactness)
+    return max(found, key=order.index, default="bitwise")
+
+
 _CHANGES = "can change pixels"
 
 

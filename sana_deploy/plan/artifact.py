@@ -24,7 +24,7 @@ from ..errors import PlanError
 from ..facts.libraries import library_versions
 from ..facts.machine import Machine
 from .basis import BASIS, POOL_BASIS, UNITS_BASIS
-from .bind import Binding, bind_slots, planned_machine, staleness_of
+from .bind import bind_slots, planned_machine, staleness_of
 from .digest import digest_of
 from .records import (
     CheckpointRecord,
@@ -83,6 +83,15 @@ class Plan(Record):
     def pipeline(self) -> PipelineDescription:
         """Which pipeline the plan is for."""
         return PIPELINES[self.pipeline_class]
+
+    @property
+    def parts(self) -> dict[str, PlacedComponent]:
+        """Every unit by name, as a component of its place and bytes."""
+        further = {
+            name: self.components[unit.component].model_copy(update=unit.model_dump(exclude={"component"}))
+            for name, unit in self.units.items()
+        }
+        return {**self.components, **further}
 
     @property
     def fullness(self) -> float | None:
@@ -222,17 +231,14 @@ class Plan(Record):
         accepted, whole = declared.allow if allow is None else allow, declared.verify if verify is None else verify
         stale = staleness_of(self.libraries, self.checkpoint, self.components, spec.model, accepted, whole)
         wanted = (declared.bind if bind is None else bind) or {}
-        bound = bind_slots(self.slots, self.components, spec, machine or planned_machine(spec), wanted, stale)
-        devices = bound.device_map, bound.slot_devices, bound.home
-        return ResolvedPlan(self, bound.machine, *devices, bound.drift, stale.allowed, self._unit_devices(bound))
-
-    def _unit_devices(self, bound: Binding) -> dict[str, str]:
-        """The device of each further unit; none where everything runs on the CPU for want of GPUs."""
-        if self.slots and not bound.slot_devices:
-            return {}
-        return {
-            name: "cpu" if unit.slot == "cpu" else bound.slot_devices[unit.slot] for name, unit in self.units.items()
-        }
+        bound = bind_slots(self.slots, self.parts, spec, machine or planned_machine(spec), wanted, stale)
+        devices = {name: bound.device_map[name] for name in self.components}
+        whole = (
+            bool(self.slots) and not bound.slot_devices
+        )  # for want of GPUs all is on the CPU, where one unit does it all
+        further = {} if whole else {name: bound.device_map[name] for name in self.units}
+        places = devices, bound.slot_devices, bound.home
+        return ResolvedPlan(self, bound.machine, *places, bound.drift, stale.allowed, further)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def _placed(profile: PipelineProfile, placement: Placement) -> dict[str, Any]:
         "components": _components(profile, placement),
         "units": _units(profile, placement),
         "runtime": profile.execution,
+        "split": profile.split,
     }
 
 

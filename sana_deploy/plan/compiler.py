@@ -18,7 +18,6 @@ from ..facts.virtual_machine import describe_machine
 from .artifact import Plan
 from .assemble import assemble
 from .auto_precision import choose_precision
-from .execution import executed
 from .grid import Rules
 from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
@@ -26,8 +25,8 @@ from .records import Place
 from .rejections import Rejection
 from .remarks import cpu_remark, declaration_remarks, forced_remarks
 from .remedies import Fits, with_all_knobs, working_changes
-from .runtimes import choose_runtime
 from .search import Search, search_balanced, search_custom, search_host, search_single
+from .splits import choose, open_ways, ways_of
 
 
 def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | None = None) -> Plan:
@@ -55,7 +54,8 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         diagnostics.insert(0, cpu_remark(spec.hardware, offered))
-    choice = choose_runtime(spec.runtime.mode, profile, offered, lambda one: _search(spec, one, offered))
+    ways = ways_of(spec, checkpoint, profile, offered, measure, partial(_search, spec, offered))
+    choice = choose(spec, offered, ways)
     profile, search, diagnostics = choice.profile, choice.search, [*diagnostics, *choice.remarks]
     if search.best:
         remarks = [*forced_remarks(profile, search.best, offered), *diagnostics]
@@ -92,7 +92,7 @@ def _offered(spec: DeploySpec, machine: Machine) -> Machine:
     return replace(machine, gpus=gpus)
 
 
-def _search(spec: DeploySpec, profile: PipelineProfile, machine: Machine) -> Search:
+def _search(spec: DeploySpec, machine: Machine, profile: PipelineProfile) -> Search:
     """Search what the strategy leaves open; a virtual machine is described without its host's memory."""
     hardware = spec.hardware
     emulated = spec.precision.allow_emulated
@@ -105,7 +105,8 @@ def _search(spec: DeploySpec, profile: PipelineProfile, machine: Machine) -> Sea
     rules = Rules(hardware.allow, hardware.objective, emulated, host_bytes=host)
     if isinstance(hardware, SingleGpu):
         return search_single(profile, machine.gpus, rules, hardware.gpu)
-    pins = {name: place for name, place in hardware.pin.items() if place is not None}
+    units = {unit.name for unit in profile.units}
+    pins = {name: place for name, place in hardware.pin.items() if place is not None and name in units}
     return search_balanced(profile, machine.gpus, rules, pins)
 
 
@@ -145,10 +146,12 @@ def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: M
         _check_indices(spec, machine)
     except InfeasibleError:
         return False
-    profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
-    if spec.runtime.mode == "graphs":
-        profile = executed(profile, "graphs")
-    return _search(spec, profile, _offered(spec, machine)).best is not None
+    profile, offered = (
+        profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure),
+        _offered(spec, machine),
+    )
+    ways = ways_of(spec, checkpoint, profile, offered, measure, partial(_search, spec, offered))
+    return any(ways.search(way).best for way in open_ways(spec, offered, ways))
 
 
 def _infeasible(

@@ -49,9 +49,9 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     peak = max over phases of (weights there with their blocks + activations) + workspace + context + headroom x
     capacity. Weights stay, but for an offloaded component's, which are there only while it works. Components of one
     phase work one after the other, so that the largest counts, units of one component at once, so that they add up;
-    what waits at home outside the denoising loop (prompt embeddings, the control image) is listed under the denoiser's
-    first unit and adds to whoever works there. What graphed units take in denoise is in the pool of their graphs, which
-    is there in every phase: a second request finds it.
+    what waits outside the denoising loop (prompt embeddings, the control image) is listed under the denoiser's units
+    and adds to whoever works there. What graphed units take in denoise is in the pool of their graphs, which is there
+    in every phase: a second request finds it.
 
     Args:
         gpu: the one that the slot is; without it workspace, context and headroom are left out.
@@ -79,8 +79,8 @@ def _activations(
     waiting, working = 0, dict[Component, int]()
     for name, part in here.items():
         own = beside.get(name, part.activations.get(phase, 0))
-        if name == profile.pipeline.denoiser and phase != "denoise":
-            waiting = own
+        if part.name == profile.pipeline.denoiser and phase != "denoise":
+            waiting += own
         else:
             working[part.name] = working.get(part.name, 0) + own
     return waiting + max(working.values(), default=0)

@@ -75,6 +75,7 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
     for name, unit in plan.units.items():
         yield f"units.{name}.slot", unit.slot
     yield "runtime", plan.runtime
+    yield "split", plan.split
     yield "knobs", ", ".join(plan.knobs)
 
 

@@ -16,7 +16,7 @@ that was measured, and less than 1 % below it."""
 
 def executed(profile: PipelineProfile, execution: Execution) -> PipelineProfile:
     """Return `profile` with the units of denoiser and ControlNet executed so in denoise."""
-    looped = {part.name for part in profile.pipeline.components if part.role in ("denoiser", "controlnet")}
+    looped = profile.pipeline.looped
     components = {
         name: replace(part, execution=execution) if name in looped else part
         for name, part in profile.components.items()

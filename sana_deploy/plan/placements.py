@@ -23,7 +23,11 @@ CHUNK = 1 << 16
 
 
 def canonical_placements(
-    units: Sequence[str], gpus: Sequence[Gpu], pins: Mapping[str, int], chunk: int = CHUNK
+    units: Sequence[str],
+    gpus: Sequence[Gpu],
+    pins: Mapping[str, int],
+    chunk: int = CHUNK,
+    apart: Mapping[str, str] | None = None,
 ) -> Iterator[Places]:
     """Yield every assignment of `units` to `gpus` that keeps to `pins`, in lexicographic order.
 
@@ -32,9 +36,11 @@ def canonical_placements(
         gpus: GPUs that differ in nothing but index and UUID are alike; one that `pins` names is alike to none.
         pins: unit name -> GPU index.
         chunk: placements in an array at most, where that is more than there are GPUs.
+        apart: unit name -> an earlier one that it shares no GPU with.
     """
     position = {gpu.index: i for i, gpu in enumerate(gpus)}
     fixed = {column: position[pins[name]] for column, name in enumerate(units) if name in pins}
+    beside = {units.index(one): units.index(other) for one, other in (apart or {}).items()}
     kinds = _Kinds.of(gpus, {position[index] for index in pins.values()})
     step = max(1, chunk // max(1, len(gpus)))
 
@@ -44,7 +50,11 @@ def canonical_placements(
             return
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            yield from grow(*kinds.extend(rows[part], used[part], column, fixed.get(column)), column + 1)
+            grown, now = kinds.extend(rows[part], used[part], column, fixed.get(column))
+            if column in beside:
+                kept = grown[:, column] != grown[:, beside[column]]
+                grown, now = grown[kept], now[kept]
+            yield from grow(grown, now, column + 1)
 
     none = np.zeros((1, len(units)), np.int16)
     return grow(none, np.zeros((1, kinds.count), np.int16), 0)

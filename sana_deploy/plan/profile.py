@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ..declare.formats import Format
+from ..declare.hardware import Split
 from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
 from ..declare.runtime import Execution
 from ..declare.workload import Workload
@@ -67,7 +68,8 @@ class ComponentProfile:
 
     `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them, `workspaces` what libraries take
     in a phase. `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own
-    phases. `execution` is how it executes in denoise.
+    phases. `execution` is how it executes in denoise. `units` are those of the component, whose kernels one thread
+    launches.
     """
 
     name: Component
@@ -80,6 +82,7 @@ class ComponentProfile:
     unsplit_bytes: int = 0
     workspaces: Mapping[Phase, int] = field(default_factory=dict)
     execution: Execution = "eager"
+    units: int = 1
 
     @property
     def activation_bytes(self) -> int:
@@ -120,6 +123,11 @@ class PipelineProfile:
         return {**self.components, **{unit.name: part for unit, part in self.further.items()}}
 
     @property
+    def split(self) -> Split:
+        """How one image is spread over GPUs."""
+        return "guidance" if self.further else "none"
+
+    @property
     def execution(self) -> Execution:
         """How the components of the denoising loop execute."""
         return self.components[self.pipeline.denoiser].execution
@@ -147,9 +155,9 @@ def profile_pipeline(
         workload,
         {name: form.dtype for name, form in formats.items()},
     )
-    under = {mode: _profiled(facts[vae], formats[vae], needs[vae], workload, mode) for mode in VaeMode.all()}
+    under = {mode: profile_component(facts[vae], formats[vae], needs[vae], workload, mode) for mode in VaeMode.all()}
     parts = {
-        name: under[VaeMode()] if name == vae else _profiled(one, formats[name], needs[name], workload)
+        name: under[VaeMode()] if name == vae else profile_component(one, formats[name], needs[name], workload)
         for name, one in facts.items()
     }
     waiting = _waiting_in_decode(pipeline, needs[denoiser], workload, crossings)
@@ -158,15 +166,22 @@ def profile_pipeline(
     return PipelineProfile(pipeline, parts, crossings, workload.steps, workload.rows, under)
 
 
-def _profiled(
+def profile_component(
     facts: ComponentFacts,
     form: Format,
     needs: Mapping[Phase, Mapping[str, Any]],
     workload: Workload,
     mode: VaeMode | None = None,
+    share: float = 1.0,
 ) -> ComponentProfile:
-    """Profile one component; `mode` is the VAE's, None for any other."""
-    calls = {phase: _Call.of(workload, phase, mode or VaeMode()) for phase in PHASES if phase in needs}
+    """Profile one component.
+
+    Args:
+        needs: of the component, by phase.
+        mode: the VAE's, None for any other.
+        share: of the rows of a request, what passes it.
+    """
+    calls = {phase: _Call.of(workload, phase, mode or VaeMode(), share) for phase in PHASES if phase in needs}
     return ComponentProfile(
         facts.name,
         facts.class_name,
@@ -235,10 +250,10 @@ class _Call:
     mode: VaeMode
 
     @classmethod
-    def of(cls, workload: Workload, phase: Phase, mode: VaeMode) -> _Call:
+    def of(cls, workload: Workload, phase: Phase, mode: VaeMode, share: float = 1.0) -> _Call:
         each = workload.rows // workload.batch if phase == "prepare" else 1
         rows = 1 if phase == "prepare" and mode.once else workload.batch * each
-        return cls(workload.height, workload.width, rows / each, rows, mode)
+        return cls(workload.height, workload.width, share * rows / each, rows, mode)
 
     @property
     def pixels_at_once(self) -> int:

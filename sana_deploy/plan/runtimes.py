@@ -1,82 +1,89 @@
-"""`runtime=auto|eager|graphs`: how the components of the denoising loop execute, with the reason."""
+"""`runtime=auto` and the others: how the components of the denoising loop execute, with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from .._models import Diagnostic
 from .._units import human_bytes
-from ..declare.runtime import Execution
-from ..facts.machine import Gpu, Machine
-from .execution import executed
+from ..declare.hardware import Split
+from ..declare.runtime import RUNTIMES, Execution
+from ..facts.machine import Gpu
 from .grid import Candidate
 from .profile import PipelineProfile
 from .records import place_words
-from .search import Search
 from .seconds import step_seconds
+from .ways import PLAINEST, Choice, Way, Ways
 
 WORTH = 0.95
-"""Share of the eager denoising loop's seconds that graphs may take at most to be chosen."""
+"""Share of the seconds of the plainer way that another one may take at most to be chosen."""
 
-Searched = Callable[[PipelineProfile], Search]
-"""Searches the placements of a profile."""
+
+def choose_runtime(mode: Execution | Literal["auto"], split: Split, ways: Ways) -> Choice:
+    """Choose the runtime of a split.
+
+    `auto` takes one that keeps every bit, makes the denoising loop faster by 5 % and fits under the same knobs. A
+    denoiser on the CPU has the plainest one: the others are of GPUs.
+    """
+    plainest = Way(PLAINEST, split)
+    if mode != "auto" and mode != PLAINEST:
+        asked = Way(mode, split)
+        best = ways.search(asked).best
+        if best is None or _on_gpu(best, ways.profile(asked)):
+            return ways.choice(asked)
+        return ways.choice(plainest, _not_on_cpu(mode, ways.profile(plainest)))
+    best = ways.search(plainest).best
+    if best is None or mode == PLAINEST or not _on_gpu(best, ways.profile(plainest)):
+        return ways.choice(plainest)
+    verdicts = [_verdict(ways, best, plainest, Way(name, split)) for name in _of_auto()]
+    chosen = min(verdicts, key=lambda one: one.milliseconds)
+    if chosen.way == plainest:
+        return ways.choice(plainest, _remark(PLAINEST, "; ".join(dict.fromkeys(one.reason for one in verdicts))))
+    return ways.choice(chosen.way, _remark(chosen.way.runtime, chosen.reason))
+
+
+def _of_auto() -> Iterable[Execution]:
+    """The runtimes that `auto` may choose beside the plainest."""
+    return [name for name, one in RUNTIMES.items() if name != PLAINEST and one.exactness == "bitwise"]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The profile with the runtime that was chosen, what was searched with it, and what is to say of that."""
+class _Verdict:
+    """Of the plainest way and another one, the one to take; milliseconds of its step, and why."""
 
-    profile: PipelineProfile
-    search: Search
-    remarks: tuple[Diagnostic, ...] = ()
-
-
-def choose_runtime(
-    mode: Literal["auto", "eager", "graphs"], profile: PipelineProfile, machine: Machine, searched: Searched
-) -> Choice:
-    """Search the placements of `profile` with the runtime asked for.
-
-    `auto` takes graphs where they make the denoising loop faster by 5 % and fit under the same knobs. A denoiser on the
-    CPU is eager: graphs are of GPUs.
-    """
-    graphed = executed(profile, "graphs")
-    if mode == "graphs":
-        search = searched(graphed)
-        if search.best is None or _on_gpu(search.best, profile):
-            return Choice(graphed, search)
-    eager = Choice(profile, searched(profile))
-    if eager.search.best is None or mode == "eager":
-        return eager
-    if not _on_gpu(eager.search.best, profile):
-        return Choice(profile, eager.search, () if mode == "auto" else (_no_graphs(profile),))
-    return _chosen(eager, graphed, eager.search.best, machine, searched)
+    way: Way
+    milliseconds: float
+    reason: str
 
 
-def _chosen(eager: Choice, graphed: PipelineProfile, best: Candidate, machine: Machine, searched: Searched) -> Choice:
-    """Graphs where they pay and fit, else eager; both with the reason."""
-    gpus = {gpu.index: gpu for gpu in machine.gpus}
-    now = _milliseconds(eager.profile, best, gpus)
-    if all(_gain(graphed, gpu) > WORTH for gpu in gpus.values()):
-        return _with(eager, "eager", f"the GPU is busy anyway in the ~{now:.0f} ms of a step")
-    search = searched(graphed)
+def _verdict(ways: Ways, best: Candidate, plainest: Way, other: Way) -> _Verdict:
+    """Take `other` where it pays and fits; `best` is the candidate of the plainest way."""
+    plain, profile, name = ways.profile(plainest), ways.profile(other), other.runtime
+    now = _milliseconds(plain, best, ways.gpus)
+
+    def stay(reason: str) -> _Verdict:
+        return _Verdict(plainest, now, reason)
+
+    if all(_gain(plain, profile, gpu) > WORTH for gpu in ways.gpus.values()):
+        return stay(f"the GPU is busy anyway in the ~{now:.0f} ms of a step")
+    search = ways.search(other)
     if search.best is None:
         nearest = search.nearest()
-        return _with(eager, "eager", f"graphs do not fit{f': {nearest.message}' if nearest else ''}")
-    short = [i for i, use in search.best.uses.items() if use.peak_bytes > gpus[i].free_bytes]
-    if short:  # of a placement that is forced
-        return _with(eager, "eager", f"graphs do not fit on {place_words(short[0])}")
+        return stay(f"{name} do not fit{f': {nearest.message}' if nearest else ''}")
+    if short := ways.short_of(search.best):
+        return stay(f"{name} do not fit on {place_words(short[0])}")
     if search.best.knobs != best.knobs:
         knobs = [", ".join(one.knobs) or "no knob" for one in (search.best, best)]
-        return _with(eager, "eager", f"graphs would fit with {knobs[0]}, eager takes {knobs[1]}")
-    then = _milliseconds(graphed, search.best, gpus)
+        return stay(f"{name} would fit with {knobs[0]}, {PLAINEST} takes {knobs[1]}")
+    then = _milliseconds(profile, search.best, ways.gpus)
     if then > WORTH * now:
-        return _with(eager, "eager", f"a step would take ~{then:.0f} ms with graphs and takes ~{now:.0f} ms without")
+        return stay(f"a step would take ~{then:.0f} ms with {name} and takes ~{now:.0f} ms without")
     kept = [f"~{human_bytes(use.pool_bytes)} on {place_words(i)}"
             for i, use in search.best.uses.items() if use.pool_bytes]  # fmt: skip
-    reason = f"~{then:.0f} ms a step, ~{now:.0f} ms launched from Python; graphs keep {', '.join(kept)}"
-    return _with(Choice(graphed, search), "graphs", reason)
+    reason = f"~{then:.0f} ms a step, ~{now:.0f} ms launched from Python; {name} keep {', '.join(kept)}"
+    return _Verdict(other, then, reason)
 
 
 def _on_gpu(candidate: Candidate, profile: PipelineProfile) -> bool:
@@ -84,10 +91,9 @@ def _on_gpu(candidate: Candidate, profile: PipelineProfile) -> bool:
     return candidate.placement[profile.pipeline.denoiser] != "cpu"
 
 
-def _gain(graphed: PipelineProfile, gpu: Gpu) -> float:
-    """Seconds of a step on one GPU with graphs over those without."""
-    eager = executed(graphed, "eager")
-    then, now = (sum(step_seconds(part, gpu.rates) for part in one.components.values()) for one in (graphed, eager))
+def _gain(plain: PipelineProfile, other: PipelineProfile, gpu: Gpu) -> float:
+    """Seconds of a step on one GPU with another runtime over those with the plainest."""
+    now, then = (sum(step_seconds(part, gpu.rates) for part in one.components.values()) for one in (plain, other))
     return then / now if now else 1.0
 
 
@@ -99,12 +105,11 @@ def _milliseconds(profile: PipelineProfile, candidate: Candidate, gpus: Mapping[
     return 1e3 * sum(step_seconds(part, gpu.rates) for part, gpu in on_gpus)
 
 
-def _with(choice: Choice, execution: Execution, reason: str) -> Choice:
+def _remark(execution: Execution, reason: str) -> Diagnostic:
     message = f"auto chose {execution}: {reason}"
-    remark = Diagnostic(type="auto_runtime", severity="info", message=message, where="runtime")
-    return Choice(choice.profile, choice.search, (remark,))
+    return Diagnostic(type="auto_runtime", severity="info", message=message, where="runtime")
 
 
-def _no_graphs(profile: PipelineProfile) -> Diagnostic:
-    message = f"the {profile.pipeline.denoiser} is on the CPU, which has no graphs: it runs eagerly"
+def _not_on_cpu(execution: Execution, profile: PipelineProfile) -> Diagnostic:
+    message = f"the {profile.pipeline.denoiser} is on the CPU, which has no {execution}: it runs eagerly"
     return Diagnostic(type="no_graphs", severity="warning", message=message, where="runtime.mode")

@@ -67,6 +67,8 @@ def search_balanced(
 ) -> Search:
     """Search all placements of whole units over `gpus`, GPUs that are alike counted once; `pins` are kept to.
 
+    A further unit is on another GPU than the first one of its component: it is there to work at the same time.
+
     `balance` takes the fewest seconds, then the fewest bytes moved, among placements whose fullest GPU is at most ROOMY
     full, and the emptiest fullest GPU where none is. Before that it wants, one after the other: no tiling, no offload,
     ControlNet beside the transformer, and no slicing; slicing goes on where otherwise nothing fits, or where keeping
@@ -78,7 +80,8 @@ def search_balanced(
         pins: unit name -> GPU index.
         chunk: placements that are looked at together; it bounds the memory, and changes nothing in the result.
     """
-    blocks = canonical_placements([unit.name for unit in profile.units], gpus, pins or {}, chunk)
+    apart = {unit.name: unit.component for unit in profile.further}
+    blocks = canonical_placements([unit.name for unit in profile.units], gpus, pins or {}, chunk, apart)
     return _search(profile, gpus, rules, blocks, _settings(profile, rules.allow), _balanced_key, chunk)
 
 

@@ -86,17 +86,18 @@ def link_between(one: KnownGpu, other: KnownGpu) -> Link:
 
 
 def work_seconds(
-    work: Work, dtype: Dtype, rates: KnownGpu, reached: Efficiency = PHASE_EFFICIENCY, launched: bool = True
+    work: Work, dtype: Dtype, rates: KnownGpu, reached: Efficiency = PHASE_EFFICIENCY, launches: int = 1
 ) -> float:
     """Seconds of `work` on a GPU, by the roofline (Williams et al. 2009, https://doi.org/10.1145/1498765.1498785).
 
-    max(launches, products + the rest), where launches = operations x LAUNCH_SECONDS, products = max(FLOPs / rate, their
-    bytes / bandwidth), the rest = other bytes / bandwidth + operations x a kernel's seconds, rate and bandwidths what
-    is `reached` of the card's. Work cut into calls takes REFILL_SECONDS more for each kernel of every call but the
-    first. A dtype that is not native runs at the float32 rate.
+    max(launches, products + the rest), where launches = operations x `launches` x LAUNCH_SECONDS, products = max(FLOPs
+    / rate, their bytes / bandwidth), the rest = other bytes / bandwidth + operations x a kernel's seconds, rate and
+    bandwidths what is `reached` of the card's. Work cut into calls takes REFILL_SECONDS more for each kernel of every
+    call but the first. A dtype that is not native runs at the float32 rate.
 
     Args:
-        launched: whether Python launches each kernel; a graph launches all at once.
+        launches: how often Python launches each kernel, here and for other GPUs at the same time; a graph launches all
+            at once.
     """
     tflops = {"float16": rates.tflops_float16, "bfloat16": rates.tflops_bfloat16, "float32": rates.tflops_float32}
     rate = (tflops[dtype] or rates.tflops_float32) * 1e12 * reached.products
@@ -104,13 +105,13 @@ def work_seconds(
     products = max(work.flops / rate, work.product_bytes / (bandwidth * reached.product_bandwidth))
     others = work.other_bytes / (bandwidth * reached.other_bandwidth)
     each = work.operations * (reached.kernel_seconds + (1 - 1 / work.calls) * REFILL_SECONDS)
-    return max(work.operations * LAUNCH_SECONDS if launched else 0.0, products + others + each)
+    return max(work.operations * launches * LAUNCH_SECONDS, products + others + each)
 
 
 def step_seconds(part: ComponentProfile, rates: KnownGpu) -> float:
-    """Seconds of one component on one GPU in a denoising step."""
-    work, launched = part.work.get("denoise", Work()), part.execution == "eager"
-    return work_seconds(work, part.format.dtype, rates, STEP_EFFICIENCY, launched)
+    """Seconds of one unit on one GPU in a denoising step; kernels of all units are launched by one thread."""
+    work, launches = part.work.get("denoise", Work()), part.units if part.execution == "eager" else 0
+    return work_seconds(work, part.format.dtype, rates, STEP_EFFICIENCY, launches)
 
 
 def upload_seconds(weights_bytes: int, rates: KnownGpu) -> float:

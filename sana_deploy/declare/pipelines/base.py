@@ -124,6 +124,8 @@ class PipelineDescription:
         arguments: what a call of the pipeline gets for a request, given the control image; without what the caller adds
             (a generator, callbacks, the form of the output).
         takes_control_image: whether a request has one.
+        second_half: tensors that the denoiser's unit 1 gets and gives where it computes half of the rows of a guided
+            step; None where guidance does not enter as rows.
     """
 
     class_name: str
@@ -137,6 +139,7 @@ class PipelineDescription:
     waiting: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     takes_control_image: bool = True
+    second_half: Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]] | None = None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -178,7 +181,7 @@ class PipelineDescription:
     @cached_property
     def second_units(self) -> tuple[str, ...]:
         """The units that the second half of guidance has: one of each component of the denoising loop."""
-        return tuple(f"{name}.1" for name in self.looped)
+        return () if self.second_half is None else tuple(f"{name}.1" for name in self.looped)
 
     @property
     def denoiser(self) -> str:

@@ -54,6 +54,23 @@ def crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype])
     )  # fmt: skip
 
 
+def second_half(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype]) -> tuple[Crossing, ...]:
+    """Tensors between the transformer and its unit 1, in bytes: half of the rows of a guided step."""
+    item = DTYPE_BYTES[dtypes["transformer"]]
+    rows = workload.rows // 2
+    latents = int(configs["vae"]["latent_channels"]) * workload.height * workload.width // VAE_FACTOR**2 * rows * item
+    hidden = int(configs["text_encoder"]["hidden_size"])
+    # As for the ControlNet: what the pipeline casts anew in each step is sent in each step.
+    recast = dtypes["transformer"] not in (dtypes["text_encoder"], dtypes["controlnet"])
+    return (
+        Crossing("hidden_states", "transformer", "transformer.1", latents, True),
+        Crossing("encoder_hidden_states", "transformer", "transformer.1", MAX_TOKENS * hidden * rows * item, recast),
+        Crossing("encoder_attention_mask", "transformer", "transformer.1", MAX_TOKENS * rows * 8, False),
+        Crossing("timestep", "transformer", "transformer.1", rows * 8, True),
+        Crossing("noise_pred", "transformer.1", "transformer", latents, True),
+    )
+
+
 def arguments(request: Request, workload: Workload, control_image: Any) -> dict[str, Any]:
     """What a call of the pipeline gets; the control image is of the workload's size."""
     return {
@@ -126,4 +143,5 @@ SANA_CONTROLNET = PipelineDescription(
     repeated=("control_image", "control_latents"),
     waiting=("controlnet_block_samples",),
     apart=("controlnet",),
+    second_half=second_half,
 )

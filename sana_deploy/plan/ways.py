@@ -1,0 +1,89 @@
+"""Ways to execute a request on a machine: a runtime and a split together, each profiled and searched at most once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from .._models import Diagnostic
+from ..declare.hardware import SPLITS, Split
+from ..declare.knobs import Exactness, least_exact
+from ..declare.runtime import RUNTIMES, Execution
+from ..facts.machine import Gpu, Machine
+from .execution import executed
+from .grid import Candidate
+from .profile import PipelineProfile
+from .search import Search
+
+PLAINEST: Execution = next(iter(RUNTIMES))
+"""What everything runs with that has no other runtime."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How components execute, and how one image is spread over GPUs."""
+
+    runtime: Execution
+    split: Split
+
+    @property
+    def exactness(self) -> Exactness:
+        """What it does to the picture."""
+        return least_exact((RUNTIMES[self.runtime].exactness, SPLITS[self.split].exactness))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The way that was chosen, its profile, what was searched with it, and what is to say of that."""
+
+    way: Way
+    profile: PipelineProfile
+    search: Search
+    remarks: tuple[Diagnostic, ...] = ()
+
+
+class Ways:
+    """The ways that a request can take on a machine.
+
+    Args:
+        profiles: makes the profile of each split that is possible, executed the plainest way.
+        machine: the GPUs that may be taken.
+        searched: searches the placements of a profile.
+    """
+
+    def __init__(
+        self,
+        profiles: Mapping[Split, Callable[[], PipelineProfile]],
+        machine: Machine,
+        searched: Callable[[PipelineProfile], Search],
+    ) -> None:
+        self.gpus: Mapping[int, Gpu] = {gpu.index: gpu for gpu in machine.gpus}
+        self.splits = tuple(profiles)
+        self._made, self._search = profiles, searched
+        self._plain: dict[Split, PipelineProfile] = {}
+        self._found: dict[Way, Search] = {}
+
+    def __iter__(self) -> Iterator[Way]:
+        """The plainest first."""
+        return (Way(runtime, split) for split in self.splits for runtime in RUNTIMES)
+
+    def profile(self, way: Way) -> PipelineProfile:
+        """The profile of a request that goes this way."""
+        if way.split not in self._plain:
+            self._plain[way.split] = self._made[way.split]()
+        plain = self._plain[way.split]
+        return plain if way.runtime == PLAINEST else executed(plain, way.runtime)
+
+    def search(self, way: Way) -> Search:
+        """The placements of a request that goes this way."""
+        if way not in self._found:
+            self._found[way] = self._search(self.profile(way))
+        return self._found[way]
+
+    def choice(self, way: Way, *remarks: Diagnostic) -> Choice:
+        """Choose this way."""
+        return Choice(way, self.profile(way), self.search(way), remarks)
+
+    def short_of(self, candidate: Candidate) -> list[int]:
+        """GPUs that a candidate does not fit, which is so where it is forced."""
+        return [i for i, use in candidate.uses.items() if use.peak_bytes > self.gpus[i].free_bytes]
