@@ -108,7 +108,7 @@ def test_every_text_of_the_user_is_escaped(small: Small) -> None:
     empty: dict[str, Any] = {key: None for key in NUMBERS.values() if key not in ("job", "gpus")}
     row = {"job": 0, "overrides": {"workload.prompt": nasty}, "status": "failed", "front": False, "gpus": 0,
            "report": "", "reason": nasty, "device_map": {}, "dtypes": {}, "knobs": [nasty], "per_gpu": [],
-           "compared_seconds": None, "total_peak_bytes": None, **empty}  # fmt: skip
+           "exactness": "changes", "compared_seconds": None, "total_peak_bytes": None, **empty}  # fmt: skip
     assert "<img" not in sweep_page(nasty, [row], cells_of([row]), NUMBERS)
 
 
@@ -194,6 +194,7 @@ def wide_sweep() -> str:
         rows.append({
             "job": job, "overrides": given, "status": status, "front": ended, "gpus": 2 * ended, "report": "",
             "reason": "" if ended else WHY, "device_map": {}, "per_gpu": [], "compared_seconds": None,
+            "exactness": "rounding" if ended else None,
             "knobs": ["vae_slicing", "split_controlnet", "text_encoder_offload"] * ended,
             "dtypes": dict.fromkeys(("text_encoder", "vae", "transformer", "controlnet"), "float16") if ended else {},
             "total_peak_bytes": None, **empty,

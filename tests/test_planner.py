@@ -101,6 +101,8 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
                 continue
             if split and "split_controlnet" not in allowed:
                 continue
+            if any(placement[unit.name] == placement[unit.component] for unit in profile.further):
+                continue
             worst = max(use.peak_bytes / by_index[i].free_bytes for i, use in uses.items())
             seconds = phase_seconds(changed, placement, by_index)
             assert seconds is not None

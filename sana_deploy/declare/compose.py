@@ -98,8 +98,8 @@ def compose_error(problem: Exception) -> SanaDeployError:
     if key:
         inner = re.search(rf"full_key: ({re.escape(key.group(1))}\.[\w.]+)", text)  # of a mapping given as a whole
         path = inner.group(1) if inner else key.group(1)
-        parent, _, word = path.rpartition(".")
-        if parent in component_mappings() and word not in COMPONENTS and known_keys().get(parent):
+        mapping, word = ".".join(path.split(".")[:2]), ".".join(path.split(".")[2:])
+        if word and mapping in component_mappings() and word not in COMPONENTS and known_keys().get(mapping):
             return no_component(path)
         return ComposeError("there is no such key", where=path, hint=nearest_key(path))
     option = re.search(r"Could not find '(\w+)/([\w.-]+)'", text)

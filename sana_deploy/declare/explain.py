@@ -12,7 +12,7 @@ from ..errors import InvalidSpecError, did_you_mean
 from . import sizes
 from .keys import nearest_key
 from .knobs import KNOBS
-from .pipelines import COMPONENTS, DEFAULT
+from .pipelines import COMPONENTS, DEFAULT, UNITS
 
 _TAGS = {
     "tiny", "catalogue", "checkpoint", "single_gpu", "multi_gpu_balanced", "custom_map", "[key]", "int",
@@ -46,11 +46,10 @@ def first_error(problem: ValidationError) -> InvalidSpecError:
 
 
 def no_component(where: str) -> InvalidSpecError:
-    """Say that the last word of a key is no component."""
-    word = where.rpartition(".")[2]
-    return InvalidSpecError(
-        f"{word!r} is not a component", where=where, hint=did_you_mean(word, COMPONENTS), value=word
-    )
+    """Say that what follows the second dot of a key is no component, nor a unit of one where units have places."""
+    group, _, word = where.split(".", 2)
+    known = UNITS if group == "hardware" else COMPONENTS
+    return InvalidSpecError(f"{word!r} is not a component", where=where, hint=did_you_mean(word, known), value=word)
 
 
 def _words(expected: str) -> list[str]:

@@ -22,6 +22,8 @@ FREE_TEXT = (
 """Keys whose value is what a person writes: in a single run, everything behind the `=` belongs to it."""
 _NULL = re.compile(r"null", re.IGNORECASE)
 _QUOTED = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*""", re.DOTALL)
+_UNIT = re.compile(r"(hardware\.(?:pin|device_map))\.(\w+\.\d+)=(.*)", re.DOTALL)
+"""A place for a further unit of a component, whose name has a dot: Hydra would read a group of its own."""
 _INTERPOLATION = re.compile(r"\$\{[a-zA-Z_.][\w.]*(?::[^{}]*)?\}")
 
 
@@ -33,8 +35,11 @@ def key_of(override: str) -> str:
 def literal(override: str) -> str:
     """Quote the value of an override where its key takes free text, so that Hydra gives it back as it stands.
 
-    Left in Hydra's grammar: `null`, a value that is wholly in quotes, and one that is a single `${...}`.
+    Left in Hydra's grammar: `null`, a value that is wholly in quotes, and one that is a single `${...}`. The place of a
+    further unit (`hardware.pin.transformer.1=0`) becomes an entry of its mapping.
     """
+    if unit := _UNIT.fullmatch(override):
+        return f"{unit[1]}={{{unit[2]}:{unit[3]}}}"
     key, equals, text = override.partition("=")
     if not equals or key.lstrip("+") not in FREE_TEXT:
         return override

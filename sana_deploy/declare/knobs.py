@@ -16,14 +16,8 @@ from .pipelines import Role
 Exactness = Literal["bitwise", "rounding", "changes"]
 """Against diffusers in eager mode on that device: the same bits, the same arithmetic with other last places, or other
 pixels."""
-
-
-def least_exact(found: Iterable[Exactness]) -> Exactness:
-    """The worst of what is done to one picture; `bitwise` where nothing is."""
-    order = get_args(Exactness)
-    return max(found, key=order.index, default="bitwise")
-
-
+EXACTNESSES: tuple[Exactness, ...] = get_args(Exactness)
+"""The most exact first."""
 _CHANGES = "can change pixels"
 
 
@@ -121,6 +115,11 @@ else:
     Knob = Literal[tuple(KNOBS)]
     MapKnob = Literal[tuple(name for name, one in KNOBS.items() if one.in_maps)]
 """The name of a knob; of one that a custom map may name."""
+
+
+def least_exact(found: Iterable[Exactness]) -> Exactness:
+    """The worst of what is done to one picture; `bitwise` where nothing is."""
+    return max(found, key=EXACTNESSES.index, default="bitwise")
 
 
 def ordered(knobs: Iterable[Knob]) -> tuple[Knob, ...]:

@@ -17,19 +17,21 @@ from .._files import write_text
 from .._models import Diagnostic, Record
 from .._version import __version__
 from ..declare.hardware import Split
+from ..declare.knobs import Exactness
 from ..declare.pipelines import PIPELINES, SANA_CONTROLNET, Component, PipelineDescription
 from ..declare.runtime import Execution
 from ..declare.spec import DeploySpec
 from ..errors import PlanError
 from ..facts.libraries import library_versions
 from ..facts.machine import Machine
-from .basis import BASIS, POOL_BASIS, UNITS_BASIS
+from .basis import BASIS, FASTER_BASIS, POOL_BASIS, UNITS_BASIS
 from .bind import bind_slots, planned_machine, staleness_of
 from .digest import digest_of
 from .records import (
     CheckpointRecord,
     Considered,
     Estimates,
+    Faster,
     KnobPrice,
     Place,
     PlacedComponent,
@@ -51,7 +53,9 @@ class Plan(Record):
     A plan that is not `feasible` shows the closest miss: it can be read, not applied. `units` are those beyond the
     first of their component, by name; `device_map` and `components` say where the first ones are. `runtime` is how the
     components of the denoising loop execute on GPUs. `split` is how one image is spread over GPUs: with `guidance` each
-    component of the denoising loop has a unit 1, which computes the second half of the rows.
+    component of the denoising loop has a unit 1, which computes the second half of the rows. `exactness` is what knobs,
+    runtime and split do to the picture; None in plans of before 1.4. `faster` are other ways for the same request, the
+    most exact first.
     """
 
     schema_version: str
@@ -78,6 +82,8 @@ class Plan(Record):
     units: dict[str, PlacedUnit] = {}
     runtime: Execution = "eager"
     split: Split = "none"
+    exactness: Exactness | None = None
+    faster: list[Faster] = []
 
     @property
     def pipeline(self) -> PipelineDescription:
@@ -109,6 +115,7 @@ class Plan(Record):
             basis={
                 **BASIS,
                 **(UNITS_BASIS if fields.get("units") else {}),
+                **(FASTER_BASIS if fields.get("faster") else {}),
                 **(POOL_BASIS if fields.get("runtime") == "graphs" else {}),
             },
             libraries=library_versions(part.format for part in fields["components"].values()), **fields,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .._models import Diagnostic
 from .._units import fullness
+from ..declare.hardware import SPLITS
+from ..declare.knobs import KNOBS, least_exact
 from ..declare.pipelines import Component
+from ..declare.runtime import RUNTIMES
 from ..declare.spec import DeploySpec
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Gpu, Machine
@@ -25,6 +29,7 @@ from .profile import VAE_TILE, PipelineProfile
 from .records import (
     Considered,
     Estimates,
+    Faster,
     Miss,
     Place,
     PlacedComponent,
@@ -47,12 +52,14 @@ def assemble(
     search: Search,
     diagnostics: list[Diagnostic],
     feasible: bool = True,
+    faster: Sequence[Faster] = (),
 ) -> Plan:
     """Make the plan of the `chosen` candidate, with what the search considered and rejected.
 
     Args:
         profile: without any knob.
         feasible: False for a closest miss, which can be read but not applied.
+        faster: other ways for the same request.
     """
     gpus = {gpu.index: gpu for gpu in machine.gpus}
     placement, batch = chosen.placement, spec.workload.batch
@@ -64,7 +71,8 @@ def assemble(
         checkpoint=record_of(checkpoint, spec.resolve.verify),
         slots=[_slot(profile, placement, gpu) for gpu in used],
         **_placed(profile, placement),
-        knobs=list(chosen.knobs),
+        **_turned_on(profile, chosen),
+        faster=list(faster),
         transfers=[*_uploads(profile, placement, batch), *_transfers(profile, placement, batch)],
         estimates=_estimates(profile, chosen, batch),
         considered=_considered(search, profile, batch, gpus),
@@ -74,6 +82,13 @@ def assemble(
         knob_prices={knob: price_of(knob, plain, chosen.knobs, placement, gpus, batch) for knob in chosen.knobs},
         vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if profile.vae_mode.tiled else None,
     )
+
+
+def _turned_on(profile: PipelineProfile, chosen: Candidate) -> dict[str, Any]:
+    """The knobs that are on, and what all that was chosen does to the picture together."""
+    knobs = (KNOBS[knob].exactness for knob in chosen.knobs)
+    all_of_it = least_exact((RUNTIMES[profile.execution].exactness, SPLITS[profile.split].exactness, *knobs))
+    return {"knobs": list(chosen.knobs), "exactness": all_of_it}
 
 
 def _placed(profile: PipelineProfile, placement: Placement) -> dict[str, Any]:
@@ -91,6 +106,11 @@ def _placed(profile: PipelineProfile, placement: Placement) -> dict[str, Any]:
 def _device_map(profile: PipelineProfile, placement: Placement) -> dict[Component, Place]:
     """The place of the first unit of each component."""
     return {name: placement[name] for name in profile.pipeline.names}
+
+
+def _unit_map(profile: PipelineProfile, placement: Placement) -> dict[str, Place]:
+    """The places of the other units."""
+    return {unit.name: placement[unit.name] for unit in profile.further}
 
 
 def _components(profile: PipelineProfile, placement: Placement) -> dict[Component, PlacedComponent]:
@@ -201,6 +221,7 @@ def _considered(search: Search, profile: PipelineProfile, batch: int, gpus: dict
             knobs=list(candidate.knobs),
             seconds_per_image=_per_image(candidate, batch),
             fullness=_fullness(candidate, gpus),
+            units=_unit_map(profile, candidate.placement),
         )
         for candidate in search.ranked[1:]
     ]
@@ -227,6 +248,7 @@ def _miss(search: Search, profile: PipelineProfile) -> Miss | None:
         knobs=list(search.closest.knobs),
         shortfall_bytes=nearest.shortfall_bytes,
         message=nearest.message,
+        units=_unit_map(profile, search.closest.placement),
     )
 
 

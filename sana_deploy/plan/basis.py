@@ -39,5 +39,9 @@ UNITS_BASIS = {"units.*.weights_bytes": "exact", "units.*.activation_bytes": "es
 """The same for plans that have `units`."""
 
 
+FASTER_BASIS = {"faster.*.seconds_per_image": "estimated", "faster.*.times_faster": "estimated"}
+"""The same for plans that name faster ways."""
+
+
 POOL_BASIS = {"slots.*.pool_bytes": "estimated"}
 """The same for plans whose components execute as graphs."""

@@ -18,6 +18,7 @@ from ..facts.virtual_machine import describe_machine
 from .artifact import Plan
 from .assemble import assemble
 from .auto_precision import choose_precision
+from .faster import faster_ways
 from .grid import Rules
 from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
@@ -27,6 +28,7 @@ from .remarks import cpu_remark, declaration_remarks, forced_remarks
 from .remedies import Fits, with_all_knobs, working_changes
 from .search import Search, search_balanced, search_custom, search_host, search_single
 from .splits import choose, open_ways, ways_of
+from .ways import Ways
 
 
 def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | None = None) -> Plan:
@@ -51,15 +53,15 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
         spec, reason = choose_precision(spec, checkpoint, machine, fits)
         diagnostics.append(reason)
     diagnostics += declaration_remarks(spec, checkpoint, machine)
-    profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         diagnostics.insert(0, cpu_remark(spec.hardware, offered))
-    ways = ways_of(spec, checkpoint, profile, offered, measure, partial(_search, spec, offered))
+    ways = _ways(measure, spec, checkpoint, offered)
     choice = choose(spec, offered, ways)
     profile, search, diagnostics = choice.profile, choice.search, [*diagnostics, *choice.remarks]
     if search.best:
         remarks = [*forced_remarks(profile, search.best, offered), *diagnostics]
-        return assemble(spec, checkpoint, profile, offered, search.best, search, remarks)
+        faster = faster_ways(spec, choice, ways)
+        return assemble(spec, checkpoint, profile, offered, search.best, search, remarks, faster=faster)
     problem = _infeasible(spec, checkpoint, machine, search, fits)
     if search.closest:
         refused = Diagnostic(
@@ -68,6 +70,12 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
         remarks = [refused, *diagnostics]
         problem.plan = assemble(spec, checkpoint, profile, offered, search.closest, search, remarks, feasible=False)
     raise problem
+
+
+def _ways(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, offered: Machine) -> Ways:
+    """The ways to execute the request on the GPUs that are offered."""
+    profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
+    return ways_of(spec, checkpoint, profile, offered, measure, partial(_search, spec, offered))
 
 
 def _pinned(spec: DeploySpec, checkpoint: Checkpoint) -> DeploySpec:
@@ -146,11 +154,8 @@ def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: M
         _check_indices(spec, machine)
     except InfeasibleError:
         return False
-    profile, offered = (
-        profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure),
-        _offered(spec, machine),
-    )
-    ways = ways_of(spec, checkpoint, profile, offered, measure, partial(_search, spec, offered))
+    offered = _offered(spec, machine)
+    ways = _ways(measure, spec, checkpoint, offered)
     return any(ways.search(way).best for way in open_ways(spec, offered, ways))
 
 

@@ -3,7 +3,8 @@
 Equal decisions have equal digests, whatever minor version wrote them. From 1.4 on a digest covers no minor version's
 number, and a key that a later version added only where it says something: it is left out where it is empty, and
 `pipeline_class` where it names the one pipeline that earlier versions knew, `runtime` where it is eager, `split` where
-it is none. What was declared of runtime and split is left out: these keys of the plan are what was decided. Digests of
+it is none. What was declared of runtime and split is left out: these keys of the plan are what was decided. So are
+`exactness`, which follows from them, and `faster`, which was not taken. Digests of
 1.0 to 1.3 cover their number; 1.3 goes on to stand in its place.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 from ..declare.pipelines import SANA_CONTROLNET
 from ..facts.shapes import digest
 
-_OUTSIDE_DIGEST = ("digest", "tool_version", "libraries")
+_OUTSIDE_DIGEST = ("digest", "tool_version", "libraries", "exactness", "faster")
 _COVERED_BY_1_3 = {
     "schema_version", "spec", "checkpoint", "slots", "home", "device_map", "components", "knobs", "transfers",
     "estimates", "considered", "rejections", "diagnostics", "basis", "feasible", "knob_prices", "vae_tile",
@@ -54,11 +55,11 @@ def _drop_folders(named: dict[str, Any]) -> None:
             del named[name]
 
 
-def _drop_empty_pools(slots: list[Any]) -> None:
-    """Leave out the bytes that graphs keep where they keep none."""
-    for slot in slots:
-        if isinstance(slot, dict) and not slot.get("pool_bytes"):
-            slot.pop("pool_bytes", None)
+def _drop_empty(key: str, records: list[Any]) -> None:
+    """Leave out what a later version added to records, where it says nothing: bytes that graphs keep, further units."""
+    for record in records:
+        if isinstance(record, dict) and not record.get(key):
+            record.pop(key, None)
 
 
 def _says(key: str, value: Any) -> bool:
@@ -95,7 +96,13 @@ def digest_of(values: dict[str, Any]) -> str:
             _drop_wholes(parts)
     match content:
         case {"slots": list(slots)}:
-            _drop_empty_pools(slots)
+            _drop_empty("pool_bytes", slots)
+    match content:
+        case {"considered": {"runners_up": list(runners), **others}}:
+            _drop_empty("units", [*runners, others.get("closest")])
+    match content:
+        case {"basis": dict(basis)}:
+            content["basis"] = {key: how for key, how in basis.items() if not key.startswith("faster.")}
     match spec:
         case {"model": {"components": dict(named)}}:
             _drop_folders(named)

@@ -8,7 +8,10 @@ from typing import Literal
 from .._models import Record
 from .._units import fullness
 from ..declare.formats import Dtype, Format, Quantization
+from ..declare.hardware import Split
+from ..declare.knobs import Exactness
 from ..declare.pipelines import Component
+from ..declare.runtime import Execution
 
 Place = int | Literal["cpu"]
 """A slot index, or the host."""
@@ -134,6 +137,21 @@ class Estimates(Record):
     seconds_per_image: float | None = None
 
 
+class Faster(Record):
+    """A faster way to execute the same request on the same machine, and the overrides that plan it.
+
+    `exactness` is what it does to the picture of the plan that it is offered with. `times_faster` are seconds of the
+    plan over its own.
+    """
+
+    runtime: Execution
+    split: Split
+    exactness: Exactness
+    seconds_per_image: float
+    times_faster: float
+    overrides: list[str]
+
+
 class KnobPrice(Record):
     """What a knob that is on saves on the GPU that it helps most, and what it costs; None where that is not known."""
 
@@ -152,7 +170,10 @@ class Tile(Record):
 
 
 class RunnerUp(Record):
-    """A placement that also fits, and what it would cost; `fullness` as `Plan.fullness`, since schema 1.3."""
+    """A placement that also fits, and what it would cost; `fullness` as `Plan.fullness`, since schema 1.3.
+
+    `units` are those beyond the first of their component.
+    """
 
     device_map: dict[Component, Place]
     worst_utilisation: float
@@ -160,15 +181,17 @@ class RunnerUp(Record):
     knobs: list[str] = []
     seconds_per_image: float | None = None
     fullness: float | None = None
+    units: dict[str, Place] = {}
 
 
 class Miss(Record):
-    """A candidate that does not fit, by the fewest bytes."""
+    """A candidate that does not fit, by the fewest bytes; `units` as of a `RunnerUp`."""
 
     device_map: dict[Component, Place]
     knobs: list[str]
     shortfall_bytes: int
     message: str
+    units: dict[str, Place] = {}
 
 
 class Considered(Record):

@@ -30,25 +30,29 @@ LADDER = ("1xrtx3060", "2xrtx3060", "1xrtx4090", "2xrtx4090", "1xa100", "2xa100"
 
 
 def working_changes(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, fits: Fits) -> str:
-    """Return up to four changes that fit, of a kind each: room kept, knobs, strategy or precision, image size, machine.
+    """Return up to four changes that fit, of a kind each: room kept, knobs, strategy or precision, image size, and
+    another machine or whole steps on one GPU.
 
     Quantised weights are offered where neither knobs nor another policy help, and another machine where this one does
     not hold everything, also if nothing of it is kept free.
     """
     less = _less_kept_free(spec, checkpoint, machine, fits)
     runtime = _first(_less_kept_by_graphs(spec), checkpoint, machine, fits)
+    whole = _first(_whole_steps(spec), checkpoint, machine, fits)
     found = [
         runtime or less,
         _first(_more_knobs(spec), checkpoint, machine, fits),
         _first(_on_this_machine(spec), checkpoint, machine, fits),
         _largest_image(spec, checkpoint, machine, fits),
-        "" if runtime or less or isinstance(spec.hardware, CustomMap) else _first_machine(spec, checkpoint, fits),
+        ""
+        if runtime or less or whole or isinstance(spec.hardware, CustomMap)
+        else _first_machine(spec, checkpoint, fits),
     ]
     if not any(found[:3]) and all_shipped(checkpoint):
         found.insert(3, _first(_quantized(spec), checkpoint, machine, fits))
     if not any(found[:-1]):
         found.insert(0, _first(_fragile_precisions(spec), checkpoint, machine, fits))
-    changes = [change for change in found if change]
+    changes = [change for change in (*found, whole) if change]
     return f"this fits: {'; or '.join(changes)}" if changes else ""
 
 
@@ -59,6 +63,13 @@ def _less_kept_by_graphs(spec: DeploySpec) -> Iterator[Change]:
     """Graphs only where their memory fits, where they were asked for everywhere."""
     if spec.runtime.mode == "graphs":
         yield "runtime=auto", spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"mode": "auto"})})
+
+
+def _whole_steps(spec: DeploySpec) -> Iterator[Change]:
+    """Halves of guidance only where they are worth it, where they were asked for."""
+    hardware = spec.hardware
+    if isinstance(hardware, MultiGpuBalanced) and hardware.split == "guidance":
+        yield "hardware.split=auto", spec.model_copy(update={"hardware": hardware.model_copy(update={"split": "auto"})})
 
 
 def _first(changes: Iterator[Change], checkpoint: Checkpoint, machine: Machine, fits: Fits) -> str:
@@ -112,7 +123,9 @@ def _makes_sense(knob: Knob, spec: DeploySpec) -> bool:
 def _on_this_machine(spec: DeploySpec) -> Iterator[Change]:
     """Another policy for the same strategy first, then the balanced strategy with each policy."""
     kept = (
-        {} if isinstance(spec.hardware, CustomMap) else spec.hardware.model_dump(include={"use", "keep_free", "allow"})
+        {}
+        if isinstance(spec.hardware, CustomMap)
+        else spec.hardware.model_dump(include={"use", "keep_free", "allow", "split"})
     )
     balanced = MultiGpuBalanced(strategy="multi_gpu_balanced", **kept)
     for hardware, words in ((spec.hardware, ""), (balanced, "hardware=multi_gpu_balanced")):

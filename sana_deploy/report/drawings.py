@@ -10,6 +10,7 @@ from typing import Any
 from .._units import GIB, human_bytes
 from ..plan.artifact import Plan
 from ..plan.records import Place, ordered_places, place_words
+from ..plan.units import component_of
 from ..run.outcome import Rehearsal, RehearsedGpu
 from .wording import taken_words
 
@@ -36,7 +37,7 @@ def timeline(gpu: RehearsedGpu, rehearsal: Rehearsal) -> dict[str, Any]:
         x = index * pitch
         words = f"{moment.phase}, {moment.component}: {human_bytes(live)}"
         bars.append({"x": x, "y": round(floor - height, 1), "width": pitch - GAP, "height": height,
-                     "name": moment.component, "words": words})  # fmt: skip
+                     "name": component_of(moment.component), "words": words})  # fmt: skip
         if moment.phase != before:
             marks.append({"x": x, "phase": moment.phase, "label_x": x + 3, "anchor": "start"})
         before = moment.phase
@@ -81,9 +82,9 @@ def flow(plan: Plan) -> dict[str, Any]:
     for one in plan.transfers:
         sums[one.src, one.dst][0] += one.bytes_per_step
         sums[one.src, one.dst][1] += one.bytes_per_image
-    places = ordered_places({place for pair in sums for place in pair} | set(plan.device_map.values()))
+    places = ordered_places({place for pair in sums for place in pair} | {part.slot for part in plan.parts.values()})
     at = {place: index * (BOX + 90) for index, place in enumerate(places)}
-    parts = {place: [name for name, where in plan.device_map.items() if where == place] for place in places}
+    parts = {place: [name for name, part in plan.parts.items() if part.slot == place] for place in places}
     reach = max((abs(places.index(src) - places.index(dst)) for src, dst in sums), default=1)
     top, box = 20 + 34 * reach, 30 + 17 * max(1, *(len(names) for names in parts.values()))
     edges = []

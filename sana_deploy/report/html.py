@@ -18,11 +18,13 @@ from .._version import __version__
 from ..declare.spec import VirtualMachine
 from ..plan.artifact import Plan
 from ..plan.records import Place, Slot, place_words
+from ..plan.units import component_of
 from ..run.outcome import Outcome
 from .drawings import chart, flow, timeline
 from .wording import (
     OTHERS_WORDS,
     considered_sentence,
+    faster_sentence,
     image_words,
     knob_sentence,
     knob_words,
@@ -58,7 +60,7 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         status=outcome.status,
         error=outcome.error,
         workload=f"{work.width} x {work.height} px, batch {work.batch}, {work.steps} steps, guidance "
-        f"{work.guidance_scale:g}, {runtime_words(plan)}",
+        f"{work.guidance_scale:g}, {runtime_words(plan)}{f', in all {plan.exactness}' if plan.exactness else ''}",
         digest=plan.digest[7:19],
         version=__version__,
         command=command,
@@ -66,6 +68,7 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         gpus=[_gpu(plan, slot) for slot in plan.slots],
         components=_components(plan),
         seconds=_seconds(plan),
+        faster=[faster_sentence(one) for one in plan.faster],
         knobs=[f"{knob_sentence(plan, knob)}: {knob_words(knob)}" for knob in plan.knobs],
         timelines=[timeline(gpu, outcome.rehearsal) for gpu in outcome.rehearsal.gpus] if outcome.rehearsal else [],
         rehearse=_rehearse(plan),
@@ -108,9 +111,7 @@ def _legend(plan: Plan) -> list[tuple[str, str]]:
 
 def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:
     """The bar of one GPU: weights of each component that is there at the peak, activations, overhead, others, free."""
-    here: dict[str, int] = {
-        name: part.weights_bytes for name, part in plan.components.items() if part.slot == slot.index
-    }
+    here: dict[str, int] = {name: part.weights_bytes for name, part in plan.parts.items() if part.slot == slot.index}
     if sum(here.values()) > slot.weights_bytes:  # the peak is in a phase when offloaded weights wait on the CPU
         uploaded = {one.tensor for one in plan.transfers if one.src == "cpu"}
         here = {name: size for name, size in here.items() if f"{name} weights" not in uploaded}
@@ -119,7 +120,7 @@ def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:
     total = max(slot.capacity_bytes, sum(sizes.values()))
     sizes["free"] = total - sum(sizes.values())
     parts = [
-        {"name": name, "percent": round(100 * size / total, 3), "words": f"{name} {human_bytes(size)}"}
+        {"name": component_of(name), "percent": round(100 * size / total, 3), "words": f"{name} {human_bytes(size)}"}
         for name, size in sizes.items()
         if size or name != "others"
     ]
@@ -138,7 +139,7 @@ def _components(plan: Plan) -> list[tuple[str, ...]]:
             human_bytes(part.weights_bytes),
             human_bytes(part.activation_bytes),
         )
-        for name, part in plan.components.items()
+        for name, part in plan.parts.items()
     ]
 
 
@@ -187,10 +188,12 @@ def _transfers(plan: Plan) -> list[tuple[str, ...]]:
 
 def _runners(plan: Plan) -> list[tuple[str, ...]]:
     """The chosen placement and those that came next, as the table of what was considered shows them."""
-    made = plan.estimates
-    chosen = _runner(plan.device_map, plan.fullness, plan.knobs, made.bytes_per_image, made.seconds_per_image, True)
-    rest = [_runner(one.device_map, one.fullness, one.knobs, one.bytes_per_image, one.seconds_per_image)
-            for one in plan.considered.runners_up]  # fmt: skip
+    made, places = plan.estimates, {name: part.slot for name, part in plan.parts.items()}
+    chosen = _runner(places, plan.fullness, plan.knobs, made.bytes_per_image, made.seconds_per_image, True)
+    rest = [
+        _runner({**one.device_map, **one.units}, one.fullness, one.knobs, one.bytes_per_image, one.seconds_per_image)
+        for one in plan.considered.runners_up
+    ]
     return [chosen, *rest] if plan.feasible and plan.considered.placements else rest
 
 

@@ -25,8 +25,8 @@ from .jobs import Job, read_jobs
 COLUMNS = (
     "job", "overrides", "status", "exit_code", "front", "gpus", "fullness", "worst_utilisation", "weights_bytes",
     "peak_bytes", "total_peak_bytes", "per_gpu", "bytes_per_step", "estimated_seconds_per_image", "images_per_second",
-    "seconds", "compared_seconds", "measured_peak_bytes", "psnr", "worst_error", "knobs", "dtypes", "device_map",
-    "workload", "report", "reason",
+    "seconds", "compared_seconds", "measured_peak_bytes", "psnr", "worst_error", "exactness", "knobs", "dtypes",
+    "device_map", "workload", "report", "reason",
 )  # fmt: skip
 _NESTED = ("overrides", "knobs", "dtypes", "device_map", "per_gpu", "workload")
 """Columns that hold JSON in summary.csv."""
@@ -79,6 +79,7 @@ def _row(job: Job) -> dict[str, Any]:
         "measured_peak_bytes": max(measured.get("peak_bytes", {}).values(), default=None),
         "psnr": audit.get("psnr"),
         "worst_error": max((border["relative_error"] for border in audit.get("borders", [])), default=None),
+        "exactness": plan.get("exactness"),
         "knobs": plan.get("knobs", []),
         "dtypes": {name: str(_format(parts[name])) for name in COMPONENTS if name in parts},
         "device_map": outcome.get("device_map") or plan.get("device_map", {}),
@@ -203,6 +204,7 @@ def _cells(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, str]:
         "PSNR": _number(row["psnr"]),
         "worst error": "" if row["worst_error"] is None else f"{row['worst_error']:.1e}",
         "dtypes": ", ".join(f"{name} {form}" for name, form in row["dtypes"].items()),
+        "exactness": row["exactness"] or "",
         "knobs": ", ".join(row["knobs"]),
         "reason": row["reason"],
     }

@@ -23,6 +23,7 @@ from ..run.outcome import Audit, Measured, Outcome, Rehearsal
 from .wording import (
     OTHERS_WORDS,
     considered_sentence,
+    faster_sentence,
     groups_words,
     image_words,
     knob_sentence,
@@ -79,7 +80,7 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
         ("  ", "dim"), spec.hardware.strategy, ("  ", "dim"), spec.precision.name,
     )  # fmt: skip
     load = f"{work.width}x{work.height} px, batch {work.batch}, {work.steps} steps, guidance {work.guidance_scale:g}"
-    blocks: list[RenderableType] = [head, Text(load + _seconds(plan), style="dim"), _runtime_line(plan)]
+    blocks: list[RenderableType] = [head, Text(load + _seconds_and_exactness(plan), style="dim"), _runtime_line(plan)]
     for slot in plan.slots:
         blocks += [_slot_line(slot, unicode), *_component_lines(plan, slot.index)]
     if "cpu" in plan.device_map.values():
@@ -87,6 +88,7 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
     if plan.slots:
         blocks.append(_legend(plan, unicode))
     blocks += [Text(f"knob {knob_sentence(plan, knob)}", style="cyan") for knob in plan.knobs]
+    blocks += [Text(faster_sentence(one), style="cyan") for one in plan.faster]
     blocks += _transfer_lines(plan)
     blocks += _considered_lines(plan)
     blocks += [line for remark in plan.diagnostics if remark.type != CHOSEN
@@ -100,9 +102,11 @@ def _runtime_line(plan: Plan) -> Text:
     return Text(": ".join([runtime_words(plan), *(one.partition(": ")[2] for one in chosen)]), style="dim")
 
 
-def _seconds(plan: Plan) -> str:
+def _seconds_and_exactness(plan: Plan) -> str:
     seconds = plan.estimates.seconds_per_image
-    return "" if seconds is None else f"; ~{seconds:.2f} s per image"
+    words = [] if seconds is None else [f"~{seconds:.2f} s per image"]
+    words += [plan.exactness] if plan.exactness else []
+    return f"; {', '.join(words)}" if words else ""
 
 
 def _legend(plan: Plan, unicode: bool) -> Text:
@@ -124,8 +128,8 @@ def _slot_line(slot: Slot, unicode: bool) -> Text:
 def _component_lines(plan: Plan, place: Place) -> list[RenderableType]:
     lines: list[RenderableType] = []
     longest = max(len(str(part.format)) for part in plan.components.values())
-    home = plan.pipeline.denoiser if len(set(plan.device_map.values())) > 1 else None
-    for name, part in plan.components.items():
+    home = plan.pipeline.denoiser if len({part.slot for part in plan.parts.values()}) > 1 else None
+    for name, part in plan.parts.items():
         if part.slot == place:
             label = f"{name} (home)" if name == home else name
             needs = f"{human_bytes(part.weights_bytes):>10} weights  ~{human_bytes(part.activation_bytes)} activations"
@@ -155,7 +159,7 @@ def _considered_lines(plan: Plan) -> list[RenderableType]:
     for runner in plan.considered.runners_up[:1]:
         knobs = f", {', '.join(runner.knobs)}" if runner.knobs else ""
         full = "" if runner.fullness is None else f": fullest {runner.fullness:.0%}"
-        words = f"  next: {groups_words(runner.device_map)}{full}{knobs}"
+        words = f"  next: {groups_words({**runner.device_map, **runner.units})}{full}{knobs}"
         lines.append(Text(words, style="dim"))
     if plan.rejections:
         counts = ", ".join(rejection_words(row) for row in plan.rejections)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .._units import GIB, human_bytes
-from ..declare.knobs import KNOBS
+from ..declare.hardware import SPLITS
+from ..declare.knobs import KNOBS, Exactness
 from ..declare.pipelines import Component
 from ..declare.runtime import RUNTIMES
 from ..plan.artifact import Plan
-from ..plan.records import Place, RejectionCount, Slot, ordered_places
+from ..plan.records import Faster, Place, RejectionCount, Slot, ordered_places
 from ..run.outcome import Audit
 
 OTHERS_WORDS = "for others (used, or kept free)"
@@ -22,9 +23,23 @@ def groups_words(device_map: Mapping[Component, Place]) -> str:
     return " | ".join(", ".join(name for name, at in device_map.items() if at == place) for place in places)
 
 
+PICTURE: Mapping[Exactness, str] = {
+    "bitwise": "same pixels",
+    "rounding": "pixels differ in the last places",
+    "changes": "other pixels",
+}
+"""What people read of an exactness."""
+
+
 def runtime_words(plan: Plan) -> str:
     """How the denoising loop executes, and what that does to the picture."""
-    return f"runtime {plan.runtime} ({RUNTIMES[plan.runtime].exactness})"
+    split = f", split {plan.split} ({SPLITS[plan.split].exactness})" if plan.split != "none" else ""
+    return f"runtime {plan.runtime} ({RUNTIMES[plan.runtime].exactness}){split}"
+
+
+def faster_sentence(one: Faster) -> str:
+    """`2.4x faster: runtime=compiled (pixels differ in the last places)`."""
+    return f"{one.times_faster:.1f}x faster: {' '.join(one.overrides)} ({PICTURE[one.exactness]})"
 
 
 def pool_words(slot: Slot) -> str:
@@ -52,7 +67,8 @@ def knob_sentence(plan: Plan, knob: str) -> str:
     elif seconds is not None:
         costs.append(f"costs ~{seconds:.2g} s")
     effects = [f"saves {' and '.join(saved)}"] if saved else []
-    return f"{knob} {', '.join([*effects, *costs])}".rstrip()
+    exactness = f" ({KNOBS[knob].exactness})" if knob in KNOBS else ""
+    return f"{knob} {', '.join([*effects, *costs])}".rstrip() + exactness
 
 
 def taken_words(peak_bytes: int, others_bytes: int, capacity_bytes: int, share: float) -> str:
