@@ -32,6 +32,7 @@ from make_checkpoint import make_checkpoint
 
 from sana_deploy import Plan, compile_plan, load_pipeline, place, unplace
 from sana_deploy.declare.control_image import read_control_image
+from sana_deploy.declare.runtime import RUNTIMES
 from sana_deploy.errors import InfeasibleError
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.machine import probe
@@ -144,11 +145,11 @@ def measure(
     unplace(pipeline)
 
 
-def ways(side: int) -> list[Way]:
-    """What is compared; eager is left out where it is slow and known to be diffusers'."""
-    found = [Way("eager"), Way("graphs"), Way("compiled")]
+def ways() -> list[Way]:
+    """What is compared: every runtime on one GPU, and where there are two, each that has graphs on both."""
+    found = [Way(name) for name in RUNTIMES]
     if torch.cuda.device_count() > 1:
-        found += [Way("graphs", "guidance"), Way("compiled", "guidance")]
+        found += [Way(name, "guidance") for name in RUNTIMES if name != "eager"]
     return found
 
 
@@ -162,7 +163,7 @@ def compare(options: argparse.Namespace, pipeline: Any) -> None:
         reference, seconds = drawn(draw, turns, WARM)
         base = median(seconds[WARM:])
         print(json.dumps({"side": side, "batch": batch, "way": "diffusers", "seconds": round(base, 4)}), flush=True)
-        for way in ways(side):
+        for way in ways():
             row = {"side": side, "batch": batch, "split": way.split}
             try:
                 plan = planned(options.folder, side, batch, way)
