@@ -121,6 +121,22 @@ def test_balance_splits_where_nothing_fits_without() -> None:
     assert planned(*tight, "workload.batch=1").split == "none"
 
 
+def test_latency_stays_whole_where_the_halves_do_not_fit() -> None:
+    plan = planned("machine=2x8gb", LATENCY)
+    assert plan.split == "none"
+    assert remarks(plan, "auto_split")[0].message == "auto chose none: the halves of guidance do not fit two GPUs"
+    assert not [one for one in plan.faster if one.split == "guidance"]
+
+
+def test_a_pipeline_whose_guidance_is_no_row_has_nothing_to_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded = replace(SANA_CONTROLNET, second_half=None)
+    assert embedded.second_units == ()
+    monkeypatch.setattr(DeploySpec, "pipeline", embedded)
+    plan = compile_plan([LARGE, *TWO, GUIDANCE])
+    assert plan.split == "none"
+    assert remarks(plan, "no_split")[0].message.startswith("a SANA ControlNet pipeline has no guidance to split")
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [
@@ -230,9 +246,12 @@ def test_a_map_that_names_the_second_units_is_the_split() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hardware=custom_map", f"{MAP}, transformer.1: 1}}"], "device_map has transformer.1 and no entry for contro"),
+        (["hardware=custom_map", f"{MAP}, transformer.1: 1}}"], "device_map has transformer.1 and no entry for "),
         (["hardware=custom_map", f"{MAP}, transformer.1: cpu, controlnet.1: 1}}"], "keeps transformer.1 on the CPU"),
-        (["hardware=custom_map", f"{MAP}, transformer.1: 0, controlnet.1: 1}}"], "has transformer and transformer.1 o"),
+        (
+            ["hardware=custom_map", f"{MAP}, transformer.1: 0, controlnet.1: 1}}"],
+            "has transformer and transformer.1 on",
+        ),
         (["hardware.pin={controlnet: 1, controlnet.1: 1}"], "pin has controlnet and controlnet.1 on one GPU"),
         (["hardware.pin.transformer.2=1"], "'transformer.2' is not a component"),
         (["hardware.pin.vae.1=1"], "'vae.1' is not a component"),
@@ -370,7 +389,7 @@ def test_the_halves_are_never_placed_on_one_gpu(gpus: list[Gpu], objective: Any)
 @pytest.mark.parametrize("chosen", [[], [LATENCY], [GUIDANCE], [LATENCY, "hardware.split=none", "runtime=graphs"]])
 def test_every_way_is_searched_at_most_once(chosen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[tuple[str, str]] = []
-    search = compiler.search_balanced
+    search = search_balanced
 
     def count(profile: PipelineProfile, *args: Any) -> Any:
         searched.append((profile.execution, profile.split))

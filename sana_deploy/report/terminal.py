@@ -184,9 +184,9 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_resolved(resolved: ResolvedPlan) -> None:
-    """Print what each component was bound to, and the drift."""
-    out = console()
-    places = ", ".join(f"{name} {device}" for name, device in resolved.device_map.items())
+    """Print what each unit was bound to, and the drift."""
+    out, devices = console(), {**resolved.device_map, **resolved.unit_devices}
+    places = ", ".join(f"{name} {device}" for name, device in devices.items())
     out.print(Text(f"resolved: {places}"))
     for remark in resolved.drift:
         out.print(Group(*_remark_lines(remark)))
