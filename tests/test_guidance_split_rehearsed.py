@@ -17,6 +17,7 @@ from sana_deploy.plan.artifact import ResolvedPlan
 from sana_deploy.rehearsal.host import VirtualHost
 from sana_deploy.rehearsal.rehearse import Rehearsed, open_host, rehearse_request
 from sana_deploy.run.generate import run_request
+from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.request_state import RequestState
 from sana_deploy.run.traffic import by_pair
@@ -89,6 +90,18 @@ def test_residuals_go_from_each_controlnet_to_its_own_denoiser(small: Small) -> 
             if tensor == "controlnet_block_samples"}  # fmt: skip
     assert set(ways) == {("vgpu:2", "vgpu:0"), ("vgpu:2", "vgpu:1")}
     assert len(set(ways.values())) == 1, "half of them each"
+
+
+def test_graphs_on_each_gpu_hand_residuals_on_without_a_copy(small: Small) -> None:
+    resolved = resolved_plan(small(*THREE, BESIDE, "runtime=graphs"), TOGETHER)
+    host = open_host(resolved, "shapes")
+    pipeline = load_pipeline(resolved, host=host)
+    rehearse_request(pipeline, resolved, host)
+    residuals = len(pipeline.controlnet.controlnet_blocks)
+    for number in range(2):
+        graphs = border_of(pipeline).graphs[torch.device("vgpu", number)]
+        assert graphs is not None
+        assert [sum(own is None for own in one.inputs) for one in graphs.graphs.values()] == [0, residuals]
 
 
 @pytest.mark.parametrize("fidelity", ["numbers", "shapes"])
