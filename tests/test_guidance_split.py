@@ -273,6 +273,7 @@ def test_the_guard_names_the_unit_whose_result_is_nan(pipeline: DiffusionPipelin
     with pytest.raises(RunError, match=r"the transformer\.1 gave NaN or infinity in float32 during denoise") as caught:
         generate(pipeline, spec.workload.bounds, spec.workload.request, state=state)
     assert caught.value.where == "precision.components.transformer"
+    assert state.halves is None, "a request that failed keeps no tensors either"
 
 
 def test_the_audit_compares_each_unit(small: Small) -> None:

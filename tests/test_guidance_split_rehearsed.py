@@ -166,6 +166,20 @@ def test_weights_that_change_in_a_rehearsal_reach_the_copy(small: Small) -> None
     assert weights[1] == weights[2] == weights[0], "the copy before is given back"
 
 
+def test_a_denoiser_that_runs_whole_gets_the_residuals_of_both_halves(small: Small) -> None:
+    spec, pictures, states = small(*THREE, ELSEWHERE), [], []
+    for units in (PARTED, {}):
+        resolved = resolved_plan(spec, units)
+        host, workload, state = open_host(resolved, "numbers"), spec.workload, RequestState()
+        pipeline = load_pipeline(resolved, host=host)
+        pipeline.transformer.transformer_blocks[0].register_forward_hook(lambda *_: None)
+        with host:
+            pictures.append(run_request(pipeline, workload.bounds, workload.request, state=state)[0].cpu())
+        states.append(state)
+    assert apart(*pictures) < ROUNDING
+    assert [state.calls[name] for state in states for name in ("controlnet.1", "transformer.1")] == [3, 0, 0, 0]
+
+
 def test_a_second_gpu_that_is_too_small_is_an_error_of_loading(small: Small) -> None:
     resolved = resolved_plan(small(*THREE, BESIDE), TOGETHER)
     host = open_host(resolved, "shapes")
