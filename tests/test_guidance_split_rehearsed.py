@@ -108,12 +108,12 @@ def test_graphs_on_each_gpu_hand_residuals_on_without_a_copy(small: Small) -> No
 def test_copies_are_weights_of_their_units_on_their_gpus(small: Small, fidelity: str) -> None:
     spec = small(*THREE, BESIDE)
     plain, split = (open_host(resolved_plan(spec, units), fidelity) for units in ({}, TOGETHER))  # type: ignore[arg-type]
-    for host, units in ((plain, {}), (split, TOGETHER)):
-        load_pipeline(resolved_plan(spec, units), host=host)
+    kept = [load_pipeline(resolved_plan(spec, units), host=host) for host, units in ((plain, {}), (split, TOGETHER))]
     assert split.ledger.weights[1] - plain.ledger.weights[1] == plain.ledger.weights[0]
     assert split.ledger.weights[0] == plain.ledger.weights[0]
     assert split.ledger.activations == plain.ledger.activations
     assert split.ledger.traffic == plain.ledger.traffic, "laying weights out is no traffic of a request"
+    assert kept, "what is dropped gives its weights back"
 
 
 @pytest.mark.parametrize("runtime", ["eager", "graphs"])

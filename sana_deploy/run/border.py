@@ -92,10 +92,13 @@ class Border(Listeners):
         self._notify("leave", f"{name}.{method}")
 
     def target_of(self, unit: str) -> torch.device:
-        """The device that needs a unit's results: its denoiser's, or the pipeline's own for those of a denoiser."""
-        component, _, number = unit.partition(".")
-        beside = f"{self.pipeline.denoiser}.{number}"
-        return self.home if component == self.pipeline.denoiser else self.units.get(beside, self.home)
+        """The device that a unit's results go to: its denoiser's.
+
+        Predictions of a further unit wait there until the first unit has begun: a copy between GPUs has both wait for
+        it, so that they would work one after the other.
+        """
+        number = unit.partition(".")[2]
+        return self.units.get(f"{self.pipeline.denoiser}.{number}", self.home)
 
     def graphs_of(self, device: torch.device) -> DeviceGraphs | None:
         """The graphs that the components on `device` share; None where it has none."""

@@ -89,9 +89,9 @@ class SplitForward:
         """What both halves made, as one call would have made it."""
         if not isinstance(first, torch.Tensor):
             return first
-        if self.name == self.border.pipeline.denoiser:
-            return torch.cat([first, second])
         home, traffic = first.device, self.border.state.traffic
+        if self.name == self.border.pipeline.denoiser:
+            return torch.cat([first, move(second, home, traffic, self.output)])
         return SplitTensor(first, second, lambda half: move(half, home, traffic, self.output))
 
     def _tell(self, halves: Halves, reason: str) -> None:
