@@ -55,6 +55,11 @@ class Way:
     split: str = "none"
 
     @property
+    def name(self) -> str:
+        """`graphs`, or `graphs+guidance`."""
+        return self.runtime if self.split == "none" else f"{self.runtime}+{self.split}"
+
+    @property
     def hardware(self) -> tuple[str, ...]:
         """Overrides: without knobs, as diffusers has it."""
         if self.split == "none":
@@ -145,12 +150,12 @@ def measure(
     unplace(pipeline)
 
 
-def ways() -> list[Way]:
-    """What is compared: every runtime on one GPU, and where there are two, each that has graphs on both."""
+def ways(only: list[str] | None) -> list[Way]:
+    """What is compared: every runtime on one GPU, and where there are two, each that has graphs on both; `only` those."""
     found = [Way(name) for name in RUNTIMES]
     if torch.cuda.device_count() > 1:
         found += [Way(name, "guidance") for name in RUNTIMES if name != "eager"]
-    return found
+    return [way for way in found if not only or way.name in only]
 
 
 def compare(options: argparse.Namespace, pipeline: Any) -> None:
@@ -163,7 +168,7 @@ def compare(options: argparse.Namespace, pipeline: Any) -> None:
         reference, seconds = drawn(draw, turns, WARM)
         base = median(seconds[WARM:])
         print(json.dumps({"side": side, "batch": batch, "way": "diffusers", "seconds": round(base, 4)}), flush=True)
-        for way in ways():
+        for way in ways(options.ways):
             row = {"side": side, "batch": batch, "split": way.split}
             try:
                 plan = planned(options.folder, side, batch, way)
@@ -200,6 +205,7 @@ def main() -> None:
     parser.add_argument("--model", default="sana_1600m_controlnet")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--sides", type=int, nargs="*")
+    parser.add_argument("--ways", nargs="*", help="e.g. graphs compiled graphs+guidance; all of them unless given")
     parser.add_argument("--endure", type=int, default=0)
     options = parser.parse_args()
     if not (options.folder / "model_index.json").is_file():
