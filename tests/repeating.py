@@ -37,6 +37,9 @@ class Repeating:
 
         return replay, result
 
+    def cut(self, between: Callable[[], object]) -> bool:
+        return False
+
 
 class RepeatingHost(PresentHost):
     """This machine, with a CPU that has graphs."""

@@ -65,3 +65,37 @@ def test_graphs_that_are_kept_share_one_pool(pools: Pools) -> None:
     kept = [recorder.record(lambda: None) for _ in range(3)]
     assert len(pools.users) == 1
     assert len(kept) == 3
+
+
+def test_work_that_is_cut_is_a_chain_of_graphs_with_calls_between_them(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(Graph, "replay", lambda graph: events.append("graph"))
+    recorder = CudaRecorder(torch.device("cuda", 0))
+
+    def work() -> str:
+        assert recorder.cut(lambda: events.append("first wait"))
+        assert recorder.cut(lambda: events.append("second wait"))
+        return "result"
+
+    replay, result = recorder.record(work)
+    assert (result, events, len(pools.users)) == ("result", [], 1), "a capture runs nothing, one pool has all of it"
+    replay()
+    replay()
+    assert events == 2 * ["graph", "first wait", "graph", "second wait", "graph"]
+    assert not recorder.cut(lambda: events.append("nothing is recorded"))
+
+
+def test_work_that_fails_after_a_cut_leaves_nothing_recorded(pools: Pools) -> None:
+    recorder = CudaRecorder(torch.device("cuda", 0))
+
+    def work() -> None:
+        recorder.cut(lambda: None)
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        recorder.record(work)
+    assert not recorder.cut(lambda: None)
+    assert not recorder.alive
+    assert recorder.record(lambda: "later")[1] == "later"

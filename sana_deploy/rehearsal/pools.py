@@ -62,6 +62,10 @@ class PoolRecorder:
 
         return replay, result
 
+    def cut(self, between: Callable[[], object]) -> bool:
+        """Do nothing: work is repeated as a whole."""
+        return False
+
     def _inside(self, made: Any) -> Any:
         """Remember that tensors are part of the pool."""
         refs = [weakref.ref(one) for one in _tensors(made) if isinstance(one, VirtualTensor)]

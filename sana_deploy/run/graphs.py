@@ -11,6 +11,7 @@ where they are. Graphs of one device share a memory pool.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -49,9 +50,42 @@ class Recorder(Protocol):
         """
         ...
 
+    def cut(self, between: Callable[[], object]) -> bool:
+        """Part the work that this thread records now: each repetition calls `between` here, outside of what it repeats.
+
+        Returns:
+            False where nothing is recorded, or work is repeated as a whole: whoever asks does `between` himself.
+        """
+        ...
+
+
+@dataclass
+class Chain:
+    """Work that is being captured: graphs, and what is called between them.
+
+    Attributes:
+        running: the capture under way; closing it ends it.
+        pieces: what a replay calls, one after the other.
+    """
+
+    running: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    graphs: list[torch.cuda.CUDAGraph] = field(default_factory=list)
+    pieces: list[Callable[[], object]] = field(default_factory=list)
+
+    def replay(self) -> None:
+        """Repeat the work."""
+        for piece in self.pieces:
+            piece()
+
+
+class _Recording(threading.local):
+    """What each thread captures now."""
+
+    chain: Chain | None = None
+
 
 class CudaRecorder:
-    """Captures CUDA graphs on one device, all in one memory pool."""
+    """Captures CUDA graphs on one device, all in one memory pool. Work that is cut becomes a chain of graphs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -59,6 +93,7 @@ class CudaRecorder:
         self.alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         # The stream is named: PyTorch would keep one that belongs to the device of the first capture.
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._recording = _Recording()
 
     def warm_up(self, work: Callable[[], Any]) -> Any:
         """Run `work` eagerly; see `Recorder`."""
@@ -72,13 +107,34 @@ class CudaRecorder:
         """Capture `work`; see `Recorder`."""
         if not self.alive:  # PyTorch refuses a pool again that no graph is left of
             self.pool = torch.cuda.graph_pool_handle()
+        chain = Chain()
+        with torch.cuda.device(self.device), chain.running:
+            self._recording.chain = chain
+            try:
+                self._begin(chain)
+                result = work()
+            finally:
+                self._recording.chain = None
+        self.alive.update(chain.graphs)
+        return chain.replay, result
+
+    def cut(self, between: Callable[[], object]) -> bool:
+        """End the capture under way and begin the next one; see `Recorder`."""
+        chain = self._recording.chain
+        if chain is None:
+            return False
+        chain.running.close()
+        chain.pieces.append(between)
+        self._begin(chain)
+        return True
+
+    def _begin(self, chain: Chain) -> None:
         graph = torch.cuda.CUDAGraph()
         # Other threads may use CUDA meanwhile: only this thread's calls are captured, and restricted.
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self.device), capture:
-            result = work()
-        self.alive.add(graph)
-        return graph.replay, result
+        chain.running.enter_context(capture)
+        chain.graphs.append(graph)
+        chain.pieces.append(graph.replay)
 
 
 class Input:
