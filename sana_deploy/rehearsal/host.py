@@ -16,6 +16,7 @@ from ..declare.spec import Fidelity
 from ..errors import InfeasibleError, RunError
 from ..facts.checkpoint import Checkpoint
 from ..plan.artifact import ResolvedPlan
+from ..run.courier import PlainCourier
 from ..run.host import load_helpers
 from ..run.mirror import copied_to, digest
 from ..run.quantize import like, map_parts, own_tensors
@@ -113,6 +114,10 @@ class VirtualHost(VirtualGpus):
             return PoolRecorder(self.ledger, device.index, self.pools.get(device.index, 0))
         except torch.OutOfMemoryError as problem:
             raise RunError(f"out of memory while making room for graphs: {problem}", where="runtime") from problem
+
+    def courier(self, source: torch.device, destination: torch.device) -> PlainCourier:
+        """Ordinary copies: a virtual GPU works when it is asked."""
+        return PlainCourier()
 
 
 def check_virtual(resolved: ResolvedPlan) -> None:

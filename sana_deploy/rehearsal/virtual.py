@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import sdpa_flop_count
 
 from ..declare.spec import Fidelity
+from ..run.arriving_tensor import ArrivingTensor
 from .ledger import Ledger, touched_bytes
 from .shape_memory import ShapeMemory
 from .virtual_tensor import (
@@ -219,6 +220,10 @@ class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = tensors_in(args, kwargs)
+        arriving = next((leaf for leaf in tensors if isinstance(leaf, ArrivingTensor)), None)
+        if arriving is not None:
+            with self:
+                return arriving.__torch_dispatch__(func, (), args, kwargs)
         if any(leaf.is_inference() for leaf in tensors) and any(map(_is_virtual, (*args, *kwargs.values()))):
             with self:  # PyTorch leaves it to a backend to take operations on these apart
                 parts = func.decompose(*args, **kwargs)

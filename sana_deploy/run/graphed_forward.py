@@ -63,7 +63,8 @@ class GraphedForward:
         self._follow_changes()
         reason = self._unfit(leaves)
         form = None if reason else (spec, *map(_form, leaves))
-        key = (self, form, *((i, id(one)) for i, one in enumerate(tensors) if self.graphs.is_result(one)))
+        places = [self.graphs.place_of(one) for one in tensors]
+        key = (self, form, *((i, id(place)) for i, place in enumerate(places) if place is not None))
         reason = reason or self.refused.get(key)
         if reason is not None:
             self.on_eager(reason)
@@ -72,7 +73,7 @@ class GraphedForward:
         if graph is None and form not in self.seen:
             self.seen.add(form)
             return self.graphs.recorder.warm_up(eager)
-        graph = graph or self._capture(key, leaves, spec, tensors)
+        graph = graph or self._capture(key, leaves, spec, places)
         if graph is None:
             return eager()
         holder, caller = graph.holder(), self.caller()
@@ -116,12 +117,15 @@ class GraphedForward:
         return None
 
     def _capture(
-        self, key: Hashable, leaves: Sequence[Any], spec: Any, tensors: Sequence[torch.Tensor]
+        self, key: Hashable, leaves: Sequence[Any], spec: Any, places: Sequence[torch.Tensor | None]
     ) -> Graph | None:
-        """Capture a call; None, and a reason kept, where that fails."""
+        """Capture a call, whose tensors have these `places`; None, and a reason kept, where that fails."""
         recorder = self.graphs.recorder
-        inputs = [None if self.graphs.is_result(tensor) else Input(tensor, recorder) for tensor in tensors]
-        read = iter([tensor if own is None else own.tensor for own, tensor in zip(inputs, tensors, strict=True)])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        inputs = [
+            Input(tensor, recorder) if place is None else None for tensor, place in zip(tensors, places, strict=True)
+        ]
+        read = iter([place if own is None else own.tensor for own, place in zip(inputs, places, strict=True)])
         own_leaves = [next(read) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(own_leaves, spec)
         try:
@@ -132,7 +136,7 @@ class GraphedForward:
             self.refused[key] = reason
             self.on_eager(reason)
             return None
-        reads = [tensor for own, tensor in zip(inputs, tensors, strict=True) if own is None]
+        reads = [place for place in places if place is not None]
         graph = Graph(replay, inputs, result, reads)
         self.graphs.add(key, graph)
         return graph

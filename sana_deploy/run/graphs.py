@@ -16,13 +16,14 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 
+from .arriving_tensor import ArrivingTensor
 from .tensor_mark import TensorMark
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,8 @@ class Graph:
         replay: repeats it.
         inputs: what it reads, in the order of the call's tensors; None for one that it reads where it is.
         result: what it returns; each replay writes it anew.
-        reads: results of other graphs that it reads where they are; kept, so that no other tensor takes their identity.
+        reads: results of other graphs, and what arrives, that it reads where they are; kept, so that no other tensor
+            takes their identity.
         holder: whoever has the result and has not used it yet.
     """
 
@@ -229,10 +231,29 @@ class DeviceGraphs:
         """Whether a graph writes this tensor."""
         return id(tensor) in self.made and self.made[id(tensor)][0] is tensor
 
+    def place_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What a graph may read in the place of `tensor` without a copy, always the same one; None where it must copy.
+
+        Raises:
+            RunError: `tensor` arrived from another device, and another one took its place since.
+        """
+        if isinstance(tensor, ArrivingTensor):
+            return tensor.place_for(self)
+        return tensor if self.is_result(tensor) else None
+
+    def drop_readers(self, places: Iterable[torch.Tensor]) -> None:
+        """Forget the graphs that read any of `places` where it is."""
+        gone = {id(place) for place in places}
+        for key in [key for key, graph in self.graphs.items() if any(id(one) in gone for one in graph.reads)]:
+            del self.graphs[key]
+        self._list_results()
+
     def release(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Results among `tensors` were used: the graphs that made them may write them anew, whoever asks."""
+        """Results among `tensors` were used: what made or sent them may write them anew, whoever asks."""
         for tensor in tensors:
-            if self.is_result(tensor):
+            if isinstance(tensor, ArrivingTensor):
+                tensor.arrival.taken()
+            elif self.is_result(tensor):
                 self.made[id(tensor)][1].holder = _nobody
 
     def _list_results(self) -> None:

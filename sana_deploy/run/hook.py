@@ -36,6 +36,10 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         name: the component, or one of its further units.
         device: where its weights are.
         border: shared by the pipeline's hooks.
+
+    Attributes:
+        graphed: the forward that is replayed from graphs; None where there are none.
+        sender: sends results otherwise than by a copy when all are made.
     """
 
     def __init__(self, name: str, device: torch.device, border: Border) -> None:
@@ -46,6 +50,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self.border = border
         self.execution_device, self.target = border.home, border.target_of(name)
         self.graphed: GraphedForward | None = None
+        self.sender: Callable[[Any], Any] | None = None
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
@@ -168,6 +173,8 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         return move(value, self.device, state.traffic, name)
 
     def _push(self, value: Any, name: str) -> Any:
+        if self.sender is not None:
+            return self.sender(value)
         return move(value, self.target, self.border.state.traffic, name)
 
 

@@ -14,6 +14,7 @@ from ..declare.pipelines import Component
 from ..errors import RunError
 from ..facts.checkpoint import Checkpoint
 from ..plan.artifact import ResolvedPlan
+from .courier import Courier, CudaCourier, PlainCourier
 from .graphs import CudaRecorder, Recorder
 from .mirror import copied_to, digest
 from .weights import LoadRequest, Progress, load_components, quiet_libraries
@@ -74,6 +75,9 @@ class Host(Protocol):
             RunError: the pool does not fit.
         """
 
+    def courier(self, source: torch.device, destination: torch.device) -> Courier:
+        """What sends a component's results between two devices."""
+
 
 class PresentHost:
     """The GPUs and the CPU of this machine, through PyTorch's own device types."""
@@ -125,6 +129,11 @@ class PresentHost:
     def recorder(self, device: torch.device) -> Recorder | None:
         """CUDA graphs on a GPU; the CPU has none."""
         return CudaRecorder(device) if device.type == "cuda" else None
+
+    def courier(self, source: torch.device, destination: torch.device) -> Courier:
+        """Copies beside the work of two GPUs; an ordinary one where the CPU takes part."""
+        both = source.type == destination.type == "cuda"
+        return CudaCourier(source, destination) if both else PlainCourier()
 
 
 def load_helpers(checkpoint: Checkpoint) -> Mapping[str, Any]:

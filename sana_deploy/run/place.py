@@ -27,6 +27,7 @@ from .guidance_split import second_units, split_guidance
 from .hook import BorderHook, attach, find_border
 from .host import Host, PresentHost
 from .quantize import quantize_linears
+from .residual_stream import stream_residuals
 from .weights import cast_module
 
 log = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
         device = torch.device(resolved.device_map[name])
         hook(getattr(pipeline, name), name, device, offloaded=waiting_device(resolved, name) != str(device))
     split_guidance(pipeline, border, mirrors)
+    _stream_residuals(pipeline, plan, border)
     _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
     if "encode_once" in plan.knobs:
         _encode_once(pipeline, border)
@@ -213,6 +215,16 @@ def _set_vae(vae: Any, plan: Plan, border: Border) -> None:
         vae.enable_slicing()
     if tile := plan.vae_tile:
         vae.enable_tiling(tile.height, tile.width, tile.stride_height, tile.stride_width)
+
+
+def _stream_residuals(pipeline: DiffusionPipeline, plan: Plan, border: Border) -> None:
+    """Send residuals as they are made, where the denoiser computes in their dtype: a cast would wait for them all.
+
+    Halves of guidance send theirs when all are made.
+    """
+    looped = (plan.pipeline.find("controlnet"), plan.pipeline.denoiser)
+    if len({plan.components[name].format.dtype for name in looped if name}) == 1 and not border.units:
+        stream_residuals(pipeline, border)
 
 
 def _encode_once(pipeline: DiffusionPipeline, border: Border) -> None:

@@ -8,6 +8,7 @@ from .base import PHASES as PHASES
 from .base import Call as Call
 from .base import ComponentDescription as ComponentDescription
 from .base import Crossing as Crossing
+from .base import LayeredResults as LayeredResults
 from .base import Library as Library
 from .base import Phase as Phase
 from .base import PipelineDescription as PipelineDescription

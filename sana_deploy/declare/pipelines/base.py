@@ -42,6 +42,21 @@ class Call:
 
 
 @dataclass(frozen=True)
+class LayeredResults:
+    """How a component makes its results: result i is `projections[i]` of what `blocks[i]` gives, times an argument.
+
+    Attributes:
+        blocks: the attribute that lists the blocks, which run one after the other.
+        projections: the attribute that lists the projections, as many as results.
+        scale: the argument.
+    """
+
+    blocks: str
+    projections: str
+    scale: str
+
+
+@dataclass(frozen=True)
 class ComponentDescription:
     """One component of a pipeline.
 
@@ -55,6 +70,7 @@ class ComponentDescription:
         aliases: names that configs give to the class.
         unquantized: why its weights cannot be quantised; empty where they can.
         fragile: why float16 is documented not to be safe for it; empty where it is.
+        layered: how its results can be had one by one, before the call ends; None where they cannot.
     """
 
     name: str
@@ -66,6 +82,7 @@ class ComponentDescription:
     aliases: tuple[str, ...] = ()
     unquantized: str = ""
     fragile: str = ""
+    layered: LayeredResults | None = None
 
     def call(self, method: str) -> Call:
         """The call of this method."""
@@ -77,6 +94,10 @@ class Crossing:
     """A tensor that leaves component `src` and enters `dst`: bytes each time it does, and the phase that waits for it.
 
     What the pipeline itself makes or keeps (latents, the prompt's tokens) is the denoiser's.
+
+    Attributes:
+        pieces: tensors that it is made of, of the same size, which `src` makes one after the other.
+        needed: share of its work that `dst` can do in a step before it needs the last piece; it needs none at first.
     """
 
     tensor: str
@@ -85,6 +106,8 @@ class Crossing:
     bytes_each: int
     per_step: bool
     phase: Phase = "denoise"
+    pieces: int = 1
+    needed: float = 0.0
 
     def times(self, steps: int) -> int:
         """How often it crosses in a request of `steps` denoising steps."""

@@ -7,7 +7,15 @@ from typing import Any
 
 from ..formats import DTYPE_BYTES, Dtype
 from ..workload import VAE_FACTOR, Request, Workload
-from .base import Call, ComponentDescription, Configs, Crossing, PipelineDescription, SchedulerDescription
+from .base import (
+    Call,
+    ComponentDescription,
+    Configs,
+    Crossing,
+    LayeredResults,
+    PipelineDescription,
+    SchedulerDescription,
+)
 
 MAX_TOKENS = 300
 """SANA's prompt length in tokens, the pipeline's `max_sequence_length`."""
@@ -33,7 +41,10 @@ def crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype])
     hidden = int(configs["text_encoder"]["hidden_size"])
     text, vae, net = item["text_encoder"], item["vae"], item["controlnet"]
     heads = configs["controlnet"]
-    residual = int(heads["num_attention_heads"]) * int(heads["attention_head_dim"]) * int(heads["num_layers"])
+    layers = int(heads["num_layers"])
+    residual = int(heads["num_attention_heads"]) * int(heads["attention_head_dim"]) * layers
+    # Residual i, counted from 0, is added after block i + 1 of the transformer.
+    needed = min(1.0, (layers + 1) / int(configs["transformer"]["num_layers"]))
     pixels = 3 * workload.height * workload.width
     # The pipeline casts the prompt embeddings anew in each step, unless they can be cast before (`run/place.py`).
     recast = dtypes["controlnet"] not in (dtypes["text_encoder"], dtypes["transformer"])
@@ -49,7 +60,8 @@ def crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype])
         Crossing("encoder_attention_mask", "transformer", "controlnet", MAX_TOKENS * rows * 8, False),
         Crossing("controlnet_cond", "transformer", "controlnet", channels * cells * rows * vae, False),
         Crossing("timestep", "transformer", "controlnet", rows * 8, True),
-        Crossing("controlnet_block_samples", "controlnet", "transformer", residual * cells * rows * net, True),
+        Crossing("controlnet_block_samples", "controlnet", "transformer", residual * cells * rows * net, True,
+                 pieces=layers, needed=needed),
         Crossing("latents", "transformer", "vae", channels * cells * workload.batch * vae, False, "decode"),
     )  # fmt: skip
 
@@ -131,6 +143,7 @@ SANA_CONTROLNET = PipelineDescription(
             class_name="SanaControlNetModel",
             config_keys=_DENOISER_KEYS,
             calls=(Call("forward", "denoise", output="controlnet_block_samples"),),
+            layered=LayeredResults("transformer_blocks", "controlnet_blocks", scale="conditioning_scale"),
         ),
     ),
     scheduler=SchedulerDescription(
