@@ -14,6 +14,7 @@ from ..facts.machine import Gpu
 from .execution import pool_bytes
 from .profile import ComponentProfile, PipelineProfile
 from .records import Place
+from .streaming import early_bytes, streamed
 
 Placement = Mapping[str, Place]
 """Unit name -> slot or host. The first unit of a component has the component's name."""
@@ -58,7 +59,10 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     """
     here = {name: profile.parts[name] for name, place in placement.items() if place == slot}
     graphed = {name: part for name, part in here.items() if part.execution == "graphs" and slot != "cpu"}
-    pool = pool_bytes(max(part.activations.get("denoise", 0) for part in graphed.values())) if graphed else 0
+    worked = {
+        name: part.activations.get("denoise", 0) + early_bytes(profile, name, here) for name, part in graphed.items()
+    }
+    pool = pool_bytes(max(worked.values())) if graphed else 0
     weights, unsplit, activations = (dict.fromkeys(PHASES, 0) for _ in range(3))
     for phase in PHASES:
         for part in here.values():
@@ -91,15 +95,21 @@ def _beside_pool(profile: PipelineProfile, name: str, phase: Phase, here: Collec
 
     Residuals of a ControlNet that is graphed on the same GPU are in the pool, but for those of the first step, which is
     eager: diffusers' pipeline still has them while the second one is captured. Residuals from elsewhere are copied out
-    of that GPU's pool, and those of two steps are here at a time.
+    of that GPU's pool, and those of two steps are here at a time. Those that are streamed come into the same memory in
+    every step, which is there in every phase like the pool, and leave from their own GPU's pool.
     """
-    own = profile.parts[name].activations.get(phase, 0)
+    own, streams = profile.parts[name].activations.get(phase, 0), streamed(profile)
     residuals = [one for one in profile.crossings if one.tensor in profile.pipeline.waiting]
     if phase == "denoise":
-        come = sum(one.bytes_each * (1 if one.src in here else 2) for one in residuals if one.dst == name)
-        return come + sum(one.bytes_each for one in residuals if one.src == name and one.dst not in here)
+        come = sum(
+            one.bytes_each * (1 if one.src in here or one in streams else 2) for one in residuals if one.dst == name
+        )
+        left = [one for one in residuals if one.src == name and one.dst not in here and one not in streams]
+        return come + sum(one.bytes_each for one in left)
+    if phase != "decode":
+        return own + sum(one.bytes_each for one in streams if one.dst == name and one.src not in here)
     kept = sum(one.bytes_each for one in residuals if one.dst == name and one.src in here)
-    return max(0, own - kept) if phase == "decode" else own
+    return max(0, own - kept)
 
 
 def host_bytes(profile: PipelineProfile, placement: Placement) -> int:

@@ -17,6 +17,7 @@ from ..facts.known_gpus import KnownGpu
 from ..facts.machine import Gpu
 from .cost import Placement
 from .profile import ComponentProfile, PipelineProfile, Work
+from .streaming import saved_seconds
 from .units import component_of
 
 
@@ -173,18 +174,24 @@ def phase_steps(
 ) -> dict[Phase, list[Step]]:
     """What a request does in each phase, in numbers or in arrays: units work, and tensors cross between them.
 
+    Where residuals are streamed, the last of a phase's steps is negative: what working at once saves.
+
     Args:
         work: seconds of a unit by phase.
         crossing: seconds of a crossing in the whole request; 0 where it stays on a device.
         places: where each unit is.
     """
     steps: dict[Phase, list[Step]] = {phase: [] for phase in PHASES}
+    denoise, crossed = dict[str, Any](), dict[Crossing, Any]()
     for name, part in profile.parts.items():
         for phase, seconds in work(name, part).items():
             steps[phase].append((part.name, (places[name],), seconds))
+            if phase == "denoise":
+                denoise[name] = seconds
     for one in profile.crossings:
-        whole = (one.tensor, component_of(one.src), component_of(one.dst))
-        steps[one.phase].append((whole, (places[one.src], places[one.dst]), crossing(one)))
+        whole, crossed[one] = (one.tensor, component_of(one.src), component_of(one.dst)), crossing(one)
+        steps[one.phase].append((whole, (places[one.src], places[one.dst]), crossed[one]))
+    steps["denoise"].append(("at once", (), -saved_seconds(profile, denoise, crossed, places)))
     return steps
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,32 +34,34 @@ class PoolRecorder:
 
     def __init__(self, ledger: Ledger, gpu: int, pool_bytes: int) -> None:
         self.ledger, self.gpu, self.pool_bytes = ledger, gpu, pool_bytes
-        self._key, self._held = next(_KEYS), False
+        self._key, self._credit, self._held = next(_KEYS), next(_KEYS), False
         self._parts: list[weakref.ref[VirtualTensor]] = []
+        self._first: list[weakref.ref[VirtualTensor]] = []
+        self._recorded = False
         self._hold()
 
     def warm_up(self, work: Callable[[], Any]) -> Any:
-        """Run `work` in the place of the pool, which is not there yet in a first call."""
-        self._give_back()
-        try:
-            return work()
-        finally:
-            self._hold()
+        """Run `work` in the place of the pool, where its result stays until the first recording makes the pool."""
+        return self._in_its_place(work if self._recorded else lambda: self._standing_in(work()))
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """Make an input in the pool."""
-        made: torch.Tensor = self.warm_up(lambda: self._inside(tensor.new_empty_strided(tensor.shape, tensor.stride())))
+        shape, stride = tensor.shape, tensor.stride()
+        made: torch.Tensor = self._in_its_place(lambda: self._inside(tensor.new_empty_strided(shape, stride)))
         return made
 
     def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Run `work` in the place of its capture and its first replay."""
-        result, waiting = self.warm_up(lambda: self._inside(work())), [True]
+        self._recorded = True
+        self._first.clear()
+        result, waiting = self._in_its_place(lambda: self._inside(work())), [True]
 
         def replay() -> None:
             if waiting:
                 waiting.clear()
                 return
-            self.warm_up(lambda: _copy(work(), result))
+            with self._not_counted(result):  # the graph writes it where it is
+                self._in_its_place(lambda: _copy(work(), result))
 
         return replay, result
 
@@ -66,15 +69,35 @@ class PoolRecorder:
         """Do nothing: work is repeated as a whole."""
         return False
 
+    def _in_its_place(self, work: Callable[[], Any]) -> Any:
+        self._give_back()
+        try:
+            return work()
+        finally:
+            self._hold()
+
+    def _standing_in(self, made: Any) -> Any:
+        """Remember that tensors are in the place of the pool, which is not there yet."""
+        self._first += _refs(made)
+        return made
+
+    @contextlib.contextmanager
+    def _not_counted(self, result: Any) -> Iterator[None]:
+        """Take `result` off the books while work makes it anew."""
+        self.ledger.claim(self._credit, self.gpu, -_bytes(_refs(result)))
+        try:
+            yield
+        finally:
+            self.ledger.release(self._credit)
+
     def _inside(self, made: Any) -> Any:
         """Remember that tensors are part of the pool."""
-        refs = [weakref.ref(one) for one in _tensors(made) if isinstance(one, VirtualTensor)]
-        self._parts = [*(ref for ref in self._parts if ref() is not None), *refs]
+        self._parts = [*(ref for ref in self._parts if ref() is not None), *_refs(made)]
         return made
 
     def _hold(self) -> None:
-        parts = [one.held.untyped_storage() for ref in self._parts if (one := ref()) is not None]
-        taken = sum({one._cdata: one.nbytes() for one in parts}.values())
+        self._give_back()
+        taken = _bytes([*self._parts, *self._first])
         self._held = self.ledger.claim(self._key, self.gpu, max(0, self.pool_bytes - taken))
 
     def _give_back(self) -> None:
@@ -86,6 +109,15 @@ class PoolRecorder:
 def _copy(new: Any, into: Any) -> None:
     for own, one in zip(_tensors(into), _tensors(new), strict=True):
         own.copy_(one)
+
+
+def _bytes(refs: Iterable[weakref.ref[VirtualTensor]]) -> int:
+    parts = [one.held.untyped_storage() for ref in refs if (one := ref()) is not None]
+    return sum({one._cdata: one.nbytes() for one in parts}.values())
+
+
+def _refs(result: Any) -> list[weakref.ref[VirtualTensor]]:
+    return [weakref.ref(one) for one in _tensors(result) if isinstance(one, VirtualTensor)]
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:

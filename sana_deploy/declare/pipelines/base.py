@@ -96,8 +96,8 @@ class Crossing:
     What the pipeline itself makes or keeps (latents, the prompt's tokens) is the denoiser's.
 
     Attributes:
-        pieces: tensors that it is made of, of the same size, which `src` makes one after the other.
-        needed: share of its work that `dst` can do in a step before it needs the last piece; it needs none at first.
+        pieces: tensors of one size that it consists of, which `src` makes one after the other; 0 for a single tensor.
+        needed: share of its work in a step that `dst` does before it needs the last piece.
     """
 
     tensor: str
@@ -106,7 +106,7 @@ class Crossing:
     bytes_each: int
     per_step: bool
     phase: Phase = "denoise"
-    pieces: int = 1
+    pieces: int = 0
     needed: float = 0.0
 
     def times(self, steps: int) -> int:
