@@ -110,12 +110,13 @@ def test_what_graphs_keep_is_there_in_every_phase_in_the_place_of_a_step_s_activ
     assert now.activation_bytes - was.activation_bytes == pool
     alone, together = (slot_use(graphed, dict.fromkeys(names, 0), 0) for names in LOOPS)
     others = {phase: size for phase, size in denoiser.activations.items() if phase != "denoise"}
-    assert alone.activation_bytes == pool + max(others["decode"], 2 * residuals.bytes_each)
+    streamed = {phase: size + residuals.bytes_each * (phase != "decode") for phase, size in others.items()}
+    assert alone.activation_bytes == pool + max(*streamed.values(), residuals.bytes_each), "they come to one place"
     others["decode"] -= residuals.bytes_each
     assert together.activation_bytes == pool + max(*others.values(), residuals.bytes_each), "a graph's are in the pool"
     apart = slot_use(graphed, {**everything, "controlnet": 1}, 1)
-    own = pool_bytes(eager.components["controlnet"].activations["denoise"])
-    assert apart.activation_bytes == own + residuals.bytes_each, "they are copied out of the pool"
+    own = eager.components["controlnet"].activations["denoise"]
+    assert apart.activation_bytes == pool_bytes(own + round(0.6 * residuals.bytes_each)), "they leave from the pool"
     on_host: dict[str, Place] = dict.fromkeys(eager.parts, "cpu")
     assert slot_use(graphed, on_host, "cpu") == slot_use(eager, on_host, "cpu"), "a CPU has no graphs"
 

@@ -48,7 +48,7 @@ def saved_seconds(
     """Seconds of a request that working at once saves of working one after the other, in numbers or in arrays.
 
     Both ends begin together. `dst` ends when its own work is done, and not before `src` has got its inputs, worked and
-    sent the last piece, and `dst` has done what it needs that for. What of a step is in turn takes the sum of all.
+    sent the last piece, and `dst` has done what it needs that for.
 
     Args:
         work: seconds of each unit in denoise.
@@ -57,12 +57,10 @@ def saved_seconds(
     """
     total: Any = 0.0
     for one in streamed(profile):
-        inputs = sum(
-            crossing[other]
-            for other in profile.crossings
-            if other.per_step and (other.src, other.dst) == (one.dst, one.src)
-        )
-        in_turn = inputs + work[one.src] + crossing[one]
+        if one.src not in work or one.dst not in work:  # no GPU is there whose speed is known
+            continue
+        back = [other for other in profile.crossings if (other.src, other.dst) == (one.dst, one.src)]
+        in_turn = sum(crossing[other] for other in back if other.per_step) + work[one.src] + crossing[one]
         hidden = work[one.dst] * one.needed + crossing[one] * (1 - 1 / one.pieces)
         shorter = (in_turn + hidden - abs(in_turn - hidden)) / 2  # the smaller of the two
         total = total + shorter * (places[one.src] != places[one.dst])
