@@ -168,7 +168,8 @@ class _Piece:
             wait()
 
     def taken(self) -> None:
-        self.stream.holder = _nobody
+        if self.sent == self.stream.sent:
+            self.stream.holder = _nobody
 
 
 def _sendable(leaves: Sequence[Any]) -> bool:
