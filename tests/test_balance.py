@@ -30,6 +30,9 @@ Small = Callable[..., DeploySpec]
 LARGE = ("model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024", "precision=mixed_bf16")
 
 
+OBJECTIVES = ("balance", "latency")
+
+
 def on(gpus: str, *overrides: str) -> DeploySpec:
     return compose_spec([*LARGE, "machine=virtual", f"machine.gpus={gpus}", *overrides])
 
@@ -40,8 +43,20 @@ def test_with_room_on_the_faster_gpu_everything_goes_there(gpus: str) -> None:
     faster = 0 if gpus == "[h100,a100]" else 1
     assert set(plan.device_map.values()) == {faster}
     assert plan.estimates.worst_utilisation < ROOMY
-    quickest = compile_spec(on(gpus, "hardware.objective=latency"))
-    assert plan.estimates.seconds_per_image == quickest.estimates.seconds_per_image
+    plain, quickest = (compile_spec(on(gpus, "runtime=eager", f"hardware.objective={one}")) for one in OBJECTIVES)
+    assert plain.estimates.seconds_per_image == quickest.estimates.seconds_per_image
+
+
+def test_the_fewest_seconds_may_need_the_slower_gpu_too() -> None:
+    plan, quickest = (
+        compile_spec(on("[a100,h100]", "hardware.split=none", f"hardware.objective={one}")) for one in OBJECTIVES
+    )
+    assert (plan.runtime, quickest.runtime) == ("graphs", "graphs")
+    assert {name for name, place in quickest.device_map.items() if place == 0} == {"controlnet"}, "it works meanwhile"
+    now, then = plan.estimates.seconds_per_image, quickest.estimates.seconds_per_image
+    assert now is not None
+    assert then is not None
+    assert then < now
 
 
 def test_where_gpus_are_crowded_the_fullest_is_the_emptiest() -> None:

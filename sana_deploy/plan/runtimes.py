@@ -9,6 +9,7 @@ from typing import Literal
 from .._models import Diagnostic
 from .._units import human_bytes
 from ..declare.hardware import Split
+from ..declare.knobs import KNOBS, Knob
 from ..declare.runtime import RUNTIMES, Execution
 from ..facts.machine import Gpu
 from .grid import Candidate
@@ -24,8 +25,8 @@ WORTH = 0.95
 def choose_runtime(mode: Execution | Literal["auto"], split: Split, ways: Ways) -> Choice:
     """Choose the runtime of a split.
 
-    `auto` takes one that keeps every bit, makes the denoising loop faster by 5 % and fits under the same knobs. A
-    denoiser on the CPU has the plainest one: the others are of GPUs.
+    `auto` takes one that keeps every bit, makes the denoising loop faster by 5 % and fits under the same knobs, but for
+    those of placements. A denoiser on the CPU has the plainest one: the others are of GPUs.
     """
     plainest = Way(PLAINEST, split)
     if mode != "auto" and mode != PLAINEST:
@@ -74,7 +75,7 @@ def _verdict(ways: Ways, best: Candidate, plainest: Way, other: Way) -> _Verdict
         return stay(f"{name} do not fit{f': {nearest.message}' if nearest else ''}")
     if short := ways.short_of(search.best):
         return stay(f"{name} do not fit on {place_words(short[0])}")
-    if search.best.knobs != best.knobs:
+    if _turned_on(search.best) != _turned_on(best):
         knobs = [", ".join(one.knobs) or "no knob" for one in (search.best, best)]
         return stay(f"{name} would fit with {knobs[0]}, {PLAINEST} takes {knobs[1]}")
     then = _milliseconds(profile, search.best, ways.gpus)
@@ -84,6 +85,11 @@ def _verdict(ways: Ways, best: Candidate, plainest: Way, other: Way) -> _Verdict
             for i, use in search.best.uses.items() if use.pool_bytes]  # fmt: skip
     reason = f"~{then:.0f} ms a step, ~{now:.0f} ms launched from Python; {name} keep {', '.join(kept)}"
     return _Verdict(other, then, reason)
+
+
+def _turned_on(candidate: Candidate) -> tuple[Knob, ...]:
+    """The knobs of a candidate without those of its placement: graphs may gain by a ControlNet that is apart."""
+    return tuple(knob for knob in candidate.knobs if KNOBS[knob].apart is None)
 
 
 def _on_gpu(candidate: Candidate, profile: PipelineProfile) -> bool:
