@@ -151,7 +151,7 @@ def measure(
 
 
 def ways(only: list[str] | None) -> list[Way]:
-    """What is compared: every runtime on one GPU, and where there are two, each that has graphs on both; `only` those."""
+    """What is compared: every runtime on one GPU, and where there are two, each with graphs on both; `only` those."""
     found = [Way(name) for name in RUNTIMES]
     if torch.cuda.device_count() > 1:
         found += [Way(name, "guidance") for name in RUNTIMES if name != "eager"]

@@ -147,10 +147,10 @@ def digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
         for dtype, group in groups.items():
             if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):  # a kernel for many tensors
                 wide = dtype if dtype == torch.float64 else torch.float32
-                found += torch._foreach_norm(group, 2, dtype=wide)
+                found.append(torch.stack(torch._foreach_norm(group, 2, dtype=wide)).double())
             else:
-                found += [part.sum(dtype=torch.int64) for part in group]
-        return torch.stack([one.double() for one in found]).view(torch.int64) if found else None
+                found.append(torch.stack([part.sum(dtype=torch.int64) for part in group]).double())
+        return torch.cat(found).view(torch.int64) if found else None
 
 
 def whole_only(module: nn.Module) -> str:
