@@ -222,7 +222,7 @@ def test_the_digest_covers_what_was_decided_and_not_how_it_was_asked_for() -> No
 
 
 def fields(plan: Plan) -> dict[str, object]:
-    left_out = {"schema_version", "tool_version", "digest", "basis", "libraries"}
+    left_out = {"schema_version", "tool_version", "digest", "basis", "libraries", "images_per_second"}
     return {name: getattr(plan, name) for name in Plan.model_fields if name not in left_out}
 
 

@@ -14,7 +14,11 @@ from .knobs import KNOBS, Exactness, Knob, MapKnob, clash, ordered
 from .pipelines import DEFAULT, UnitName
 from .sizes import Size
 
-Objective = Literal["balance", "latency", "fit"]
+Objective = Literal["balance", "latency", "fit", "throughput"]
+
+
+Replicas = Annotated[int, Field(ge=1, le=1024)] | Literal["auto", "max"]
+"""How many whole pipelines are planned beside each other, on GPUs of their own."""
 
 
 OnDecodeOom = Literal["tile", "raise"]
@@ -73,7 +77,10 @@ class Planned(Placed):
         keep_free: what stays free on every GPU for others, e.g. `1GiB`.
         allow: knobs that may be turned on; those that can change pixels must be asked for.
         objective: `balance` (no knob without need; then the fewest seconds where the fullest GPU is at most 70 % full,
-            else the emptiest fullest GPU), `latency` (seconds per image), `fit` (fewest knobs, then fewest GPUs).
+            else the emptiest fullest GPU), `latency` (seconds per image), `fit` (fewest knobs, then fewest GPUs),
+            `throughput` (images per second of all replicas together).
+        replicas: whole pipelines beside each other, each on GPUs of its own: exactly so many, `max` (as many as fit),
+            or `auto` (for `throughput` as many as draw most images per second, else 1).
         on_shortfall: without any GPU, run on the CPU with a warning, or refuse.
     """
 
@@ -82,6 +89,7 @@ class Planned(Placed):
     on_shortfall: Literal["cpu", "error"] = "cpu"
     allow: list[Knob] = [name for name, knob in KNOBS.items() if not knob.asked]
     objective: Objective = "balance"
+    replicas: Replicas = "auto"
 
     @property
     def keep_free_bytes(self) -> int:
@@ -93,9 +101,14 @@ class Planned(Placed):
         """Those of `use`."""
         return None if self.use is None else frozenset(self.use)
 
+    @property
+    def may_replicate(self) -> bool:
+        """Whether more than one replica may be planned."""
+        return self.objective == "throughput" if self.replicas == "auto" else self.replicas != 1
+
 
 class SingleGpu(Planned):
-    """All components on one GPU: the one named by `gpu`, or the best one that fits."""
+    """All components on one GPU: the one named by `gpu`, or the best one that fits; each replica on one of its own."""
 
     strategy: Literal["single_gpu"]
     gpu: GpuIndex | None = None
@@ -135,6 +148,16 @@ class MultiGpuBalanced(Planned):
                 raise ValueError(
                     f"the halves of guidance work at the same time, pin has {first} and {second} on one GPU"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _pins_of_one(self) -> MultiGpuBalanced:
+        pinned = [f"{name}={place}" for name, place in self.pin.items() if place is not None]
+        if pinned and self.may_replicate:
+            raise ValueError(
+                f"pin puts {', '.join(pinned)}, and each of several replicas needs a GPU of its own there; "
+                "replicas=1 plans one, with pins"
+            )
         return self
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from ..declare.spec import DeploySpec
 from ..errors import PlanError
 from ..facts.libraries import library_versions
 from ..facts.machine import Machine
-from .basis import BASIS, FASTER_BASIS, POOL_BASIS, UNITS_BASIS
-from .bind import bind_slots, planned_machine, staleness_of
+from .basis import basis_of
+from .bind import Binding, bind_slots, planned_machine, staleness_of
 from .digest import digest_of
 from .records import (
     CheckpointRecord,
@@ -37,9 +37,11 @@ from .records import (
     PlacedComponent,
     PlacedUnit,
     RejectionCount,
+    Replica,
     Slot,
     Tile,
     Transfer,
+    total_rate,
 )
 from .units import component_of
 
@@ -56,6 +58,9 @@ class Plan(Record):
     component of the denoising loop has a unit 1, which computes the second half of the rows. `exactness` is what knobs,
     runtime and split do to the picture; None in plans of before 1.4. `faster` are other ways for the same request, the
     most exact first.
+
+    With several pipelines beside each other the keys of `Replica` are those of the first one, `replicas` are the
+    others, and `images_per_second` is what all of them draw together; `each` gives one plan for each.
     """
 
     schema_version: str
@@ -84,6 +89,8 @@ class Plan(Record):
     split: Split = "none"
     exactness: Exactness | None = None
     faster: list[Faster] = []
+    replicas: list[Replica] = []
+    images_per_second: float | None = None
 
     @property
     def pipeline(self) -> PipelineDescription:
@@ -105,20 +112,44 @@ class Plan(Record):
 
         This is what "fullest" means wherever people read it.
         """
-        return max((slot.fullness for slot in self.slots), default=None)
+        return max((slot.fullness for slot in self.all_slots), default=None)
+
+    @property
+    def _parts(self) -> tuple[Plan | Replica, ...]:
+        """What says where each replica is: the plan itself for the first one."""
+        return (self, *self.replicas)
+
+    @property
+    def all_slots(self) -> list[Slot]:
+        """The slots of all replicas, the first one's first."""
+        return [slot for one in self._parts for slot in one.slots]
+
+    def each(self) -> list[Plan]:
+        """A plan of its own for every replica, the first one first; this one where there is but one."""
+        if not self.replicas:
+            return [self]
+        return [self._alone(one) for one in self._parts]
+
+    def _alone(self, one: Plan | Replica) -> Plan:
+        """The plan of one replica, without those beside it."""
+        own = {name: getattr(one, name) for name in Replica.model_fields}
+        rest: dict[str, Any] = {
+            "replicas": [],
+            "images_per_second": total_rate([one.estimates]),
+            "basis": basis_of(own, []),
+        }
+        alone = self.model_copy(update={**own, **rest})
+        return alone.model_copy(update={"digest": digest_of(alone.model_dump(mode="json"))})
 
     @classmethod
     def build(cls, **fields: Any) -> Plan:
         """Make a plan from its parts, adding version, basis and digest."""
+        replicas: list[Replica] = fields.get("replicas") or []
         draft = cls(
             schema_version=SCHEMA_VERSION, tool_version=__version__, digest="",
-            basis={
-                **BASIS,
-                **(UNITS_BASIS if fields.get("units") else {}),
-                **(FASTER_BASIS if fields.get("faster") else {}),
-                **(POOL_BASIS if fields.get("runtime") == "graphs" else {}),
-            },
-            libraries=library_versions(part.format for part in fields["components"].values()), **fields,
+            basis=basis_of(fields, [dict(one) for one in replicas]),
+            libraries=library_versions(part.format for part in fields["components"].values()),
+            images_per_second=total_rate([fields["estimates"], *(one.estimates for one in replicas)]), **fields,
         )  # fmt: skip
         return draft.model_copy(update={"digest": digest_of(draft.model_dump(mode="json"))})
 
@@ -190,22 +221,34 @@ class Plan(Record):
         if self.pipeline_class not in PIPELINES:
             known = f"this sana_deploy {__version__} knows {', '.join(PIPELINES)}"
             raise PlanError(f"{origin} is for a {self.pipeline_class}, {known}", where="plan_file")
-        indices = {slot.index for slot in self.slots}
+        for one in self._parts:
+            self._verify_places(one, origin)
+        indices = [slot.index for slot in self.all_slots]
+        if twice := [index for index in sorted(set(indices)) if indices.count(index) > 1]:
+            raise PlanError(f"{origin} gives slot {twice[0]} to two replicas", where="plan_file")
+        rate = total_rate([one.estimates for one in self._parts])
+        if self.images_per_second not in (None, rate):
+            was = f"{origin} says {self.images_per_second} images per second"
+            raise PlanError(f"{was}, its replicas draw {rate}", where="plan_file")
+
+    def _verify_places(self, one: Plan | Replica, origin: str) -> None:
+        """Check that the parts of one replica agree with each other."""
+        indices = {slot.index for slot in one.slots}
         for name in self.pipeline.names:
-            place = self.device_map.get(name)
-            part = self.components.get(name)
+            place = one.device_map.get(name)
+            part = one.components.get(name)
             if place is None or part is None or part.slot != place:
                 raise PlanError(f"{origin} contradicts itself about the place of {name}", where="plan_file")
             if place != "cpu" and place not in indices:
                 raise PlanError(f"{origin} puts {name} on slot {place}, which it lacks", where="plan_file")
-        for name, unit in self.units.items():
+        for name, unit in one.units.items():
             if unit.component not in self.pipeline.names or component_of(name) != unit.component:
                 raise PlanError(f"{origin}: the unit {name} belongs to no component", where="plan_file")
             if unit.slot != "cpu" and unit.slot not in indices:
                 raise PlanError(f"{origin} puts {name} on slot {unit.slot}, which it lacks", where="plan_file")
-        if self.home != self.device_map[self.pipeline.denoiser]:
+        if one.home != one.device_map[self.pipeline.denoiser]:
             raise PlanError(
-                f"{origin}: home is {self.home}, the {self.pipeline.denoiser} is elsewhere", where="plan_file"
+                f"{origin}: home is {one.home}, the {self.pipeline.denoiser} is elsewhere", where="plan_file"
             )
 
     def resolve(
@@ -238,14 +281,11 @@ class Plan(Record):
         accepted, whole = declared.allow if allow is None else allow, declared.verify if verify is None else verify
         stale = staleness_of(self.libraries, self.checkpoint, self.components, spec.model, accepted, whole)
         wanted = (declared.bind if bind is None else bind) or {}
-        bound = bind_slots(self.slots, self.parts, spec, machine or planned_machine(spec), wanted, stale)
-        devices = {name: bound.device_map[name] for name in self.components}
-        whole = (
-            bool(self.slots) and not bound.slot_devices
-        )  # for want of GPUs all is on the CPU, where one unit does it all
-        further = {} if whole else {name: bound.device_map[name] for name in self.units}
-        places = devices, bound.slot_devices, bound.home
-        return ResolvedPlan(self, bound.machine, *places, bound.drift, stale.allowed, further)
+        own = self.each()
+        parts = [(one.slots, one.parts) for one in own]
+        bound = bind_slots(parts, spec, machine or planned_machine(spec), wanted, stale)
+        others = tuple(_resolved(plan, one, stale.allowed) for plan, one in zip(own[1:], bound[1:], strict=False))
+        return replace(_resolved(self, bound[0], stale.allowed), others=others)
 
 
 @dataclass(frozen=True)
@@ -253,7 +293,8 @@ class ResolvedPlan:
     """A plan bound to devices: `device_map` gives each component's torch device string, `slot_devices` each slot's.
 
     `home` is the device where the denoising loop lives; `unit_devices` are those of further units; `drift` lists
-    differences that do no harm; `allowed` names the staleness that was accepted.
+    differences that do no harm; `allowed` names the staleness that was accepted. With several replicas all this is the
+    first one's, but for `drift`, and `others` are those beside it; `each` gives them all.
     """
 
     plan: Plan
@@ -264,3 +305,19 @@ class ResolvedPlan:
     drift: tuple[Diagnostic, ...] = ()
     allowed: tuple[str, ...] = ()
     unit_devices: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[ResolvedPlan, ...] = ()
+
+    def each(self) -> list[ResolvedPlan]:
+        """Every replica, resolved, the first one first; this one where there is but one."""
+        if not self.plan.replicas:
+            return [self]
+        return [replace(self, plan=self.plan.each()[0], others=()), *self.others]
+
+
+def _resolved(plan: Plan, bound: Binding, allowed: tuple[str, ...]) -> ResolvedPlan:
+    """One replica on its devices."""
+    on_cpu = plan.slots and not bound.slot_devices  # for want of GPUs, where one unit of a component does it all
+    devices = {name: bound.device_map[name] for name in plan.components}
+    further = {} if on_cpu else {name: bound.device_map[name] for name in plan.units}
+    places = devices, bound.slot_devices, bound.home
+    return ResolvedPlan(plan, bound.machine, *places, bound.drift, allowed, further)

@@ -35,6 +35,7 @@ from .records import (
     PlacedComponent,
     PlacedUnit,
     RejectionCount,
+    Replica,
     RunnerUp,
     Slot,
     Tile,
@@ -53,6 +54,7 @@ def assemble(
     diagnostics: list[Diagnostic],
     feasible: bool = True,
     faster: Sequence[Faster] = (),
+    replicas: Sequence[Replica] = (),
 ) -> Plan:
     """Make the plan of the `chosen` candidate, with what the search considered and rejected.
 
@@ -60,15 +62,34 @@ def assemble(
         profile: without any knob.
         feasible: False for a closest miss, which can be read but not applied.
         faster: other ways for the same request.
+        replicas: those beside it.
     """
-    gpus = {gpu.index: gpu for gpu in machine.gpus}
-    placement, batch = chosen.placement, spec.workload.batch
-    used = [gpus[index] for index in sorted({place for place in placement.values() if place != "cpu"})]
-    plain, profile = profile, under(profile, chosen.knobs)
+    first = replica_of(spec, profile, machine, chosen, search, diagnostics, faster)
     return Plan.build(
         spec=spec,
         pipeline_class=profile.pipeline.class_name,
         checkpoint=record_of(checkpoint, spec.resolve.verify),
+        feasible=feasible,
+        replicas=list(replicas),
+        **{name: getattr(first, name) for name in Replica.model_fields},
+    )
+
+
+def replica_of(
+    spec: DeploySpec,
+    profile: PipelineProfile,
+    machine: Machine,
+    chosen: Candidate,
+    search: Search,
+    diagnostics: list[Diagnostic],
+    faster: Sequence[Faster],
+) -> Replica:
+    """Make what of a plan belongs to one replica; see `assemble`."""
+    gpus = {gpu.index: gpu for gpu in machine.gpus}
+    placement, batch = chosen.placement, spec.workload.batch
+    used = [gpus[index] for index in sorted({place for place in placement.values() if place != "cpu"})]
+    plain, profile = profile, under(profile, chosen.knobs)
+    return Replica(
         slots=[_slot(profile, placement, gpu) for gpu in used],
         **_placed(profile, placement),
         **_turned_on(profile, chosen),
@@ -78,7 +99,6 @@ def assemble(
         considered=_considered(search, profile, batch, gpus),
         rejections=_rejections(search),
         diagnostics=[*diagnostics, *_rate_remarks(used)],
-        feasible=feasible,
         knob_prices={knob: price_of(knob, plain, chosen.knobs, placement, gpus, batch) for knob in chosen.knobs},
         vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if profile.vae_mode.tiled else None,
     )

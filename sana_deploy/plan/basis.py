@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
+    "images_per_second": "estimated",
     "checkpoint.content.*.files.*.bytes": "exact",
     "slots.*.capacity_bytes": "measured",
     "slots.*.available_bytes": "measured",
@@ -45,3 +47,24 @@ FASTER_BASIS = {"faster.*.seconds_per_image": "estimated", "faster.*.times_faste
 
 POOL_BASIS = {"slots.*.pool_bytes": "estimated"}
 """The same for plans whose components execute as graphs."""
+
+
+def basis_of(first: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """How each quantity of a plan was obtained.
+
+    Args:
+        first: the parts of its first replica.
+        others: those of the others.
+    """
+    beside = {key: basis for one in others for key, basis in _own(one).items() if key.partition(".")[0] in one}
+    return {**BASIS, **_own(first), **{f"replicas.*.{key}": basis for key, basis in beside.items()}}
+
+
+def _own(replica: Mapping[str, Any]) -> dict[str, str]:
+    """The same for one replica, with what only some have."""
+    return {
+        **BASIS,
+        **(UNITS_BASIS if replica.get("units") else {}),
+        **(FASTER_BASIS if replica.get("faster") else {}),
+        **(POOL_BASIS if replica.get("runtime") == "graphs" else {}),
+    }

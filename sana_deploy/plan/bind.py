@@ -101,16 +101,16 @@ def planned_machine(spec: DeploySpec) -> Machine:
 
 
 def bind_slots(
-    slots: Sequence[Slot],
-    components: PlannedComponents,
+    replicas: Sequence[tuple[Sequence[Slot], PlannedComponents]],
     spec: DeploySpec,
     machine: Machine,
     bind: Mapping[str, str],
     stale: Staleness,
-) -> Binding:
+) -> list[Binding]:
     """Bind every slot to a GPU of `machine` of its own.
 
     Args:
+        replicas: slots and components of each.
         bind: slot index -> UUID of the GPU that it must get.
         stale: what else differs; it is refused together with what the GPUs lack.
 
@@ -118,24 +118,36 @@ def bind_slots(
         PlanError: a GPU is missing, busier, smaller or older than its slot needs, or `stale` is refused; each
             difference is on a line of its own.
         InfeasibleError: a GPU of `bind` is not there.
+
+    Returns:
+        A binding for each replica, with the drift of all in the first; one on the CPU where it falls back to that.
     """
+    slots = [slot for own, _ in replicas for slot in own]
     if slots and not machine.gpus and _may_fall_back(spec) and not stale.refused:
-        return _on_cpu(len(slots), components, machine)
+        return [_on_cpu(len(slots), len(replicas), replicas[0][1], machine)]
+    components = [parts for _, parts in replicas]
     matching = _Matching(slots, components, spec, machine, _fixed(slots, machine, bind))
-    matched = matching.find(sorted(slots, key=lambda slot: -slot.peak_bytes), {})
+    matched = matching.find()
     if matched is None or stale.refused:
-        problems = [*stale.refused, *(matching.problems() if matched is None else [])]
-        accept = f"; or accept that with resolve.allow=[{','.join(stale.to_accept)}]" if stale.to_accept else ""
-        raise PlanError(
-            "the plan is stale:\n  " + "\n  ".join(problems) + f"\n  ({machine.inventory()})",
-            where="resolve",
-            hint=f"compile it again on this machine{accept}",
-        )
+        raise _stale_plan([*stale.refused, *(matching.problems() if matched is None else [])], stale, machine)
     kind = "vgpu" if machine.kind == "virtual" else "cuda"
     names = {index: f"{kind}:{gpu.index}" for index, gpu in sorted(matched.items())}
-    devices = {name: "cpu" if part.slot == "cpu" else names[part.slot] for name, part in components.items()}
     remarks = (*stale.remarks, *_other_gpus(slots, matched))
-    return Binding(machine, devices, names, devices[spec.pipeline.denoiser], remarks)
+    found: list[Binding] = []
+    for own, parts in replicas:
+        devices = {name: "cpu" if part.slot == "cpu" else names[part.slot] for name, part in parts.items()}
+        bound = {index: names[index] for index in sorted(slot.index for slot in own)}
+        found.append(Binding(machine, devices, bound, devices[spec.pipeline.denoiser], () if found else remarks))
+    return found
+
+
+def _stale_plan(problems: Sequence[str], stale: Staleness, machine: Machine) -> PlanError:
+    accept = f"; or accept that with resolve.allow=[{','.join(stale.to_accept)}]" if stale.to_accept else ""
+    return PlanError(
+        "the plan is stale:\n  " + "\n  ".join(problems) + f"\n  ({machine.inventory()})",
+        where="resolve",
+        hint=f"compile it again on this machine{accept}",
+    )
 
 
 def _fixed(slots: Sequence[Slot], machine: Machine, bind: Mapping[str, str]) -> dict[int, Gpu]:
@@ -159,27 +171,36 @@ def _fixed(slots: Sequence[Slot], machine: Machine, bind: Mapping[str, str]) -> 
 
 @dataclass(frozen=True)
 class _Matching:
-    """The slots of a plan beside the GPUs of a machine; `fixed` are the GPUs that slots must get."""
+    """The slots of a plan beside the GPUs of a machine.
+
+    Attributes:
+        components: those of each replica.
+        fixed: the GPUs that slots must get.
+    """
 
     slots: Sequence[Slot]
-    components: PlannedComponents
+    components: Sequence[PlannedComponents]
     spec: DeploySpec
     machine: Machine
     fixed: Mapping[int, Gpu]
 
-    def find(self, slots: Sequence[Slot], bound: dict[int, Gpu]) -> dict[int, Gpu] | None:
-        """Give each of `slots` a GPU of its own that will do, the most alike first; None where that cannot be."""
-        if not slots:
-            return bound
-        first, *rest = slots
-        taken = {gpu.index for index, gpu in {**self.fixed, **bound}.items() if index != first.index}
-        choices = [self.fixed[first.index]] if first.index in self.fixed else self.machine.gpus
-        for gpu in sorted(choices, key=lambda gpu: _unlike(first, gpu)):
-            if gpu.index not in taken and not self._lacks(first, gpu):
-                matched = self.find(rest, {**bound, first.index: gpu})
-                if matched is not None:
-                    return matched
-        return None
+    def find(self) -> dict[int, Gpu] | None:
+        """Give each slot a GPU of its own that will do, fullest slots their most alike; None where that cannot be."""
+        fitting: dict[int, list[Gpu]] = {}
+        order = sorted(self.slots, key=lambda slot: -slot.peak_bytes)
+        for slot in order:
+            choices = [self.fixed[slot.index]] if slot.index in self.fixed else self.machine.gpus
+            able = [gpu for gpu in choices if not self._lacks(slot, gpu)]
+            fitting[slot.index] = sorted(able, key=lambda gpu: _unlike(slot, gpu))
+        for slot in order:
+            for gpu in fitting[slot.index]:
+                tried = {**fitting, slot.index: [gpu]}
+                if _all_matched(tried):
+                    fitting = tried
+                    break
+            else:
+                return None
+        return {index: gpus[0] for index, gpus in fitting.items()}
 
     def problems(self) -> list[str]:
         """What each slot lacks on the GPU that is most like its own; GPUs are given out once."""
@@ -205,11 +226,27 @@ class _Matching:
         forced = isinstance(hardware, CustomMap) and hardware.force
         if gpu.free_bytes < needed and not forced:
             return f"it needs {human_bytes(needed)}"
-        for name, part in self.components.items():
+        for name, part in (item for parts in self.components for item in parts.items()):
             emulated = not self.spec.precision.allow_emulated and not is_native(part.dtype, gpu)
             if part.slot == slot.index and emulated:
                 return f"it holds {name} in {part.dtype}, which this GPU only emulates"
         return ""
+
+
+def _all_matched(fitting: Mapping[int, Sequence[Gpu]]) -> bool:
+    """Whether every slot can get one of its GPUs, none twice; by augmenting paths, since there may be many of both."""
+    holder: dict[int, int] = {}
+
+    def place(slot: int, seen: set[int]) -> bool:
+        for gpu in fitting[slot]:
+            if gpu.index not in seen:
+                seen.add(gpu.index)
+                if gpu.index not in holder or place(holder[gpu.index], seen):
+                    holder[gpu.index] = slot
+                    return True
+        return False
+
+    return all(place(slot, set()) for slot in fitting)
 
 
 def _unlike(slot: Slot, gpu: Gpu) -> tuple[bool, bool, int]:
@@ -221,11 +258,12 @@ def _may_fall_back(spec: DeploySpec) -> bool:
     return not isinstance(spec.hardware, CustomMap) and spec.hardware.on_shortfall == "cpu"
 
 
-def _on_cpu(wanted: int, components: PlannedComponents, machine: Machine) -> Binding:
+def _on_cpu(wanted: int, replicas: int, components: PlannedComponents, machine: Machine) -> Binding:
+    what = f"one replica of {replicas}" if replicas > 1 else "everything"
     remark = Diagnostic(
         type="no_gpu",
         severity="warning",
-        message=f"the plan wants {wanted} GPU(s), {machine.inventory()}; everything runs on the CPU",
+        message=f"the plan wants {wanted} GPU(s), {machine.inventory()}; {what} runs on the CPU",
         where="resolve",
         hint="hardware.on_shortfall=error makes this an error",
     )

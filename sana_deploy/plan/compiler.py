@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from .._models import Diagnostic
 from .._units import human_bytes
@@ -16,19 +16,23 @@ from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..facts.machine import Machine
 from ..facts.virtual_machine import describe_machine
 from .artifact import Plan
-from .assemble import assemble
+from .assemble import assemble, replica_of
 from .auto_precision import choose_precision
 from .faster import faster_ways
-from .grid import Rules
+from .grid import Candidate, Rules
 from .needs import Measure
 from .profile import PipelineProfile, profile_pipeline
-from .records import Place
+from .records import Place, Replica
 from .rejections import Rejection
-from .remarks import cpu_remark, declaration_remarks, forced_remarks
+from .remarks import cpu_remark, declaration_remarks, forced_remarks, idle_remarks
 from .remedies import Fits, with_all_knobs, working_changes
+from .replicas import Deals, Group, deals_of
 from .search import Search, search_balanced, search_custom, search_host, search_single
 from .splits import choose, open_ways, ways_of
-from .ways import Ways
+from .ways import Choice, Ways
+
+WaysOn = Callable[[Machine], Ways]
+"""The ways to execute a request on some GPUs."""
 
 
 def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | None = None) -> Plan:
@@ -55,27 +59,98 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     diagnostics += declaration_remarks(spec, checkpoint, machine)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         diagnostics.insert(0, cpu_remark(spec.hardware, offered))
-    ways = _ways(measure, spec, checkpoint, offered)
-    choice = choose(spec, offered, ways)
-    profile, search, diagnostics = choice.profile, choice.search, [*diagnostics, *choice.remarks]
+    ways = _ways(measure, spec, checkpoint)
+    groups = _groups(spec, offered, ways, partial(working_changes, spec, checkpoint, machine, fits))
+    first, profile, search = groups[0], groups[0].choice.profile, groups[0].choice.search
     if search.best:
-        remarks = [*forced_remarks(profile, search.best, offered), *diagnostics]
-        faster = faster_ways(spec, choice, ways)
-        return assemble(spec, checkpoint, profile, offered, search.best, search, remarks, faster=faster)
+        remarks = [*_remarks_of(first, search.best, diagnostics), *idle_remarks(spec, offered, groups)]
+        faster = faster_ways(spec, first.choice, ways(first.machine))
+        others = [_replica(spec, group, ways(group.machine)) for group in groups[1:]]
+        return assemble(spec, checkpoint, profile, first.machine, search.best, search, remarks, True, faster, others)
     problem = _infeasible(spec, checkpoint, machine, search, fits)
     if search.closest:
         refused = Diagnostic(
             type="infeasible", severity="warning", message=problem.message, where="hardware", hint=problem.hint
         )
-        remarks = [refused, *diagnostics]
+        remarks = [refused, *diagnostics, *first.choice.remarks]
         problem.plan = assemble(spec, checkpoint, profile, offered, search.closest, search, remarks, feasible=False)
     raise problem
 
 
-def _ways(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, offered: Machine) -> Ways:
-    """The ways to execute the request on the GPUs that are offered."""
+def _ways(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint) -> WaysOn:
+    """The ways to execute the request; those on the same GPUs are found once."""
     profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
-    return ways_of(spec, checkpoint, profile, offered, measure, partial(_search, spec, offered))
+
+    @cache
+    def on(part: Machine) -> Ways:
+        return ways_of(spec, checkpoint, profile, part, measure, partial(_search, spec, part))
+
+    return on
+
+
+def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[[], str]) -> list[Group]:
+    """The GPUs of each replica, and how it is planned on them; all of them where one is asked for, or nothing fits.
+
+    Args:
+        changes: says what would fit where too few replicas do.
+
+    Raises:
+        InfeasibleError: fewer replicas fit than are asked for.
+    """
+    hardware = spec.hardware
+
+    def planned(part: Machine) -> Choice:
+        return choose(spec, part, ways(part))
+
+    whole = Group(offered, planned(offered))
+    if isinstance(hardware, CustomMap) or not hardware.may_replicate or whole.choice.search.best is None:
+        return [whole]
+    most_images = hardware.objective == "throughput" and not isinstance(hardware.replicas, int)
+    sizes = _sizes(spec, offered, ways)
+    deals = deals_of(offered, planned, sizes, "most images" if most_images else "every count")
+    if isinstance(hardware.replicas, int) and hardware.replicas > deals.most:
+        raise _too_many(hardware.replicas, deals, sizes, changes())
+    return deals.chosen(hardware.replicas) or [whole]
+
+
+def _sizes(spec: DeploySpec, offered: Machine, ways: WaysOn) -> range:
+    """How many GPUs one replica can use: one for each unit at most, two at least where halves of guidance are apart."""
+    if isinstance(spec.hardware, SingleGpu):
+        return range(1, 2)
+    opened = list(open_ways(spec, offered, ways(offered)))
+    units = max(len(ways(offered).profile(way).units) for way in opened)
+    return range(1 if any(way.split == "none" for way in opened) else 2, units + 1)
+
+
+def _too_many(wanted: int, deals: Deals, sizes: range, changes: str) -> InfeasibleError:
+    """Say how many replicas fit, what the next one lacks, and what would fit."""
+    taken = {gpu.index for group in deals.chosen("max") for gpu in group.machine.gpus}
+    left = replace(deals.machine, gpus=tuple(gpu for gpu in deals.machine.gpus if gpu.index not in taken))
+    nearest = deals.planned(left).search.nearest() if len(left.gpus) >= sizes.start else None
+    lack = f"; on what they leave, {nearest.message}" if nearest else ""
+    if 0 < len(left.gpus) < sizes.start:
+        lack = f"; they leave {len(left.gpus)}, each half of guidance takes one"
+    on = f"on {len(taken)} of {len(deals.machine.gpus)} GPUs" if deals.machine.gpus else "without a GPU"
+    fewer = f"this fits: hardware.replicas={deals.most}" if deals.most else ""
+    return InfeasibleError(
+        f"{wanted} replicas do not fit, {deals.most} do at most, {on}{lack}",
+        where="hardware.replicas",
+        hint="; or ".join(filter(None, [fewer, changes.removeprefix("this fits: ") if fewer else changes])),
+        replicas=deals.most,
+    )
+
+
+def _remarks_of(group: Group, best: Candidate, further: Iterable[Diagnostic] = ()) -> list[Diagnostic]:
+    """What is to say of one replica."""
+    return [*forced_remarks(group.choice.profile, best, group.machine), *further, *group.choice.remarks]
+
+
+def _replica(spec: DeploySpec, group: Group, ways: Ways) -> Replica:
+    """The record of one replica beside the first."""
+    profile, search = group.choice.profile, group.choice.search
+    assert search.best is not None
+    remarks, faster = _remarks_of(group, search.best), faster_ways(spec, group.choice, ways)
+    return replica_of(spec, profile, group.machine, search.best, search, remarks, faster)
 
 
 def _pinned(spec: DeploySpec, checkpoint: Checkpoint) -> DeploySpec:
@@ -108,9 +183,11 @@ def _search(spec: DeploySpec, machine: Machine, profile: PipelineProfile) -> Sea
     if isinstance(hardware, CustomMap):
         rules = Rules(allow_emulated=emulated, force=hardware.force, host_bytes=host)
         return search_custom(profile, machine.gpus, rules, dict(hardware.device_map), hardware.knobs)
+    # A replica draws most images per second where each takes the fewest seconds.
+    objective = "latency" if hardware.objective == "throughput" else hardware.objective
     if not machine.gpus:
-        return search_host(profile, Rules(hardware.allow, hardware.objective, emulated, hardware.force, host))
-    rules = Rules(hardware.allow, hardware.objective, emulated, host_bytes=host)
+        return search_host(profile, Rules(hardware.allow, objective, emulated, hardware.force, host))
+    rules = Rules(hardware.allow, objective, emulated, host_bytes=host)
     if isinstance(hardware, SingleGpu):
         return search_single(profile, machine.gpus, rules, hardware.gpu)
     units = {unit.name for unit in profile.units}
@@ -154,9 +231,19 @@ def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: M
         _check_indices(spec, machine)
     except InfeasibleError:
         return False
-    offered = _offered(spec, machine)
-    ways = _ways(measure, spec, checkpoint, offered)
-    return any(ways.search(way).best for way in open_ways(spec, offered, ways))
+    offered, hardware, ways = _offered(spec, machine), spec.hardware, _ways(measure, spec, checkpoint)
+
+    def planned(part: Machine) -> Choice:
+        """The first way that fits, else the last."""
+        for way in open_ways(spec, part, ways(part)):
+            choice = ways(part).choice(way)
+            if choice.search.best:
+                break
+        return choice
+
+    if isinstance(hardware, CustomMap) or not isinstance(hardware.replicas, int) or hardware.replicas == 1:
+        return planned(offered).search.best is not None
+    return deals_of(offered, planned, _sizes(spec, offered, ways), "most replicas").most >= hardware.replicas
 
 
 def _infeasible(

@@ -3,9 +3,9 @@
 Equal decisions have equal digests, whatever minor version wrote them. From 1.4 on a digest covers no minor version's
 number, and a key that a later version added only where it says something: it is left out where it is empty, and
 `pipeline_class` where it names the one pipeline that earlier versions knew, `runtime` where it is eager, `split` where
-it is none. What was declared of runtime and split is left out: these keys of the plan are what was decided. So are
-`exactness`, which follows from them, and `faster`, which was not taken. Digests of
-1.0 to 1.3 cover their number; 1.3 goes on to stand in its place.
+it is none. What was declared of runtime, split and replicas is left out: these keys of the plan are what was decided.
+So are `exactness`, which follows from them, images per second, which follow from seconds, and `faster`, which was not
+taken. Digests of 1.0 to 1.3 cover their number; 1.3 goes on to stand in its place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from ..declare.pipelines import SANA_CONTROLNET
 from ..facts.shapes import digest
 
-_OUTSIDE_DIGEST = ("digest", "tool_version", "libraries", "exactness", "faster")
+_OUTSIDE_DIGEST = ("digest", "tool_version", "libraries", "exactness", "faster", "images_per_second")
+_OUTSIDE_BASIS = re.compile(r"(replicas\.\*\.)?faster\.|images_per_second$")
 _COVERED_BY_1_3 = {
     "schema_version", "spec", "checkpoint", "slots", "home", "device_map", "components", "knobs", "transfers",
     "estimates", "considered", "rejections", "diagnostics", "basis", "feasible", "knob_prices", "vae_tile",
@@ -35,6 +36,7 @@ _HOST_PATHS = (
     ("resolve",),
     ("runtime",),
     ("hardware", "split"),
+    ("hardware", "replicas"),
 )
 
 
@@ -59,6 +61,23 @@ def _drop_empty(key: str, records: list[Any]) -> None:
     """Leave out what a later version added to records, where it says nothing: bytes that graphs keep, further units."""
     for record in records:
         if isinstance(record, dict) and not record.get(key):
+            record.pop(key, None)
+
+
+def _drop_what_follows(content: dict[str, Any]) -> None:
+    """Leave out of basis and replicas what is left out of the plan's own keys."""
+    match content:
+        case {"basis": dict(basis)}:
+            content["basis"] = {key: how for key, how in basis.items() if not _OUTSIDE_BASIS.match(key)}
+    match content:
+        case {"replicas": list(replicas)}:
+            for key in _OUTSIDE_DIGEST:
+                _drop(key, replicas)
+
+
+def _drop(key: str, records: list[Any]) -> None:
+    for record in records:
+        if isinstance(record, dict):
             record.pop(key, None)
 
 
@@ -100,9 +119,7 @@ def digest_of(values: dict[str, Any]) -> str:
     match content:
         case {"considered": {"runners_up": list(runners), **others}}:
             _drop_empty("units", [*runners, others.get("closest")])
-    match content:
-        case {"basis": dict(basis)}:
-            content["basis"] = {key: how for key, how in basis.items() if not key.startswith("faster.")}
+    _drop_what_follows(content)
     match spec:
         case {"model": {"components": dict(named)}}:
             _drop_folders(named)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from .._models import Record
+from .._models import Diagnostic, Record
 from .._units import fullness
 from ..declare.formats import Dtype, Format, Quantization
 from ..declare.hardware import Split
@@ -136,6 +136,17 @@ class Estimates(Record):
     seconds: dict[str, float] = {}
     seconds_per_image: float | None = None
 
+    @property
+    def images_per_second(self) -> float | None:
+        """One over the seconds; None where they are not known."""
+        return round(1 / self.seconds_per_image, 4) if self.seconds_per_image else None
+
+
+def total_rate(replicas: Iterable[Estimates]) -> float | None:
+    """Images per second of pipelines beside each other; None where that of one is not known."""
+    rates = [one.images_per_second for one in replicas]
+    return None if None in rates else round(sum(rate for rate in rates if rate is not None), 4)
+
 
 class Faster(Record):
     """A faster way to execute the same request on the same machine, and the overrides that plan it.
@@ -212,3 +223,28 @@ class RejectionCount(Record):
     count: int
     closest: str
     closest_shortfall_bytes: int
+
+
+class Replica(Record):
+    """One pipeline of several beside each other: what of a plan is its own. Slots are those of the machine.
+
+    The plan's keys of the same names are those of the first replica.
+    """
+
+    slots: list[Slot]
+    home: Place
+    device_map: dict[Component, Place]
+    components: dict[Component, PlacedComponent]
+    knobs: list[str]
+    transfers: list[Transfer]
+    estimates: Estimates
+    considered: Considered
+    rejections: list[RejectionCount]
+    diagnostics: list[Diagnostic]
+    knob_prices: dict[str, KnobPrice] = {}
+    vae_tile: Tile | None = None
+    units: dict[str, PlacedUnit] = {}
+    runtime: Execution = "eager"
+    split: Split = "none"
+    exactness: Exactness | None = None
+    faster: list[Faster] = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .._models import Diagnostic
 from .._units import human_bytes
-from ..declare.hardware import Planned
+from ..declare.hardware import CustomMap, Planned
 from ..declare.policies import fragile_components, overflowing_components
 from ..declare.spec import DeploySpec
 from ..errors import InfeasibleError
@@ -15,6 +17,7 @@ from .grid import Candidate
 from .knobs import under
 from .profile import PipelineProfile
 from .rejections import host_sentence
+from .replicas import Group
 
 
 def declaration_remarks(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> list[Diagnostic]:
@@ -109,3 +112,19 @@ def forced_remarks(profile: PipelineProfile, chosen: Candidate, machine: Machine
         return []
     message = f"expected to run out of memory, and forced: {'; '.join(short)}"
     return [Diagnostic(type="forced", severity="warning", message=message, where="hardware.force")]
+
+
+def idle_remarks(spec: DeploySpec, machine: Machine, groups: Sequence[Group]) -> list[Diagnostic]:
+    """Say which GPUs have nothing to do beside replicas, and why."""
+    taken = {
+        place for group in groups if group.choice.search.best for place in group.choice.search.best.placement.values()
+    }
+    idle = [str(gpu.index) for gpu in machine.gpus if gpu.index not in taken]
+    hardware = spec.hardware
+    if isinstance(hardware, CustomMap) or not hardware.may_replicate or not idle:
+        return []
+    asked = isinstance(hardware.replicas, int)
+    why = f"hardware.replicas={hardware.replicas} asks for no more" if asked else "no further replica fits there"
+    message = f"GPU {', '.join(idle)} {'stays' if len(idle) == 1 else 'stay'} idle: {why}"
+    hint = "hardware.replicas=max plans as many as fit" if asked else ""
+    return [Diagnostic(type="idle_gpus", severity="info", message=message, where="hardware.replicas", hint=hint)]

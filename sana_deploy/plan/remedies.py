@@ -122,11 +122,8 @@ def _makes_sense(knob: Knob, spec: DeploySpec) -> bool:
 
 def _on_this_machine(spec: DeploySpec) -> Iterator[Change]:
     """Another policy for the same strategy first, then the balanced strategy with each policy."""
-    kept = (
-        {}
-        if isinstance(spec.hardware, CustomMap)
-        else spec.hardware.model_dump(include={"use", "keep_free", "allow", "split"})
-    )
+    shared = {"use", "keep_free", "allow", "objective", "replicas", "split"}
+    kept = {} if isinstance(spec.hardware, CustomMap) else spec.hardware.model_dump(include=shared)
     balanced = MultiGpuBalanced(strategy="multi_gpu_balanced", **kept)
     for hardware, words in ((spec.hardware, ""), (balanced, "hardware=multi_gpu_balanced")):
         placed = spec.model_copy(update={"hardware": hardware})
@@ -235,4 +232,4 @@ def out_of_float16(plan: Plan, suspects: Iterable[Component], compiled: Callable
 
 
 def _fullest(plan: Plan) -> int:
-    return max((slot.peak_bytes for slot in plan.slots), default=0)
+    return max((slot.peak_bytes for slot in plan.all_slots), default=0)
