@@ -39,9 +39,9 @@ def traffic() -> list[str]:
     import diffusers
     from placement import accelerated
 
+    from sana_deploy import rehearse
     from sana_deploy.api import compile_spec
     from sana_deploy.declare.compose import compose_spec
-    from sana_deploy.rehearsal.rehearse import rehearse
 
     diffusers.utils.logging.set_verbosity_error()
     lines = ["| placement | per step, ours | theirs | per image, ours | theirs |", "|---|---|---|---|---|"]

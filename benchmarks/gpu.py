@@ -32,6 +32,7 @@ from host_memory import anonymous_peak
 from lively import liveliness
 from make_checkpoint import make_checkpoint
 
+from sana_deploy import rehearse
 from sana_deploy._units import GIB
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
@@ -41,7 +42,6 @@ from sana_deploy.declare.policies import quantization_of
 from sana_deploy.errors import InvalidSpecError
 from sana_deploy.facts.allocator import context_bytes
 from sana_deploy.facts.machine import probe_torch
-from sana_deploy.rehearsal.rehearse import rehearse
 from sana_deploy.run.generate import PhaseClock, run_request
 from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline

@@ -84,9 +84,9 @@ def cell(arguments: tuple[str, str, int]) -> Cell:
 
 def ours(spec: Any) -> Side:
     """Compile and rehearse our plan."""
+    from sana_deploy import rehearse
     from sana_deploy.api import compile_spec
     from sana_deploy.errors import InfeasibleError, RunError
-    from sana_deploy.rehearsal.rehearse import rehearse
 
     try:
         plan = compile_spec(spec)
@@ -106,10 +106,10 @@ def ours(spec: Any) -> Side:
 
 def rehearse_miss(plan: Any) -> str:
     """Rehearse a plan that was refused: what becomes of it if it is applied all the same."""
+    from sana_deploy import rehearse
     from sana_deploy.errors import InfeasibleError, RunError
     from sana_deploy.facts.virtual_machine import describe_machine
     from sana_deploy.plan.artifact import ResolvedPlan
-    from sana_deploy.rehearsal.rehearse import rehearse
 
     machine = describe_machine(plan.spec.machine)
     devices = {slot.index: f"vgpu:{slot.index}" for slot in plan.slots}

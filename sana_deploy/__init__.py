@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from .errors import SanaDeployError as SanaDeployError
     from .plan.artifact import Plan as Plan
     from .plan.artifact import ResolvedPlan as ResolvedPlan
-    from .rehearsal.rehearse import rehearse as rehearse
+    from .rehearsal.replicas import rehearse as rehearse
     from .run.load import load_pipeline as load_pipeline
     from .run.outcome import Outcome as Outcome
     from .run.place import place as place
     from .run.place import unplace as unplace
+    from .run.replicas import load_pipelines as load_pipelines
 
 _HOMES = {
     "DeploySpec": "declare.spec",
@@ -33,8 +34,9 @@ _HOMES = {
     "SanaDeployError": "errors",
     "compile_plan": "api",
     "load_pipeline": "run.load",
+    "load_pipelines": "run.replicas",
     "place": "run.place",
-    "rehearse": "rehearsal.rehearse",
+    "rehearse": "rehearsal.replicas",
     "unplace": "run.place",
 }
 

@@ -7,7 +7,7 @@ import logging
 import shlex
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ class Run:
     stage: Stage = "compile"
     plan: Plan | None = None
     resolved: ResolvedPlan | None = None
-    host: Any = None
-    pipeline: Any = None
+    staged: list[Any] = field(default_factory=list)
+    pipelines: list[Any] = field(default_factory=list)
     rehearsal: Rehearsal | None = None
     audit: Audit | None = None
     measured: Measured = field(default_factory=Measured)
@@ -60,6 +60,7 @@ class Run:
             stage=self.stage,
             plan_digest=self.plan.digest if self.plan else None,
             device_map={str(k): v for k, v in self.resolved.device_map.items()} if self.resolved else {},
+            other_device_maps=[dict(one.device_map) for one in self.resolved.others] if self.resolved else [],
             measured=self.measured,
             rehearsal=self.rehearsal,
             audit=self.audit,
@@ -171,20 +172,22 @@ def _apply(run: Run) -> None:
     starting = None if virtual else _ahead_of_load(run.resolved)
     with progress_each("loading", run.brief) as advance:
         with quick_imports():
-            from .rehearsal.rehearse import open_host
-            from .run import generate  # noqa: F401  with all that it imports, so that no later stage waits for it
+            from .rehearsal.replicas import stage
             from .run.hook import border_of
-            from .run.load import load_pipeline
+            from .run.replicas import load_pipelines
         seconds["import"] = clock.lap()
         if starting is not None:
             starting.join()
             seconds["start"] = clock.lap()
         if virtual:
-            run.host = open_host(run.resolved)
-        run.pipeline = load_pipeline(run.resolved, lambda name, done, of: advance(name, done, of), run.host)
+            run.staged = stage(run.resolved, progress=advance)
+            run.pipelines = [one.pipeline for one in run.staged]
+        else:
+            run.pipelines = load_pipelines(run.resolved, advance)
         seconds["load"] = clock.lap()
-    run.remarks += [_out_of_range(text, run.resolved.plan) for text in border_of(run.pipeline).notes]
-    loaded = 0 if virtual else sum(part.weights_bytes for part in run.resolved.plan.components.values())
+    run.remarks += [_out_of_range(text, run.resolved.plan) for text in border_of(run.pipelines[0]).notes]
+    weights = sum(part.weights_bytes for part in run.resolved.plan.components.values())
+    loaded = 0 if virtual else weights * len(run.pipelines)
     run.measured = Measured(seconds=seconds, loaded_bytes=loaded)
 
 
@@ -196,7 +199,8 @@ def _ahead_of_load(resolved: ResolvedPlan) -> threading.Thread | None:
         variant = getattr(model, "variant", None)
         parts = [folder / name for name in resolved.plan.pipeline.names if (folder / name / "config.json").is_file()]
         read_ahead([file for part in parts for file in weight_files(part, variant, part.name)])
-    return start_gpus({*resolved.device_map.values(), *resolved.unit_devices.values()})
+    each = (resolved, *resolved.others)
+    return start_gpus({at for one in each for at in (*one.device_map.values(), *one.unit_devices.values())})
 
 
 def _out_of_range(text: str, plan: Plan) -> Diagnostic:
@@ -209,11 +213,11 @@ def _generate(run: Run) -> None:
     from .run.prompts import cut_prompts
     from .run.request_state import RequestState
 
-    state = RequestState()
-    if run.host is None or run.host.fidelity == "numbers":  # in shapes, the tokenizer may be a stand-in
-        run.remarks += cut_prompts(run.pipeline, run.spec.workload)
+    states = [RequestState() for _ in run.pipelines]
+    if not run.staged or run.staged[0].host.fidelity == "numbers":  # in shapes, the tokenizer may be a stand-in
+        run.remarks += cut_prompts(run.pipelines[0], run.spec.workload)
     try:
-        (_rehearse if run.host is not None else _run)(run, state)
+        (_rehearse if run.staged else _run)(run, states)
     except RunError as problem:
         if run.plan:
             problem.hint = _checked_hint(problem, run.plan)
@@ -222,11 +226,11 @@ def _generate(run: Run) -> None:
         hint = "hardware.on_decode_oom=raise makes this an error"
         run.remarks += [
             Diagnostic(type="decoded_in_tiles", severity="warning", message=text, where="generate", hint=hint)
-            for text in state.remarks
+            for text in dict.fromkeys(text for state in states for text in state.remarks)
         ]
         run.remarks += [
             Diagnostic(type="eager_calls", severity="info", message=text, where="runtime")
-            for text in state.eager_sentences()
+            for text in dict.fromkeys(text for state in states for text in state.eager_sentences())
         ]
 
 
@@ -243,20 +247,34 @@ def _checked_hint(problem: RunError, plan: Plan) -> str:
     return problem.hint
 
 
-def _run(run: Run, state: Any) -> None:
-    from .run.generate import generate, save_images
+def _run(run: Run, states: list[Any]) -> None:
+    from .run.generate import save_images
+    from .run.replicas import generate_each
 
     asked = run.spec.workload
-    recorder = _recorder(state) if run.spec.precision.audit else None
+    recorder = _recorder(states[0]) if run.spec.precision.audit else None
     with progress("denoising", run.brief) as advance:
-        images, measured = generate(
-            run.pipeline, asked.bounds, asked, lambda done, of: advance(f"step {done}/{of}", done, of), state
+        images, measured = generate_each(
+            run.pipelines, asked.bounds, asked.request, lambda done, of: advance(f"step {done}/{of}", done, of), states
         )
     seconds = {**run.measured.seconds, **measured.seconds}
     run.measured = measured.model_copy(update={"seconds": seconds, "loaded_bytes": run.measured.loaded_bytes})
     run.images = [path.name for path in save_images(images, run.folder)]
+    run.remarks += _seeds_drawn(run)
     if recorder is not None:
-        _audit(run, recorder, images)
+        _audit(run, recorder, images[: asked.batch])
+
+
+def _seeds_drawn(run: Run) -> list[Diagnostic]:
+    """Say which image is of which seed where several replicas drew."""
+    from .run.replicas import request_of
+
+    count, batch, request = len(run.pipelines), run.spec.workload.batch, run.spec.workload.request
+    if count == 1:
+        return []
+    drawn = [f"{run.images[number * batch]} seed {request_of(request, number).seed}" for number in range(count)]
+    message = f"{count} replicas drew at once, each with a seed of its own: {', '.join(drawn)}"
+    return [Diagnostic(type="seeds", severity="info", message=message, where="workload.seed")]
 
 
 def _recorder(state: Any) -> Any:
@@ -274,20 +292,18 @@ def _audit(run: Run, recorder: Any, images: list[Any]) -> None:
 
     assert run.plan is not None
     reference = in_float32(run.spec, compile_spec)
-    run.pipeline = None
+    run.pipelines = []
     with progress("auditing", run.brief):
         run.audit = audit(recorder, images, run.plan, reference, run.spec.workload)
 
 
-def _rehearse(run: Run, state: Any) -> None:
-    from .rehearsal.rehearse import rehearse_request
+def _rehearse(run: Run, states: list[Any]) -> None:
+    from .rehearsal.replicas import rehearse_each
     from .run.generate import save_images
 
-    assert run.resolved is not None
-    resolved = replace(run.resolved, plan=run.resolved.plan.model_copy(update={"spec": run.spec}))
     with progress("rehearsing", run.brief) as advance:
-        ended = rehearse_request(
-            run.pipeline, resolved, run.host, lambda done, of: advance(f"step {done}/{of}", done, of), state
+        ended = rehearse_each(
+            run.staged, run.spec.workload, lambda done, of: advance(f"step {done}/{of}", done, of), states
         )
     run.rehearsal = ended.report
     if run.spec.precision.audit:

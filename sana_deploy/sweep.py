@@ -34,6 +34,8 @@ _TITLES = (
     "fullest",
     "peak",
     "~s/image",
+    "~images/s",
+    "images/s",
     "seconds",
     "PSNR",
     "worst error",
@@ -191,7 +193,8 @@ def render_rows(rows: list[dict[str, Any]], ascii_only: bool = False, width: int
     shown, cells, names = [row for row, _ in started], [cell for _, cell in started], _short_names(rows)
     needed = min(_NAME_CELLS, max(len(name) for name in names.values()))
     titles, room = [], width - 8
-    for title in (one for one in _TITLES if cells and one in cells[0]):
+    hidden = () if _several(rows) else ("~images/s",)  # one over the seconds
+    for title in (one for one in _TITLES if cells and one in cells[0] and one not in hidden):
         longest = max(len(text) for text in (title, *(cell[title] for cell in cells)))
         if room - longest - 2 >= needed:
             titles.append((title, longest))
@@ -210,6 +213,11 @@ def render_rows(rows: list[dict[str, Any]], ascii_only: bool = False, width: int
         table.add_row(str(row["job"]), Text(mark, style=style), Text(name, style=style),
                       *(cell[title] for title, _ in titles))  # fmt: skip
     return Group(table, *(Text(line, style="dim") for line in (*_notes(rows, star), *_reasons(rows))))
+
+
+def _several(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any job planned more than one replica."""
+    return any((row["replicas"] or 1) > 1 for row in rows)
 
 
 def _short_names(rows: Sequence[Mapping[str, Any]]) -> dict[int, str]:
@@ -231,7 +239,8 @@ def _notes(rows: Sequence[Mapping[str, Any]], star: str) -> list[str]:
     more = sum(row["status"] != "not started" for row in rows) - TERMINAL_ROWS
     lines = [f"{more} more in summary.html"] if more > 0 else []
     if any(row["front"] for row in rows):
-        lines.append(f"{star} nothing of the same model and workload takes fewer seconds and less memory")
+        rate = " and draws more images per second" if _several(rows) else ""
+        lines.append(f"{star} nothing of the same model and workload takes fewer seconds and less memory{rate}")
     counts = Counter(row["status"] for row in rows if row["status"] != "done")
     if counts:
         words = {"infeasible": "x infeasible", "not started": "not started"}

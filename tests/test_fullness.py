@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sana_deploy import rehearse
 from sana_deploy._units import GIB
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.rehearsal.rehearse import rehearse
 from sana_deploy.report.html import plan_page
 from sana_deploy.report.summary import cells_of, read_rows
 from sana_deploy.report.terminal import render_plan, render_rehearsal

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from sana_deploy import rehearse
 from sana_deploy._units import GIB, human_bytes
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
-from sana_deploy.rehearsal.rehearse import rehearse
 from sana_deploy.report.html import plan_page, sweep_page
 from sana_deploy.report.summary import NUMBERS, cells_of
 from sana_deploy.run.outcome import Failure, Outcome

@@ -18,7 +18,7 @@ from diffusers import SanaControlNetPipeline
 from drawing import draw
 from torch import nn
 
-from sana_deploy import load_pipeline, place
+from sana_deploy import load_pipeline, place, rehearse
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.formats import Format, Quantization
@@ -31,7 +31,7 @@ from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.artifact import Plan
 from sana_deploy.rehearsal.meta_modules import stand_in
-from sana_deploy.rehearsal.rehearse import open_host, rehearse
+from sana_deploy.rehearsal.rehearse import open_host
 from sana_deploy.run import quantize
 from sana_deploy.run.quantize import linears_of, parts_of, stored_bytes
 

@@ -88,7 +88,7 @@ def row(
 ) -> dict[str, Any]:
     return {
         "job": job, "status": status, "front": False, "seconds": None, "estimated_seconds_per_image": seconds,
-        "total_peak_bytes": memory, "compared_seconds": None, "workload": {"model": model},
+        "total_peak_bytes": memory, "compared_seconds": None, "workload": {"model": model, "batch": 1}, "replicas": 1,
     }  # fmt: skip
 
 

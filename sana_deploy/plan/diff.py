@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .._units import human_bytes
 from ..errors import SanaDeployError
 from .artifact import Plan
-from .records import place_words
+from .records import Place, place_words
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ def _files(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
     yield "feasible", plan.feasible
+    yield "replicas", len(plan.replicas) + 1
+    for number, one in enumerate(plan.each()[1:], 1):
+        yield f"replicas.{number}.device_map", _words({name: part.slot for name, part in one.parts.items()})
+        yield f"replicas.{number}.runtime", one.runtime
+        yield f"replicas.{number}.split", one.split
+        yield f"replicas.{number}.knobs", ", ".join(one.knobs)
     for name, part in plan.components.items():
         yield f"components.{name}.slot", part.slot
         yield f"components.{name}.dtype", part.dtype
@@ -80,10 +86,15 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
 
 
 def _costs(plan: Plan) -> Iterator[tuple[str, Any]]:
-    for slot in plan.slots:
+    for slot in sorted(plan.all_slots, key=lambda slot: slot.index):
         yield f"slots.{slot.index}.peak_bytes", slot.peak_bytes
     for key in ("bytes_per_step", "bytes_per_image", "seconds_per_image"):
         yield f"estimates.{key}", getattr(plan.estimates, key)
+    yield "images_per_second", plan.images_per_second
+
+
+def _words(device_map: Mapping[str, Place]) -> str:
+    return ", ".join(f"{name} {place_words(place)}" for name, place in device_map.items())
 
 
 def render(differences: Sequence[Difference]) -> str:
@@ -98,7 +109,7 @@ def _shown(one: Difference, value: Any) -> str:
     if value is None or value == "":
         return "none"
     if one.kind == "cost":
-        return human_bytes(value) if "bytes" in one.where else f"{value:.2f} s"
+        return human_bytes(value) if "bytes" in one.where else f"{value:.2f}{_unit(one)}"
     if one.where.endswith(".slot"):
         return place_words(value)
     return str(value)
@@ -109,7 +120,11 @@ def _change(one: Difference) -> str:
         return ""
     delta = one.now - one.was
     sign = "+" if delta > 0 else "-"
-    return f" ({sign}{human_bytes(abs(delta))})" if "bytes" in one.where else f" ({sign}{abs(delta):.2f} s)"
+    return f" ({sign}{human_bytes(abs(delta))})" if "bytes" in one.where else f" ({sign}{abs(delta):.2f}{_unit(one)})"
+
+
+def _unit(one: Difference) -> str:
+    return "" if one.where == "images_per_second" else " s"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ GPUs of each kind are left.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from typing import Any, Literal
 
 from ..declare.hardware import Replicas
 from ..facts.machine import Gpu, Machine
+from .artifact import Plan
+from .records import Place, PlacedComponent, PlacedUnit
 from .runtimes import WORTH
 from .ways import Choice
 
@@ -184,3 +187,25 @@ def _bound(machine: Machine, planned: Planned) -> float:
     """
     gpus = tuple(replace(gpu, total_bytes=_ENDLESS, free_bytes=_ENDLESS) for gpu in machine.gpus)
     return _rate(planned(replace(machine, gpus=gpus))) / WORTH**2
+
+
+def alike(plans: Sequence[Plan]) -> list[list[int]]:
+    """Positions of plans that differ in the numbers of their slots only, together; in the order of their first."""
+    found: dict[str, list[int]] = {}
+    for position, plan in enumerate(plans):
+        found.setdefault(json.dumps(_without_numbers(plan), sort_keys=True), []).append(position)
+    return list(found.values())
+
+
+def _without_numbers(plan: Plan) -> list[Any]:
+    """What a replica does and takes, its slots by rank."""
+    rank: dict[Place, Place] = {"cpu": "cpu", **{slot.index: number for number, slot in enumerate(plan.slots)}}
+    parts: dict[str, PlacedComponent | PlacedUnit] = {**plan.components, **plan.units}
+    return [
+        [slot.model_dump(mode="json", exclude={"name", "index"}) for slot in plan.slots],
+        {name: {**part.model_dump(mode="json"), "slot": rank[part.slot]} for name, part in parts.items()},
+        plan.knobs,
+        plan.runtime,
+        plan.split,
+        plan.estimates.model_dump(mode="json"),
+    ]

@@ -62,8 +62,8 @@ def choose(spec: DeploySpec, machine: Machine, ways: Ways) -> Choice:
     """Choose runtime and split.
 
     `hardware.split=auto` takes the halves of guidance with `objective=latency` and `throughput` where they save 5 % of
-    the seconds of an image, and, but with `objective=fit`, where nothing fits without. Whether two GPUs draw more images
-    with a replica each is decided where GPUs are dealt, in `replicas.py`.
+    the seconds of an image, and, but with `objective=fit`, where nothing fits without. Whether two GPUs draw more
+    images with a replica each is decided where GPUs are dealt, in `replicas.py`.
     """
     hardware, mode = spec.hardware, spec.runtime.mode
     asked = "none" if not isinstance(hardware, (CustomMap, MultiGpuBalanced)) else hardware.split

@@ -1,4 +1,4 @@
-"""Rehearsal: a deployment on virtual GPUs through the same code as on real ones, and what it tells."""
+"""Rehearsal: one pipeline on virtual GPUs through the same code as on real ones, and what it tells."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from ..plan.records import Slot
 from ..plan.units import component_call
 from ..run.generate import StepDone, host_peak, run_request, to_images
 from ..run.hook import border_of
-from ..run.load import load_pipeline
 from ..run.outcome import Measured, Rehearsal, RehearsedGpu, RehearsedMoment, RehearsedTransfer, RehearsedWork
-from ..run.place import resolved_plan
 from ..run.request_state import Event, RequestState
 from ..run.traffic import Movement, by_pair
 from .host import VirtualHost, check_virtual
@@ -75,8 +73,11 @@ def open_host(resolved: ResolvedPlan, fidelity: Fidelity | None = None) -> Virtu
 
 def _slot_of(resolved: ResolvedPlan, index: int) -> Slot | None:
     """The slot that was bound to a virtual GPU."""
-    bound = [slot for slot in resolved.plan.slots if resolved.slot_devices.get(slot.index) == f"vgpu:{index}"]
-    return bound[0] if bound else None
+    for one in (resolved, *resolved.others):
+        for slot in one.plan.slots:
+            if one.slot_devices.get(slot.index) == f"vgpu:{index}":
+                return slot
+    return None
 
 
 class LedgerClock:
@@ -101,22 +102,6 @@ class Rehearsed:
     images: list[Image]
 
 
-def rehearse(plan: Plan | ResolvedPlan, fidelity: Fidelity | None = None) -> Rehearsed:
-    """Deploy `plan` on the virtual GPUs that it was compiled for and run its request once.
-
-    Args:
-        plan: compiled with `machine=virtual`.
-        fidelity: overrides the plan's choice of `shapes` or `numbers`.
-
-    Raises:
-        RunError: a virtual GPU runs out of memory, or devices are mixed.
-        InfeasibleError: the plan is not for virtual GPUs.
-    """
-    resolved = resolved_plan(plan, "rehearse(plan)")
-    host = open_host(resolved, fidelity)
-    return rehearse_request(load_pipeline(resolved, host=host), resolved, host)
-
-
 def rehearse_request(
     pipeline: DiffusionPipeline,
     resolved: ResolvedPlan,
@@ -134,7 +119,7 @@ def rehearse_request(
         state: a new one that the request gathers in, for a caller that reads it afterwards, also where it fails.
 
     Raises:
-        RunError: see `rehearse`.
+        RunError: a virtual GPU runs out of memory, or devices are mixed.
     """
     state, workload = state or RequestState(), resolved.plan.spec.workload
     steps = min(workload.steps, SHAPE_STEPS) if host.fidelity == "shapes" else workload.steps

@@ -19,17 +19,19 @@ from ..declare.spec import VirtualMachine
 from ..plan.artifact import Plan
 from ..plan.records import Place, Slot, place_words
 from ..plan.units import component_of
-from ..run.outcome import Outcome
+from ..run.outcome import Outcome, Rehearsal
 from .drawings import chart, flow, timeline
 from .wording import (
     OTHERS_WORDS,
     considered_sentence,
     faster_sentence,
+    groups_words,
     image_words,
     knob_sentence,
     knob_words,
     pool_words,
     rejection_words,
+    replicas_words,
     runtime_words,
     taken_words,
 )
@@ -55,22 +57,24 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         pictures: images as data URLs.
     """
     spec, work = plan.spec, plan.spec.workload
+    execution = [runtime_words(plan), f"in all {plan.exactness}" if plan.exactness else "", replicas_words(plan)]
     return _template("plan").render(
         title=f"{plan.checkpoint.source}, {spec.hardware.strategy}, {spec.precision.name}",
         status=outcome.status,
         error=outcome.error,
         workload=f"{work.width} x {work.height} px, batch {work.batch}, {work.steps} steps, guidance "
-        f"{work.guidance_scale:g}, {runtime_words(plan)}{f', in all {plan.exactness}' if plan.exactness else ''}",
+        f"{work.guidance_scale:g}, {', '.join(filter(None, execution))}",
         digest=plan.digest[7:19],
         version=__version__,
         command=command,
         legend=_legend(plan),
-        gpus=[_gpu(plan, slot) for slot in plan.slots],
+        gpus=[_gpu(one, slot) for one in plan.each() for slot in one.slots],
+        replicas=_replicas(plan),
         components=_components(plan),
         seconds=_seconds(plan),
         faster=[faster_sentence(one) for one in plan.faster],
         knobs=[f"{knob_sentence(plan, knob)}: {knob_words(knob)}" for knob in plan.knobs],
-        timelines=[timeline(gpu, outcome.rehearsal) for gpu in outcome.rehearsal.gpus] if outcome.rehearsal else [],
+        timelines=_timelines(outcome.rehearsal),
         rehearse=_rehearse(plan),
         measured=_measured(outcome),
         pictures=list(pictures),
@@ -104,7 +108,7 @@ def thumbnail(path: Path) -> str:
 
 def _legend(plan: Plan) -> list[tuple[str, str]]:
     """What the colours of the bars mean; others only where they take any."""
-    others = [("others", OTHERS_WORDS)] if any(slot.others_bytes for slot in plan.slots) else []
+    others = [("others", OTHERS_WORDS)] if any(slot.others_bytes for slot in plan.all_slots) else []
     parts = [("activations", "activations ~"), ("overhead", "context and headroom ~"), *others, ("free", "free")]
     return [*((name, name) for name in plan.pipeline.names), *parts]
 
@@ -143,6 +147,29 @@ def _components(plan: Plan) -> list[tuple[str, ...]]:
     ]
 
 
+def _replicas(plan: Plan) -> list[tuple[str, ...]]:
+    """A row for each replica; none for a plan of one."""
+    return [
+        (
+            str(number),
+            ", ".join(place_words(slot.index) for slot in one.slots),
+            groups_words({name: part.slot for name, part in one.parts.items()}),
+            ", ".join(one.knobs),
+            one.runtime if one.split == "none" else f"{one.runtime}, split {one.split}",
+            "" if one.fullness is None else f"{one.fullness:.0%}",
+            "" if one.estimates.seconds_per_image is None else f"{one.estimates.seconds_per_image:.2f}",
+            "" if one.images_per_second is None else f"{one.images_per_second:.3g}",
+        )
+        for number, one in enumerate(plan.each() if plan.replicas else [])
+    ]
+
+
+def _timelines(rehearsal: Rehearsal | None) -> list[dict[str, Any]]:
+    """A timeline for each GPU of the first replica; those of the others are as it or were not kept."""
+    kept = {device for moment in rehearsal.timeline for device in moment.live_bytes} if rehearsal else set()
+    return [timeline(gpu, rehearsal) for gpu in rehearsal.gpus if gpu.device in kept] if rehearsal else []
+
+
 def _seconds(plan: Plan) -> str:
     if plan.estimates.seconds_per_image is None:
         return ""
@@ -154,7 +181,8 @@ def _rehearse(plan: Plan) -> str:
     """The command that rehearses a plan; none where it does not fit or uses no GPU."""
     if not plan.feasible or not plan.slots:
         return ""
-    machine = ",".join(f"{slot.capacity_bytes // MIB}MiB" for slot in plan.slots)
+    slots = sorted(plan.all_slots, key=lambda slot: slot.index)
+    machine = ",".join(f"{slot.capacity_bytes // MIB}MiB" for slot in slots)
     elsewhere = "" if isinstance(plan.spec.machine, VirtualMachine) else f" 'resolve.machine=\"{machine}\"'"
     return f"python -m sana_deploy plan_file=plan.json{elsewhere}"
 
@@ -164,6 +192,8 @@ def _measured(outcome: Outcome) -> list[str]:
     lines = [f"peak on {device}: {human_bytes(size)}" for device, size in measured.peak_bytes.items()]
     lines += [f"moved {pair}: {human_bytes(size)}, {human_bytes(measured.bytes_per_step.get(pair, 0))} per step"
               for pair, size in measured.bytes_moved.items()]  # fmt: skip
+    if measured.images_per_second:
+        lines.append(f"{measured.images_per_second:.3g} images per second, of all replicas at once")
     if measured.seconds:
         lines.append("seconds: " + ", ".join(f"{phase} {value:.2f}" for phase, value in measured.seconds.items()))
     if outcome.audit:

@@ -23,19 +23,21 @@ from ..declare.pipelines import COMPONENTS
 from .jobs import Job, read_jobs
 
 COLUMNS = (
-    "job", "overrides", "status", "exit_code", "front", "gpus", "fullness", "worst_utilisation", "weights_bytes",
-    "peak_bytes", "total_peak_bytes", "per_gpu", "bytes_per_step", "estimated_seconds_per_image", "images_per_second",
-    "seconds", "compared_seconds", "measured_peak_bytes", "psnr", "worst_error", "exactness", "knobs", "dtypes",
-    "device_map", "workload", "report", "reason",
+    "job", "overrides", "status", "exit_code", "front", "gpus", "replicas", "fullness", "worst_utilisation",
+    "weights_bytes", "peak_bytes", "total_peak_bytes", "per_gpu", "bytes_per_step", "estimated_seconds_per_image",
+    "images_per_second", "measured_images_per_second", "seconds", "compared_seconds", "compared_rate",
+    "measured_peak_bytes", "psnr", "worst_error", "exactness", "knobs", "dtypes", "device_map", "workload", "report",
+    "reason",
 )  # fmt: skip
 _NESTED = ("overrides", "knobs", "dtypes", "device_map", "per_gpu", "workload")
 """Columns that hold JSON in summary.csv."""
 _PER_GPU = ("index", "gpu", "weights_bytes", "peak_bytes", "available_bytes", "capacity_bytes")
 """What a row says of each GPU."""
 NUMBERS: Mapping[str, str] = {
-    "job": "job", "GPUs": "gpus", "fullest": "fullness", "weights": "weights_bytes", "peak": "peak_bytes",
-    "per step": "bytes_per_step", "~s/image": "estimated_seconds_per_image", "~images/s": "images_per_second",
-    "worst error": "worst_error", "seconds": "seconds", "measured peak": "measured_peak_bytes", "PSNR": "psnr",
+    "job": "job", "GPUs": "gpus", "replicas": "replicas", "fullest": "fullness", "weights": "weights_bytes",
+    "peak": "peak_bytes", "per step": "bytes_per_step", "~s/image": "estimated_seconds_per_image",
+    "~images/s": "images_per_second", "images/s": "measured_images_per_second", "worst error": "worst_error",
+    "seconds": "seconds", "measured peak": "measured_peak_bytes", "PSNR": "psnr",
 }  # fmt: skip
 """Column titles that are aligned to the right and sort by number -> the key of a row."""
 
@@ -55,7 +57,9 @@ def _row(job: Job) -> dict[str, Any]:
     outcome, plan = job.outcome, job.plan
     workload = _workload(plan, outcome)
     plan = plan if plan.get("feasible", True) else {}  # a closest miss has no figures to compare
-    slots, parts = plan.get("slots", []), plan.get("components", {})
+    parts, each = plan.get("components", {}), [plan, *plan.get("replicas", [])]
+    units = [unit for one in each for key in ("components", "units") for unit in one.get(key, {}).values()]
+    slots = sorted((slot for one in each for slot in one.get("slots", [])), key=lambda slot: int(slot["index"]))
     estimates, audit = plan.get("estimates", {}), outcome.get("audit") or {}
     estimated, measured = estimates.get("seconds_per_image"), outcome.get("measured", {})
     return {
@@ -65,17 +69,20 @@ def _row(job: Job) -> dict[str, Any]:
         "exit_code": job.exit_code,
         "front": False,
         "gpus": len(slots),
+        "replicas": len(each) if plan else None,
         "fullness": max((_fullness(slot) for slot in slots), default=None),
         "worst_utilisation": estimates.get("worst_utilisation"),
-        "weights_bytes": sum(part["weights_bytes"] for part in parts.values()) if plan else None,
+        "weights_bytes": sum(unit["weights_bytes"] for unit in units) if plan else None,
         "peak_bytes": max((slot["peak_bytes"] for slot in slots), default=None),
         "total_peak_bytes": sum(slot["peak_bytes"] for slot in slots) or None,
         "per_gpu": [{key: slot[key] for key in _PER_GPU} for slot in slots],
         "bytes_per_step": estimates.get("bytes_per_step"),
         "estimated_seconds_per_image": estimated,
-        "images_per_second": round(1 / estimated, 4) if estimated else None,
+        "images_per_second": plan.get("images_per_second") or (round(1 / estimated, 4) if estimated else None),
+        "measured_images_per_second": measured.get("images_per_second"),
         "seconds": measured.get("seconds", {}).get("generate"),
         "compared_seconds": None,
+        "compared_rate": None,
         "measured_peak_bytes": max(measured.get("peak_bytes", {}).values(), default=None),
         "psnr": audit.get("psnr"),
         "worst_error": max((border["relative_error"] for border in audit.get("borders", [])), default=None),
@@ -106,11 +113,11 @@ def _workload(plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, 
 
 
 def mark_front(rows: Sequence[dict[str, Any]]) -> None:
-    """Set `front` on the rows that no other beats, and `compared_seconds` to what they were compared by.
+    """Set `front` on the rows that no other beats, and `compared_seconds` and `compared_rate` to what they compare by.
 
-    Rows are compared within a model and workload, by seconds per image and by the peaks of all GPUs together: one is
-    beaten by another that is no worse in both and better in one. Seconds are measured ones where all rows of the group
-    have them, else estimates; rows without are left out.
+    Rows are compared within a model and workload, by seconds per image, by images per second and by the peaks of all
+    GPUs together: one is beaten by another that is no worse in all and better in one. Seconds are measured ones where
+    all rows of the group have them, else estimates; rows without are left out.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -120,13 +127,23 @@ def mark_front(rows: Sequence[dict[str, Any]]) -> None:
         key = "seconds" if all(row["seconds"] for row in group) else "estimated_seconds_per_image"
         for row in group:
             row["compared_seconds"] = row[key]
+            row["compared_rate"] = _rate(row, key == "seconds")
         compared = [row for row in group if row[key] is not None]
         for row in compared:
             row["front"] = not any(_beats(other, row) for other in compared)
 
 
+def _rate(row: Mapping[str, Any], measured: bool) -> float:
+    """Images per second, of all replicas; of one pipeline they follow from the seconds that it is compared by."""
+    if row["replicas"] == 1:
+        batch = row["workload"]["batch"] if measured else 1
+        return float(batch / row["compared_seconds"]) if row["compared_seconds"] else 0.0
+    return float((row["measured_images_per_second"] if measured else row["images_per_second"]) or 0.0)
+
+
 def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     pairs = [(one[key], other[key]) for key in ("compared_seconds", "total_peak_bytes")]
+    pairs.append((-one["compared_rate"], -other["compared_rate"]))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
@@ -193,6 +210,7 @@ def _cells(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, str]:
         **{key: row["overrides"].get(key, "") for key in swept},
         "status": row["status"],
         "GPUs": str(row["gpus"]) if ended or row["gpus"] else "",
+        "replicas": str(row["replicas"]) if (row["replicas"] or 1) > 1 else "",
         "fullest": f"{used:.0%}" if used else "",
         "peak": _size(row["peak_bytes"]),
         "weights": _size(row["weights_bytes"]),
@@ -200,6 +218,7 @@ def _cells(row: Mapping[str, Any], swept: Sequence[str]) -> dict[str, str]:
         "peak per GPU": _each(row, "peak_bytes"),
         "per step": _size(row["bytes_per_step"]) if row["gpus"] else "",
         "~images/s": _number(row["images_per_second"]),
+        "images/s": _number(row["measured_images_per_second"]),
         "measured peak": _size(row["measured_peak_bytes"]),
         "PSNR": _number(row["psnr"]),
         "worst error": "" if row["worst_error"] is None else f"{row['worst_error']:.1e}",

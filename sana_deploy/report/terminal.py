@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from ..errors import SanaDeployError
 from ..facts.machine import host_memory
 from ..plan.artifact import Plan
 from ..plan.records import Place, Slot, Transfer, place_words
+from ..plan.replicas import alike
 from ..run.outcome import Audit, Measured, Outcome, Rehearsal
 from .wording import (
     OTHERS_WORDS,
@@ -27,8 +28,10 @@ from .wording import (
     groups_words,
     image_words,
     knob_sentence,
+    numbers_words,
     pool_words,
     rejection_words,
+    replicas_words,
     runtime_words,
     taken_words,
 )
@@ -81,8 +84,7 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
     )  # fmt: skip
     load = f"{work.width}x{work.height} px, batch {work.batch}, {work.steps} steps, guidance {work.guidance_scale:g}"
     blocks: list[RenderableType] = [head, Text(load + _seconds_and_exactness(plan), style="dim"), _runtime_line(plan)]
-    for slot in plan.slots:
-        blocks += [_slot_line(slot, unicode), *_component_lines(plan, slot.index)]
+    blocks += _replica_lines(plan, unicode)
     if "cpu" in plan.device_map.values():
         blocks += [Text(f"CPU    {human_bytes(host_memory())} of memory", style="bold"), *_component_lines(plan, "cpu")]
     if plan.slots:
@@ -96,6 +98,21 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
     return Group(*blocks)
 
 
+def _replica_lines(plan: Plan, unicode: bool) -> Iterator[RenderableType]:
+    """Each GPU with what is on it; of replicas that are alike, the components of the first."""
+    each = plan.each()
+    for group in alike(each):
+        if plan.replicas:
+            rate = each[group[0]].images_per_second
+            drawn = "" if rate is None else f", ~{rate:.3g} images/s{' each' if len(group) > 1 else ''}"
+            yield Text(f"replica{'s' if len(group) > 1 else ''} {numbers_words(group)}{drawn}", style="dim")
+        for number in group:
+            for slot in each[number].slots:
+                yield _slot_line(slot, unicode)
+                if number == group[0]:
+                    yield from _component_lines(each[number], slot.index)
+
+
 def _runtime_line(plan: Plan) -> Text:
     """How the denoising loop executes; where that was chosen, with the reason."""
     chosen = [remark.message for remark in plan.diagnostics if remark.type == CHOSEN]
@@ -103,15 +120,15 @@ def _runtime_line(plan: Plan) -> Text:
 
 
 def _seconds_and_exactness(plan: Plan) -> str:
-    seconds = plan.estimates.seconds_per_image
+    seconds, replicas = plan.estimates.seconds_per_image, replicas_words(plan)
     words = [] if seconds is None else [f"~{seconds:.2f} s per image"]
     words += [plan.exactness] if plan.exactness else []
-    return f"; {', '.join(words)}" if words else ""
+    return "".join(f"; {one}" for one in (replicas, ", ".join(words)) if one)
 
 
 def _legend(plan: Plan, unicode: bool) -> Text:
     """What the bars are drawn with; others only where they take any."""
-    others = any(slot.others_bytes for slot in plan.slots)
+    others = any(slot.others_bytes for slot in plan.all_slots)
     parts = [pair for pair in zip(_GLYPHS if unicode else _LETTERS, _PARTS, strict=True)
              if others or pair[1] != OTHERS_WORDS]  # fmt: skip
     return Text(" ".join(f"{glyph} {word}" for glyph, word in parts) + "; ~ estimated", style="dim")
@@ -185,9 +202,11 @@ def show_plan(plan: Plan) -> None:
 
 def show_resolved(resolved: ResolvedPlan) -> None:
     """Print what each unit was bound to, and the drift."""
-    out, devices = console(), {**resolved.device_map, **resolved.unit_devices}
-    places = ", ".join(f"{name} {device}" for name, device in devices.items())
-    out.print(Text(f"resolved: {places}"))
+    out = console()
+    for number, one in enumerate((resolved, *resolved.others)):
+        devices = {**one.device_map, **one.unit_devices}
+        places = ", ".join(f"{name} {device}" for name, device in devices.items())
+        out.print(Text(f"resolved{f', replica {number}' if resolved.others else ''}: {places}"))
     for remark in resolved.drift:
         out.print(Group(*_remark_lines(remark)))
 
@@ -206,11 +225,12 @@ def _print_error(message: str, where: str, hint: str) -> None:
 
 
 def _seconds_sentence(measured: Measured) -> str:
-    """Seconds of every phase; loading with its rate."""
+    """Seconds of every phase; loading with its rate; images per second of several replicas."""
     words = {phase: f"{phase} {value:.2f}" for phase, value in measured.seconds.items()}
     if measured.loaded_bytes and measured.seconds.get("load"):
         words["load"] += f" ({measured.loaded_bytes / measured.seconds['load'] / 1e9:.1f} GB/s)"
-    return f"seconds: {', '.join(words.values())}"
+    rate = f"; {measured.images_per_second:.3g} images/s" if measured.images_per_second else ""
+    return f"seconds: {', '.join(words.values())}{rate}"
 
 
 def show_outcome(outcome: Outcome, spec: DeploySpec, folder: Path) -> None:
@@ -247,6 +267,9 @@ def _show_measured(out: Console, measured: Measured) -> None:
 def render_rehearsal(rehearsal: Rehearsal) -> RenderableType:
     """Render a rehearsal: the peak of each GPU beside the plan's, and what moved; report.html has the phases."""
     steps = f"{rehearsal.steps_rehearsed} of {rehearsal.steps} steps"
+    if rehearsal.replicas > 1:
+        steps += f"; {rehearsal.replicas_rehearsed} of {rehearsal.replicas} replicas"
+        steps += ", the others are alike" if rehearsal.replicas_rehearsed < rehearsal.replicas else ""
     blocks: list[RenderableType] = [Text(f"rehearsed in {rehearsal.fidelity}, {steps}", style="bold")]
     for gpu in rehearsal.gpus:
         peak = taken_words(gpu.peak_bytes, gpu.others_bytes, gpu.capacity_bytes, gpu.fullness)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .._units import GIB, human_bytes
 from ..declare.hardware import SPLITS
@@ -40,6 +40,18 @@ def runtime_words(plan: Plan) -> str:
 def faster_sentence(one: Faster) -> str:
     """`2.4x faster: runtime=compiled (pixels differ in the last places)`."""
     return f"{one.times_faster:.1f}x faster: {' '.join(one.overrides)} ({PICTURE[one.exactness]})"
+
+
+def replicas_words(plan: Plan) -> str:
+    """`8 replicas, ~8.34 images/s`; empty for a plan of one."""
+    rate = "" if plan.images_per_second is None else f", ~{plan.images_per_second:.3g} images/s"
+    return f"{len(plan.replicas) + 1} replicas{rate}" if plan.replicas else ""
+
+
+def numbers_words(numbers: Sequence[int]) -> str:
+    """`0`, `0-7`, or `0, 2, 5`."""
+    whole = len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]}-{numbers[-1]}" if whole else ", ".join(map(str, numbers))
 
 
 def pool_words(slot: Slot) -> str:

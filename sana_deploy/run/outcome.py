@@ -31,6 +31,7 @@ class Measured(Frozen):
         seconds: phase -> wall seconds: import (of libraries), start (of CUDA, beyond the imports), load, encode,
             prepare, denoise, decode, generate.
         loaded_bytes: weights that `load` put in their places; 0 in a rehearsal.
+        images_per_second: of several replicas that drew at once; None for one.
         bytes_moved: "src->dst" -> bytes of the whole request.
         bytes_per_step: the same for one denoising step.
         host_peak_bytes: largest resident size of this process so far.
@@ -42,6 +43,7 @@ class Measured(Frozen):
     bytes_per_step: dict[str, int] = {}
     host_peak_bytes: int = 0
     loaded_bytes: int = 0
+    images_per_second: float | None = None
 
 
 class RehearsedGpu(Frozen):
@@ -100,9 +102,15 @@ class RehearsedWork(Frozen):
 
 
 class Rehearsal(Frozen):
-    """What a run on virtual GPUs found. In shapes only some steps are run: the later ones repeat the last."""
+    """What a run on virtual GPUs found. In shapes only some steps are run: the later ones repeat the last.
+
+    Of several replicas those that are alike are rehearsed once: `gpus` has the GPUs of all, and the rest is that of the
+    first one.
+    """
 
     fidelity: str
+    replicas: int = 1
+    replicas_rehearsed: int = 1
     steps: int
     steps_rehearsed: int
     gpus: list[RehearsedGpu]
@@ -141,7 +149,8 @@ class Failure(Frozen):
 class Outcome(Frozen):
     """The result of one run; `images` are paths relative to the run folder, `overrides` those of the command line.
 
-    `seed` is the request's, also where it was drawn (`workload.seed=random`).
+    `seed` is the request's, also where it was drawn (`workload.seed=random`). `device_map` is that of the first
+    replica, `other_device_maps` are those of the others.
     """
 
     status: Status
@@ -149,6 +158,7 @@ class Outcome(Frozen):
     stage: str
     plan_digest: str | None = None
     device_map: dict[str, str] = {}
+    other_device_maps: list[dict[str, str]] = []
     measured: Measured = Measured()
     rehearsal: Rehearsal | None = None
     audit: Audit | None = None
