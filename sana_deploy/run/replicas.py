@@ -83,9 +83,8 @@ def generate_each(
         states: one for each pipeline; see `generate`.
 
     Returns:
-        `workload.batch` images for each pipeline, in their order, and what was measured. Where there are several,
-        `generate` are seconds from the first start to the last end, the phases are those of the one that took longest,
-        peaks and bytes those of all.
+        `workload.batch` images for each pipeline, in their order, and what was measured: of several, `generate` are
+        seconds from first start to last end, phases those of the slowest, peaks and bytes those of all.
 
     Raises:
         RunError: see `generate`; the other pipelines stop after the step that they are in.
