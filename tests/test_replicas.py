@@ -34,6 +34,7 @@ from sana_deploy.plan.records import Replica
 from sana_deploy.plan.replicas import Wanted, alike, deals_of
 from sana_deploy.plan.runtimes import Choice
 from sana_deploy.plan.search import search_balanced
+from sana_deploy.run.audit import in_float32
 
 Small = Callable[..., DeploySpec]
 LARGE = ("model=sana_1600m_controlnet", "hardware=multi_gpu_balanced", "machine=virtual")
@@ -326,3 +327,10 @@ def test_a_comparison_names_replicas_and_the_images_of_the_machine() -> None:
     assert "GPU 1" in found["replicas.1.device_map"].now
     assert found["images_per_second"].now == two.images_per_second
     assert f"{one.images_per_second:.2f} -> {two.images_per_second:.2f}" in render(list(found.values()))
+
+
+def test_the_float32_plan_of_an_audit_is_of_one_pipeline() -> None:
+    asked = [*LARGE, "machine.gpus=2xl4", "hardware.replicas=2", "precision.audit=true"]
+    reference = in_float32(compose_spec(asked), compile_spec)
+    assert reference.replicas == []
+    assert {part.dtype for part in reference.components.values()} == {"float32"}

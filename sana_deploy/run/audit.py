@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
+from ..declare.hardware import Planned
 from ..declare.pipelines import Component
 from ..declare.policies import dtypes_of
 from ..declare.spec import DeploySpec
@@ -55,15 +56,17 @@ class Recorder:
 
 
 def in_float32(spec: DeploySpec, compiled: Callable[[DeploySpec], Plan]) -> Plan:
-    """Compile the same declaration in float32.
+    """Compile the same declaration in float32, one replica of it.
 
     Raises:
         InfeasibleError: it does not fit the machine.
     """
     policy = {"name": "fp32", "components": dtypes_of("fp32", spec.pipeline), "quantization": {}}
-    precision = spec.precision.model_copy(update=policy)
+    precision, hardware = spec.precision.model_copy(update=policy), spec.hardware
+    if isinstance(hardware, Planned):
+        hardware = hardware.model_copy(update={"replicas": 1})
     try:
-        return compiled(spec.model_copy(update={"precision": precision}))
+        return compiled(spec.model_copy(update={"precision": precision, "hardware": hardware}))
     except InfeasibleError as problem:
         raise InfeasibleError(
             f"an audit runs the request in float32 too, and that does not fit: {problem.message}",
