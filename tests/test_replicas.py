@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,8 @@ from sana_deploy.plan.grid import Rules
 from sana_deploy.plan.profile import PipelineProfile
 from sana_deploy.plan.records import Replica
 from sana_deploy.plan.replicas import Wanted, alike, deals_of
-from sana_deploy.plan.runtimes import Choice
 from sana_deploy.plan.search import search_balanced
+from sana_deploy.plan.ways import Choice, Way
 from sana_deploy.run.audit import in_float32
 
 Small = Callable[..., DeploySpec]
@@ -72,7 +73,8 @@ def partitions(items: Sequence[int]) -> Iterator[list[list[int]]]:
 
 def planner(profile: PipelineProfile) -> Callable[[Machine], Choice]:
     def planned(part: Machine) -> Choice:
-        return Choice(profile, search_balanced(profile, part.gpus, Rules(objective="latency")))
+        found = search_balanced(profile, part.gpus, Rules(objective="latency"))
+        return Choice(Way("eager", "none"), profile, found)
 
     return planned
 
@@ -100,7 +102,7 @@ def test_no_other_deal_draws_more_or_holds_more(profile: PipelineProfile, machin
         rates = [rate(tuple(sorted(group))) for group in groups]
         if None not in rates:
             found[len(groups)] = max(found.get(len(groups), 0.0), sum(one for one in rates if one is not None))
-    deals = deals_of(host, planned, len(profile.units), wanted)
+    deals = deals_of(host, planned, range(1, len(profile.units) + 1), wanted)
     assert deals.most == max(found)
     if wanted == "most replicas":
         return
@@ -115,7 +117,7 @@ def test_no_other_deal_draws_more_or_holds_more(profile: PipelineProfile, machin
 
 
 def test_eight_gpus_draw_at_once_and_none_is_idle() -> None:
-    one, all_of_them = (compile_plan([*LARGE, H100, f"hardware.objective={o}"]) for o in ("latency", "throughput"))
+    one, all_of_them = (compile_plan([*LARGE, gpus, MOST]) for gpus in ("machine.gpus=h100", H100))
     assert [slot.index for slot in all_of_them.all_slots] == list(range(8))
     assert len(all_of_them.each()) == 8
     assert one.images_per_second == one.estimates.images_per_second
@@ -139,11 +141,76 @@ def test_single_gpu_gives_each_replica_a_gpu_where_it_fits() -> None:
 
 
 def test_small_gpus_share_a_replica_and_large_ones_have_their_own() -> None:
-    plan = compile_plan([*LARGE, MIXED, MOST])
+    plan = compile_plan([*LARGE, MIXED, MOST, "hardware.split=none"])
     groups = sorted([slot.index for slot in one.slots] for one in plan.each())
     assert groups == [[0], [1, 2], [3]]
     for one in plan.each():
         assert {part.slot for part in one.components.values()} == {slot.index for slot in one.slots}
+
+
+@pytest.mark.parametrize("gpus", ["13GiB,9GiB,8GiB,24GiB", "h100,rtx3060,rtx3060,t4", "h100,h100,8GiB"])
+def test_a_replica_with_the_halves_of_guidance_apart_competes_with_replicas_on_one_gpu_each(gpus: str) -> None:
+    machine, rates = f"machine.gpus='{gpus}'", {}
+    count = len(gpus.split(","))
+    for size in range(1, count + 1):
+        for group in itertools.combinations(range(count), size):
+            alone = f"hardware.use=[{','.join(map(str, group))}]"
+            with contextlib.suppress(InfeasibleError):
+                rates[group] = compile_plan([*LARGE, machine, "hardware.objective=latency", alone]).images_per_second
+    drawn = [
+        sum(rates[tuple(group)] or 0 for group in groups)
+        for groups in partitions(range(count))
+        if all(tuple(group) in rates for group in groups)
+    ]
+    plan = compile_plan([*LARGE, machine, MOST])
+    assert plan.images_per_second == pytest.approx(max(drawn), abs=1e-3)
+
+
+def test_two_gpus_that_are_alike_draw_more_with_a_replica_each_than_with_half_of_guidance_each() -> None:
+    plan = compile_plan([*LARGE, "machine.gpus=2xh100", MOST])
+    halves = compile_plan([*LARGE, "machine.gpus=2xh100", MOST, "hardware.replicas=1"])
+    assert [one.split for one in plan.each()] == ["none", "none"]
+    assert halves.split == "guidance"
+    assert (halves.images_per_second or 0) < (plan.images_per_second or 0) < 2 * (halves.images_per_second or 0)
+
+
+@pytest.mark.parametrize("asked", [MOST, "hardware.replicas=max", "hardware.replicas=3"])
+def test_where_guidance_is_to_be_split_each_replica_has_two_gpus_at_least(asked: str) -> None:
+    plan = compile_plan([*LARGE, "machine.gpus=7xh100", "hardware.split=guidance", asked])
+    assert [[slot.index for slot in one.slots] for one in plan.each()] == [[0, 1], [2, 3], [4, 5]]
+    for one in plan.each():
+        assert (one.split, one.exactness, one.runtime) == ("guidance", "rounding", "graphs")
+        assert set(one.units) == {"transformer.1", "controlnet.1"}
+        assert {unit.slot for unit in one.units.values()} == {one.slots[1].index}
+    assert alike(plan.each()) == [[0, 1, 2]]
+    (idle,) = [remark for remark in plan.diagnostics if remark.type == "idle_gpus"]
+    assert idle.message.startswith("GPU 6 stays idle")
+
+
+def test_a_gpu_that_is_left_is_no_replica_with_the_halves_of_guidance_apart() -> None:
+    with pytest.raises(
+        InfeasibleError, match=r"on 2 of 3 GPUs; they leave 1, each half of guidance takes one"
+    ) as found:
+        compile_plan([*LARGE, "machine.gpus=3xh100", "hardware.split=guidance", "hardware.replicas=2"])
+    assert found.value.hint == "this fits: hardware.replicas=1; or hardware.split=auto"
+    auto = compile_plan([*LARGE, "machine.gpus=3xh100", "hardware.split=auto", "hardware.replicas=2"])
+    assert len(auto.each()) == 2
+
+
+def test_what_is_said_to_be_faster_than_replicas_is_faster_for_each() -> None:
+    """Eager replicas of unlike GPUs: the override makes the first one as fast as it says, and every one faster."""
+    given = [*LARGE, "machine.gpus='h100,h200'", MOST, "runtime=eager"]
+    plan = compile_plan(given)
+    assert len(plan.each()) == 2
+    for one in plan.each():
+        assert [faster.overrides for faster in one.faster] == [["runtime=graphs"]]
+    faster = compile_plan([*given[:-1], "runtime=graphs"])
+    for was, now in zip(plan.each(), faster.each(), strict=True):
+        assert was.slots[0].index == now.slots[0].index
+        assert now.estimates.seconds_per_image == pytest.approx(was.faster[0].seconds_per_image, abs=1e-4)
+    values = json.loads(plan.to_json())
+    values["replicas"][0].update(faster=[], exactness=None)
+    assert digest_of(values) == plan.digest, "what was not taken, and what follows, are no decisions"
 
 
 @pytest.mark.parametrize(("count", "replicas"), [("2", 2), ("3", 3), ("max", 3)])
@@ -228,7 +295,7 @@ def test_every_part_of_a_plan_is_of_one_replica_or_of_all() -> None:
 
 @pytest.fixture(scope="module")
 def mixed() -> Plan:
-    return compile_plan([*LARGE, MIXED, MOST])
+    return compile_plan([*LARGE, MIXED, MOST, "hardware.split=none"])
 
 
 def test_a_plan_of_replicas_is_saved_and_loaded(mixed: Plan, tmp_path: Path) -> None:
@@ -294,6 +361,18 @@ def test_all_slots_are_bound_together_each_gpu_once(small: Small, machine: Calla
     assert {one.type for one in moved.drift} == {"drift"}
 
 
+def test_the_halves_of_every_replica_are_bound(small: Small, machine: Callable[..., Machine]) -> None:
+    plan = compile_spec(small("hardware.replicas=2", "hardware.split=guidance"), machine(8, 8, 8, 8))
+    resolved = plan.resolve(machine(8, 8, 8, 8))
+    for one, own in zip(resolved.each(), plan.each(), strict=True):
+        first, second = (f"cuda:{slot.index}" for slot in own.slots)
+        assert set(one.device_map) == set(own.components)
+        assert one.home == first
+        assert one.unit_devices == {"transformer.1": second, "controlnet.1": second}
+    (only,) = plan.resolve(machine()).each()
+    assert only.unit_devices == {}, "on the CPU one unit of a component does it all"
+
+
 def test_a_gpu_that_is_missing_is_named(small: Small, machine: Callable[..., Machine]) -> None:
     plan = compile_spec(small("hardware.replicas=3"), machine(8, 8, 8))
     with pytest.raises(PlanError, match=r"slot gpu2: was Test 8 GiB, 8.00 GiB free; no GPU is left here for it"):
@@ -325,6 +404,10 @@ def test_a_comparison_names_replicas_and_the_images_of_the_machine() -> None:
     found = {difference.where: difference for difference in compare(one, two)}
     assert (found["replicas"].kind, found["replicas"].was, found["replicas"].now) == ("decided", 1, 2)
     assert "GPU 1" in found["replicas.1.device_map"].now
+    halves = compile_plan([*LARGE, "machine.gpus=4xh100", "hardware.replicas=2", "hardware.split=guidance"])
+    found_halves = {difference.where: difference for difference in compare(two, halves)}
+    assert found_halves["replicas.1.split"].now == "guidance"
+    assert "controlnet.1 GPU 3" in found_halves["replicas.1.device_map"].now
     assert found["images_per_second"].now == two.images_per_second
     assert f"{one.images_per_second:.2f} -> {two.images_per_second:.2f}" in render(list(found.values()))
 

@@ -102,15 +102,16 @@ def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[
     def planned(part: Machine) -> Choice:
         return choose(spec, part, ways(part))
 
-    whole = Group(offered, planned(offered))
-    if isinstance(hardware, CustomMap) or not hardware.may_replicate or whole.choice.search.best is None:
-        return [whole]
+    if isinstance(hardware, CustomMap) or not hardware.may_replicate:
+        return [Group(offered, planned(offered))]
     most_images = hardware.objective == "throughput" and not isinstance(hardware.replicas, int)
     sizes = _sizes(spec, offered, ways)
     deals = deals_of(offered, planned, sizes, "most images" if most_images else "every count")
-    if isinstance(hardware.replicas, int) and hardware.replicas > deals.most:
+    if groups := deals.chosen(hardware.replicas):
+        return groups
+    if isinstance(hardware.replicas, int) and (deals.most or planned(offered).search.best):
         raise _too_many(hardware.replicas, deals, sizes, changes())
-    return deals.chosen(hardware.replicas) or [whole]
+    return [Group(offered, planned(offered))]
 
 
 def _sizes(spec: DeploySpec, offered: Machine, ways: WaysOn) -> range:

@@ -54,6 +54,7 @@ def _overrides(spec: DeploySpec, way: Way, ways: Ways) -> list[str]:
     runtime = choose_runtime(mode, way.split, ways).way.runtime if mode == "auto" else mode
     found = [] if runtime == way.runtime else [f"runtime={way.runtime}"]
     if isinstance(hardware, MultiGpuBalanced) and hardware.split != way.split:
-        whole = way.split == "none" and hardware.split == "auto" and hardware.objective not in ("latency", "throughput")
+        splits = "guidance" in ways.splits and hardware.objective in ("latency", "throughput")
+        whole = way.split == "none" and hardware.split == "auto" and not splits
         found += [] if whole else [f"hardware.split={way.split}"]
     return found

@@ -108,7 +108,7 @@ def deals_of(machine: Machine, planned: Planned, sizes: range, wanted: Wanted = 
     """
     kinds = _by_kind(machine.gpus)
     counts = tuple(len(kind) for kind in kinds)
-    bound = _bound(machine, planned) if wanted == "most images" and sizes.stop > 2 else math.inf
+    bound = _bound(machine, planned, sizes.stop - 1) if wanted == "most images" and sizes.stop > 2 else math.inf
     offers: list[_Offer] = []
     for size in range(sizes.start, min(sizes.stop, len(machine.gpus) + 1)):
         smaller = _deals(offers)
@@ -180,12 +180,18 @@ def _rate(choice: Choice) -> int:
     return round(1e9 / seconds) if seconds else 0
 
 
-def _bound(machine: Machine, planned: Planned) -> float:
+def _bound(machine: Machine, planned: Planned, largest: int) -> float:
     """More than any group is worth: what one pipeline would be on all GPUs if memory were endless.
 
-    A runtime may have been passed over for a gain below WORTH, and a split, too.
+    Then GPUs that are equally fast are alike, and no more than `largest` of them matter. A runtime may have been passed
+    over for a gain below WORTH, and a split, too.
     """
-    gpus = tuple(replace(gpu, total_bytes=_ENDLESS, free_bytes=_ENDLESS) for gpu in machine.gpus)
+    kinds: dict[Any, list[Gpu]] = {}
+    for gpu in machine.gpus:
+        of_kind = kinds.setdefault((gpu.rates, gpu.capability, gpu.multiprocessors), [])
+        first = of_kind[0] if of_kind else replace(gpu, total_bytes=_ENDLESS, free_bytes=_ENDLESS)
+        of_kind.append(replace(first, index=gpu.index, uuid=gpu.uuid))
+    gpus = tuple(gpu for of_kind in kinds.values() for gpu in of_kind[:largest])
     return _rate(planned(replace(machine, gpus=gpus))) / WORTH**2
 
 
