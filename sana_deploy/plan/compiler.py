@@ -69,12 +69,16 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
         return assemble(spec, checkpoint, profile, first.machine, search.best, search, remarks, True, faster, others)
     problem = _infeasible(spec, checkpoint, machine, search, fits)
     if search.closest:
-        refused = Diagnostic(
-            type="infeasible", severity="warning", message=problem.message, where="hardware", hint=problem.hint
-        )
-        remarks = [refused, *diagnostics, *first.choice.remarks]
+        remarks = [_refused(problem), *diagnostics, *first.choice.remarks]
         problem.plan = assemble(spec, checkpoint, profile, offered, search.closest, search, remarks, feasible=False)
     raise problem
+
+
+def _refused(problem: InfeasibleError) -> Diagnostic:
+    """The error as a remark of the plan of a closest miss."""
+    return Diagnostic(
+        type="infeasible", severity="warning", message=problem.message, where="hardware", hint=problem.hint
+    )
 
 
 def _ways(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint) -> WaysOn:

@@ -56,14 +56,12 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         command: the command line of the run.
         pictures: images as data URLs.
     """
-    spec, work = plan.spec, plan.spec.workload
-    execution = [runtime_words(plan), f"in all {plan.exactness}" if plan.exactness else "", replicas_words(plan)]
+    spec = plan.spec
     return _template("plan").render(
         title=f"{plan.checkpoint.source}, {spec.hardware.strategy}, {spec.precision.name}",
         status=outcome.status,
         error=outcome.error,
-        workload=f"{work.width} x {work.height} px, batch {work.batch}, {work.steps} steps, guidance "
-        f"{work.guidance_scale:g}, {', '.join(filter(None, execution))}",
+        workload=_workload(plan),
         digest=plan.digest[7:19],
         version=__version__,
         command=command,
@@ -104,6 +102,14 @@ def thumbnail(path: Path) -> str:
     drawn = io.BytesIO()
     small.save(drawn, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(drawn.getvalue()).decode()
+
+
+def _workload(plan: Plan) -> str:
+    """What is drawn, how it executes, and how many replicas draw it."""
+    work = plan.spec.workload
+    shape = f"{work.width} x {work.height} px, batch {work.batch}, {work.steps} steps, guidance {work.guidance_scale:g}"
+    exactness = f"in all {plan.exactness}" if plan.exactness else ""
+    return ", ".join(filter(None, [shape, runtime_words(plan), exactness, replicas_words(plan)]))
 
 
 def _legend(plan: Plan) -> list[tuple[str, str]]:

@@ -55,10 +55,8 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 def _row(job: Job) -> dict[str, Any]:
     outcome, plan = job.outcome, job.plan
-    workload = _workload(plan, outcome)
-    plan = plan if plan.get("feasible", True) else {}  # a closest miss has no figures to compare
+    workload, plan = _workload(plan, outcome), plan if plan.get("feasible", True) else {}  # a miss has no figures
     parts, each = plan.get("components", {}), [plan, *plan.get("replicas", [])]
-    units = [unit for one in each for key in ("components", "units") for unit in one.get(key, {}).values()]
     slots = sorted((slot for one in each for slot in one.get("slots", [])), key=lambda slot: int(slot["index"]))
     estimates, audit = plan.get("estimates", {}), outcome.get("audit") or {}
     estimated, measured = estimates.get("seconds_per_image"), outcome.get("measured", {})
@@ -72,7 +70,7 @@ def _row(job: Job) -> dict[str, Any]:
         "replicas": len(each) if plan else None,
         "fullness": max((_fullness(slot) for slot in slots), default=None),
         "worst_utilisation": estimates.get("worst_utilisation"),
-        "weights_bytes": sum(unit["weights_bytes"] for unit in units) if plan else None,
+        "weights_bytes": _weights(each) if plan else None,
         "peak_bytes": max((slot["peak_bytes"] for slot in slots), default=None),
         "total_peak_bytes": sum(slot["peak_bytes"] for slot in slots) or None,
         "per_gpu": [{key: slot[key] for key in _PER_GPU} for slot in slots],
@@ -102,6 +100,12 @@ def _fullness(slot: Mapping[str, Any]) -> float:
 
 def _format(part: Mapping[str, Any]) -> Format:
     return Format(part["dtype"], part.get("quantization"))
+
+
+def _weights(each: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes of the weights of all units of all replicas."""
+    units = (unit for one in each for key in ("components", "units") for unit in one.get(key, {}).values())
+    return sum(unit["weights_bytes"] for unit in units)
 
 
 def _workload(plan: Mapping[str, Any], outcome: Mapping[str, Any]) -> dict[str, Any]:
