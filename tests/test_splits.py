@@ -191,7 +191,7 @@ def test_small_cards_hold_both_halves_with_the_text_encoder_in_nf4(name: str) ->
     assert (plan.split, whole.split) == ("guidance", "none")
     assert plan.estimates.seconds["denoise"] < 0.56 * whole.estimates.seconds["denoise"]
     assert all(slot.peak_bytes <= slot.available_bytes for slot in plan.slots)
-    assert [" ".join(one.overrides) for one in whole.faster] == [GUIDANCE]
+    assert [" ".join(one.overrides) for one in whole.faster] == [f"runtime=compiled {GUIDANCE}"]
     with pytest.raises(InfeasibleError) as refused:
         planned("machine=2x8gb", GUIDANCE)
     assert refused.value.hint == "this fits: precision.quantization.text_encoder=int8; or hardware.split=auto"

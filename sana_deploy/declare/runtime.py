@@ -10,32 +10,50 @@ from pydantic import Field
 from .._models import Declared
 from .knobs import Exactness
 
-Execution = Literal["eager", "graphs"]
+Execution = Literal["eager", "graphs", "compiled"]
 """How the components of the denoising loop execute."""
 
 
 @dataclass(frozen=True)
 class RuntimeDescription:
-    """One way to execute: what it does in a line, and its exactness against diffusers in eager mode."""
+    """One way to execute.
+
+    Attributes:
+        help: what it does, in a line.
+        exactness: against diffusers in eager mode.
+        graphs: whether the calls of a step are launched from CUDA graphs, which keep memory.
+        compiles: whether what the pipeline description names of a component is compiled.
+    """
 
     help: str
     exactness: Exactness
+    graphs: bool = False
+    compiles: bool = False
 
 
 RUNTIMES: dict[Execution, RuntimeDescription] = {
     "eager": RuntimeDescription("every kernel is launched from Python", "bitwise"),
-    "graphs": RuntimeDescription("the kernels of a step are captured once and launched at once", "bitwise"),
+    "graphs": RuntimeDescription(
+        "the kernels of a step are captured once and launched at once", "bitwise", graphs=True
+    ),
+    "compiled": RuntimeDescription("compiled blocks, in graphs", "rounding", graphs=True, compiles=True),
 }
 """By name, the plainest first."""
 
 
 class Runtime(Declared):
-    """How transformer and ControlNet execute.
+    """How transformer and ControlNet execute; `compiled` is of the VAE too.
 
     Attributes:
-        mode: `eager`, `graphs` (CUDA graphs), or `auto`: graphs where they pay and their memory fits.
+        mode: `eager`, `graphs` (CUDA graphs), `compiled` (by Inductor, and in graphs), or `auto`: graphs where they pay
+            and their memory fits.
         most_graphs: graphs that each GPU keeps.
     """
 
-    mode: Literal["auto", "eager", "graphs"] = "auto"
+    mode: Literal["auto", "eager", "graphs", "compiled"] = "auto"
     most_graphs: Annotated[int, Field(ge=2, le=64)] = 8
+
+    @property
+    def asked(self) -> Execution | None:
+        """The way that was asked for; None where the planner chooses."""
+        return None if self.mode == "auto" else self.mode

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from ..declare.runtime import RUNTIMES
+
 BASIS: dict[str, Literal["exact", "estimated", "measured"]] = {
     "images_per_second": "estimated",
     "checkpoint.content.*.files.*.bytes": "exact",
@@ -46,7 +48,7 @@ FASTER_BASIS = {"faster.*.seconds_per_image": "estimated", "faster.*.times_faste
 
 
 POOL_BASIS = {"slots.*.pool_bytes": "estimated"}
-"""The same for plans whose components execute as graphs."""
+"""The same for plans whose components execute in graphs."""
 
 
 def basis_of(first: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -66,5 +68,5 @@ def _own(replica: Mapping[str, Any]) -> dict[str, str]:
         **BASIS,
         **(UNITS_BASIS if replica.get("units") else {}),
         **(FASTER_BASIS if replica.get("faster") else {}),
-        **(POOL_BASIS if replica.get("runtime") == "graphs" else {}),
+        **(POOL_BASIS if RUNTIMES[replica.get("runtime", "eager")].graphs else {}),
     }

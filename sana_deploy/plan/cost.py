@@ -58,7 +58,7 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
         gpu: the one that the slot is; without it workspace, context and headroom are left out.
     """
     here = {name: profile.parts[name] for name, place in placement.items() if place == slot}
-    graphed = {name: part for name, part in here.items() if part.execution == "graphs" and slot != "cpu"}
+    graphed = {name: part for name, part in here.items() if part.graphed and slot != "cpu"}
     worked = {
         name: part.activations.get("denoise", 0) + early_bytes(profile, name, here) for name, part in graphed.items()
     }

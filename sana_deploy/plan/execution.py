@@ -1,12 +1,13 @@
-"""How the units of the denoising loop execute: what that changes in a profile, and the memory that graphs keep."""
+"""How units execute: what that changes in a profile, and the memory that graphs keep."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from .._units import MIB
-from ..declare.runtime import Execution
-from .profile import PipelineProfile
+from ..declare.pipelines import Component
+from ..declare.runtime import RUNTIMES, Execution
+from .profile import ComponentProfile, PipelineProfile
 
 _POOL_SHARE = 1.1
 _POOL_CONSTANT = 70 * MIB
@@ -15,17 +16,23 @@ that was measured, and less than 1 % below it."""
 
 
 def executed(profile: PipelineProfile, execution: Execution) -> PipelineProfile:
-    """Return `profile` with the units of denoiser and ControlNet executed so in denoise."""
-    looped = profile.pipeline.looped
-    components = {
-        name: replace(part, execution=execution) if name in looped else part
-        for name, part in profile.components.items()
+    """Return `profile` with the units of denoiser and ControlNet executed so, and all others that can be compiled."""
+    compiles = RUNTIMES[execution].compiles
+    executing = {
+        part.name
+        for part in profile.pipeline.components
+        if part.name in profile.pipeline.looped or (compiles and part.compiled)
     }
-    further = {
-        unit: replace(part, execution=execution) if unit.component in looped else part
-        for unit, part in profile.further.items()
-    }
-    return replace(profile, components=components, further=further)
+
+    def changed(name: Component, part: ComponentProfile) -> ComponentProfile:
+        return replace(part, execution=execution if name in executing else "eager")
+
+    return replace(
+        profile,
+        components={name: changed(name, part) for name, part in profile.components.items()},
+        further={unit: changed(unit.component, part) for unit, part in profile.further.items()},
+        vae_under={mode: changed(part.name, part) for mode, part in profile.vae_under.items()},
+    )
 
 
 def pool_bytes(activation_bytes: int) -> int:

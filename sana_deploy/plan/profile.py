@@ -13,7 +13,7 @@ from typing import Any
 from ..declare.formats import Format
 from ..declare.hardware import Split
 from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
-from ..declare.runtime import Execution
+from ..declare.runtime import RUNTIMES, Execution
 from ..declare.workload import Workload
 from ..facts.allocator import ENCODE_WORKSPACE
 from ..facts.checkpoint import Checkpoint
@@ -68,7 +68,7 @@ class ComponentProfile:
 
     `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them, `workspaces` what libraries take
     in a phase. `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own
-    phases. `execution` is how it executes in denoise. `units` are those of the component, whose kernels one thread
+    phases. `execution` is how it executes. `units` are those of the component, whose kernels one thread
     launches.
     """
 
@@ -88,6 +88,11 @@ class ComponentProfile:
     def activation_bytes(self) -> int:
         """The largest of its phases."""
         return max(self.activations.values(), default=0)
+
+    @property
+    def graphed(self) -> bool:
+        """Whether its calls are launched from graphs: those of the denoising loop are, on a GPU."""
+        return RUNTIMES[self.execution].graphs and "denoise" in self.activations
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..declare.hardware import CustomMap, MultiGpuBalanced
 from ..declare.knobs import KNOBS, Knob, ordered
 from ..declare.pipelines import Component
 from ..declare.policies import POLICIES, QUANTIZED, dtypes_of, fragile_components, quantization_of
+from ..declare.runtime import RUNTIMES
 from ..declare.spec import DeploySpec, VirtualMachine
 from ..declare.workload import VAE_FACTOR
 from ..errors import SanaDeployError
@@ -61,7 +62,7 @@ Change = tuple[str, DeploySpec]
 
 def _less_kept_by_graphs(spec: DeploySpec) -> Iterator[Change]:
     """Graphs only where their memory fits, where they were asked for everywhere."""
-    if spec.runtime.mode == "graphs":
+    if spec.runtime.asked and RUNTIMES[spec.runtime.asked].graphs:
         yield "runtime=auto", spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"mode": "auto"})})
 
 

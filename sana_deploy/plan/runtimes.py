@@ -117,5 +117,5 @@ def _remark(execution: Execution, reason: str) -> Diagnostic:
 
 
 def _not_on_cpu(execution: Execution, profile: PipelineProfile) -> Diagnostic:
-    message = f"the {profile.pipeline.denoiser} is on the CPU, which has no {execution}: it runs eagerly"
+    message = f"the {profile.pipeline.denoiser} is on the CPU, runtime={execution} is of GPUs: it runs eagerly"
     return Diagnostic(type="no_graphs", severity="warning", message=message, where="runtime.mode")

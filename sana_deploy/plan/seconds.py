@@ -6,13 +6,14 @@ A profile given here has its knobs applied (`knobs.under`).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import and_
 from typing import Any, Literal
 
 from ..declare.formats import Dtype
 from ..declare.pipelines import PHASES, Crossing, Phase
+from ..declare.runtime import RUNTIMES
 from ..facts.known_gpus import KnownGpu
 from ..facts.machine import Gpu
 from .cost import Placement
@@ -44,6 +45,16 @@ PHASE_EFFICIENCY = Efficiency(0.5, 0.3, 0.3)
 
 STEP_EFFICIENCY = Efficiency(0.84, 1.0, 0.33, 2.6e-6)
 """Of transformer and ControlNet in denoise. Calibrated on CUDA graphs on an H100, 512 to 2048 px, batch 1 and 4."""
+
+
+COMPILED_BYTES, COMPILED_OPERATIONS = 0.5, 0.67
+"""What compiling leaves of the other bytes and of the kernels of a step, by fusing them. Calibrated on compiled blocks
+in graphs on an H100: both SANA models, 512 to 2048 px, batch 1 and 4."""
+
+
+COMPILED_PHASE = 0.63
+"""Share of its seconds that a compiled VAE takes. Measured for decode at 1024 px on an H100; taken to be alike for
+encode, which has the same kinds of blocks."""
 
 
 LAUNCH_SECONDS = 40e-6
@@ -111,8 +122,11 @@ def work_seconds(
 
 def step_seconds(part: ComponentProfile, rates: KnownGpu) -> float:
     """Seconds of one unit on one GPU in a denoising step; kernels of all units are launched by one thread."""
-    work, launches = part.work.get("denoise", Work()), part.units if part.execution == "eager" else 0
-    return work_seconds(work, part.format.dtype, rates, STEP_EFFICIENCY, launches)
+    work, runtime = part.work.get("denoise", Work()), RUNTIMES[part.execution]
+    if runtime.compiles:
+        left = round(COMPILED_BYTES * work.other_bytes), round(COMPILED_OPERATIONS * work.operations)
+        work = replace(work, other_bytes=left[0], operations=left[1])
+    return work_seconds(work, part.format.dtype, rates, STEP_EFFICIENCY, 0 if runtime.graphs else part.units)
 
 
 def upload_seconds(weights_bytes: int, rates: KnownGpu) -> float:
@@ -127,8 +141,11 @@ def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
 
 def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
     """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
+    share = COMPILED_PHASE if RUNTIMES[part.execution].compiles and "denoise" not in part.work else 1.0
     seconds = {
-        phase: steps * step_seconds(part, rates) if phase == "denoise" else work_seconds(work, part.format.dtype, rates)
+        phase: steps * step_seconds(part, rates)
+        if phase == "denoise"
+        else share * work_seconds(work, part.format.dtype, rates)
         for phase, work in part.work.items()
     }
     if not part.resident:

@@ -71,6 +71,7 @@ class ComponentDescription:
         unquantized: why its weights cannot be quantised; empty where they can.
         fragile: why float16 is documented not to be safe for it; empty where it is.
         layered: how its results can be had one by one, before the call ends; None where they cannot.
+        compiled: attributes that `runtime=compiled` compiles: a module, or a list of alike blocks, each by itself.
     """
 
     name: str
@@ -83,6 +84,7 @@ class ComponentDescription:
     unquantized: str = ""
     fragile: str = ""
     layered: LayeredResults | None = None
+    compiled: tuple[str, ...] = ()
 
     def call(self, method: str) -> Call:
         """The call of this method."""

@@ -127,6 +127,7 @@ SANA_CONTROLNET = PipelineDescription(
             ),
             unquantized="the vae is convolutions, quantization is of linear layers",
             fragile="the decoder's activations exceed float16's range",
+            compiled=("encoder", "decoder"),
         ),
         ComponentDescription(
             name="transformer",
@@ -135,6 +136,7 @@ SANA_CONTROLNET = PipelineDescription(
             class_name="SanaTransformer2DModel",
             config_keys=_DENOISER_KEYS,
             calls=(Call("forward", "denoise", output="noise_pred"),),
+            compiled=("transformer_blocks",),
         ),
         ComponentDescription(
             name="controlnet",
@@ -144,6 +146,7 @@ SANA_CONTROLNET = PipelineDescription(
             config_keys=_DENOISER_KEYS,
             calls=(Call("forward", "denoise", output="controlnet_block_samples"),),
             layered=LayeredResults("transformer_blocks", "controlnet_blocks", scale="conditioning_scale"),
+            compiled=("transformer_blocks",),
         ),
     ),
     scheduler=SchedulerDescription(
