@@ -232,6 +232,10 @@ def _generate(run: Run) -> None:
             Diagnostic(type="eager_calls", severity="info", message=text, where="runtime")
             for text in dict.fromkeys(text for state in states for text in state.eager_sentences())
         ]
+        run.remarks += [
+            Diagnostic(type="uncompiled", severity="warning", message=text, where="runtime")
+            for text in dict.fromkeys(text for state in states for text in state.compiling.sentences())
+        ]
 
 
 def _checked_hint(problem: RunError, plan: Plan) -> str:
@@ -254,9 +258,16 @@ def _run(run: Run, states: list[Any]) -> None:
     asked = run.spec.workload
     recorder = _recorder(states[0]) if run.spec.precision.audit else None
     with progress("denoising", run.brief) as advance:
-        images, measured = generate_each(
-            run.pipelines, asked.bounds, asked.request, lambda done, of: advance(f"step {done}/{of}", done, of), states
-        )
+        reached = 0
+
+        def stepped(done: int, of: int) -> None:
+            nonlocal reached
+            reached = done
+            advance(f"step {done}/{of}", done, of)
+
+        for state in states:
+            state.compiling.on_start = lambda name: advance(f"compiling the {name}", reached, asked.steps)
+        images, measured = generate_each(run.pipelines, asked.bounds, asked.request, stepped, states)
     seconds = {**run.measured.seconds, **measured.seconds}
     run.measured = measured.model_copy(update={"seconds": seconds, "loaded_bytes": run.measured.loaded_bytes})
     run.images = [path.name for path in save_images(images, run.folder)]

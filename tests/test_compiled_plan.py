@@ -16,6 +16,7 @@ from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.artifact import Plan
 from sana_deploy.plan.cost import slot_use
 from sana_deploy.plan.execution import executed
+from sana_deploy.plan.streaming import streamed
 from sana_deploy.report.wording import runtime_words
 
 Small = Callable[..., DeploySpec]
@@ -70,6 +71,12 @@ def test_only_what_denoises_is_in_graphs() -> None:
     }  # fmt: skip
     uses = [slot_use(executed(profile, how), {"vae": 0}, 0) for how in RUNTIMES]
     assert uses[0] == uses[1] == uses[2], "a VAE alone keeps no pool"
+
+
+def test_residuals_of_a_controlnet_apart_are_streamed_as_those_of_graphs() -> None:
+    profile = profile_of("sana_1600m_controlnet", 1024, 1)
+    kept = {how: streamed(executed(profile, how)) for how in RUNTIMES}
+    assert kept["compiled"] == kept["graphs"] != kept["eager"] == ()
 
 
 def test_auto_never_takes_it() -> None:

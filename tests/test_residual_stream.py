@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,19 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaControlNetModel
 from taped import LateCourier, TapedHost, TapeRecorder
+from test_compiled import Failing
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.pipelines import DEFAULT, LayeredResults
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
 from sana_deploy.facts.tiny import ensure_tiny
+from sana_deploy.run import compiled
 from sana_deploy.run.arriving_tensor import ArrivingTensor
+from sana_deploy.run.compiled import CompiledCalls, Compiling
 from sana_deploy.run.early_results import EarlyResults
 from sana_deploy.run.generate import run_request
+from sana_deploy.run.graphed_forward import GraphedForward
 from sana_deploy.run.graphs import DeviceGraphs
 from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
@@ -286,6 +291,33 @@ class TestEarlyResults:
         assert all(torch.equal(one, other) for one, other in zip(found[0], expected[0], strict=True))
         assert found[0][0].abs().max() > 0
         assert early.problem is None
+
+    @pytest.mark.parametrize("failing", [0, 1])
+    def test_blocks_are_compiled_where_they_belong(
+        self, net: SanaControlNetModel, failing: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`failing` is the piece that the compiler gives up at, counted from 1."""
+        monkeypatch.setattr(compiled, "_backend", functools.cache(lambda _: Failing(failing)))
+        torch._dynamo.reset()
+        said, made = Compiling(), list[int]()
+        calls = CompiledCalls("controlnet", net, ("transformer_blocks",), "eager", 8, lambda: said)
+        source = GraphedForward("controlnet", net, calls.around(net.forward), DeviceGraphs(TapeRecorder()))
+        stream = ResidualStream("residuals", CPU, source.graphs, LateCourier(), RequestState)
+        plain, arguments = net.forward, self.arguments(net)
+        layered = DEFAULT.by_name["controlnet"].layered
+        assert layered is not None
+        stream.make_early(source, layered)
+        assert stream.early is not None
+        monkeypatch.setattr(stream.early, "on_made", made.append)
+        found, expected = (forward(**arguments, return_dict=False)[0] for forward in (source.forward, plain))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert made == [0], "said after each block but the last"
+        assert stream.early.problem is None
+        assert len(calls.blocks) == (0 if failing else len(net.transformer_blocks))
+        assert len(said.sentences()) == failing
+        stream.restore()
+        assert source.forward(**arguments, return_dict=False)[0][0].equal(expected[0])
+        assert made == [0]
 
     def test_a_forward_that_is_unlike_its_description_runs_as_it_is(self, net: SanaControlNetModel) -> None:
         class Other(SanaControlNetModel):  # type: ignore[misc]

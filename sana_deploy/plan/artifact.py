@@ -19,7 +19,7 @@ from .._version import __version__
 from ..declare.hardware import Split
 from ..declare.knobs import Exactness
 from ..declare.pipelines import PIPELINES, SANA_CONTROLNET, Component, PipelineDescription
-from ..declare.runtime import RUNTIMES, Execution
+from ..declare.runtime import Execution
 from ..declare.spec import DeploySpec
 from ..errors import PlanError
 from ..facts.libraries import library_versions

@@ -26,9 +26,7 @@ def streamed(profile: PipelineProfile) -> tuple[Crossing, ...]:
         return ()
     ends = {one: (profile.parts[one.src], profile.parts[one.dst]) for one in profile.crossings if one.pieces}
     return tuple(
-        one
-        for one, (src, dst) in ends.items()
-        if src.execution == dst.execution == "graphs" and src.format.dtype == dst.format.dtype
+        one for one, (src, dst) in ends.items() if src.graphed and dst.graphed and src.format.dtype == dst.format.dtype
     )
 
 

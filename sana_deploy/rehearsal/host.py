@@ -119,6 +119,9 @@ class VirtualHost(VirtualGpus):
         """Ordinary copies: a virtual GPU works when it is asked."""
         return PlainCourier()
 
+    def compiler(self, device: torch.device) -> None:
+        """Compile nothing: a virtual GPU runs what an eager one would; see `Host`."""
+
 
 def check_virtual(resolved: ResolvedPlan) -> None:
     """Refuse a plan that was resolved to real devices.

@@ -21,6 +21,7 @@ from PIL.Image import Image
 from ..declare.hardware import Planned
 from ..declare.pipelines import Component
 from ..declare.policies import dtypes_of
+from ..declare.runtime import RUNTIMES
 from ..declare.spec import DeploySpec
 from ..declare.workload import DeclaredWorkload
 from ..errors import InfeasibleError
@@ -56,17 +57,19 @@ class Recorder:
 
 
 def in_float32(spec: DeploySpec, compiled: Callable[[DeploySpec], Plan]) -> Plan:
-    """Compile the same declaration in float32, one replica of it.
+    """Compile one replica of the same declaration in float32, with the bits of eager execution where it had others.
 
     Raises:
         InfeasibleError: it does not fit the machine.
     """
     policy = {"name": "fp32", "components": dtypes_of("fp32", spec.pipeline), "quantization": {}}
-    precision, hardware = spec.precision.model_copy(update=policy), spec.hardware
+    precision, hardware, runtime = spec.precision.model_copy(update=policy), spec.hardware, spec.runtime
     if isinstance(hardware, Planned):
         hardware = hardware.model_copy(update={"replicas": 1})
+    if runtime.asked and RUNTIMES[runtime.asked].exactness != "bitwise":
+        runtime = runtime.model_copy(update={"mode": "eager"})
     try:
-        return compiled(spec.model_copy(update={"precision": precision, "hardware": hardware}))
+        return compiled(spec.model_copy(update={"precision": precision, "hardware": hardware, "runtime": runtime}))
     except InfeasibleError as problem:
         raise InfeasibleError(
             f"an audit runs the request in float32 too, and that does not fit: {problem.message}",

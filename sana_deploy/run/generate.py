@@ -241,9 +241,10 @@ def _call(
 def _measured(clock: PhaseClock, state: RequestState, per_step: Counter[Movement], elapsed: float) -> Measured:
     peaks = {str(device): clock.host.peak_bytes(device) for device in clock.devices}
     seconds: dict[str, float] = {phase: round(clock.seconds[phase], 6) for phase in PHASES if phase in clock.seconds}
+    compiled = {"compile": round(state.compiling.seconds, 6)} if state.compiling.seconds else {}
     return Measured(
         peak_bytes={device: peak for device, peak in peaks.items() if peak is not None},
-        seconds={**seconds, "generate": round(elapsed, 6)},
+        seconds={**seconds, **compiled, "generate": round(elapsed, 6)},
         bytes_moved=by_pair(state.traffic.moved),
         bytes_per_step=by_pair(per_step),
         host_peak_bytes=host_peak(),

@@ -22,6 +22,7 @@ from ..declare.pipelines import DEFAULT, PIPELINES
 from ..errors import RunError
 from ..plan.units import component_of
 from .border import Border
+from .compiled import CompiledCalls
 from .control_image_copies import Copies
 from .decode_retry import Tile, attempt, one_at_a_time, retry_tile
 from .graphed_forward import GraphedForward
@@ -51,12 +52,16 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self.execution_device, self.target = border.home, border.target_of(name)
         self.graphed: GraphedForward | None = None
         self.sender: Callable[[Any], Any] | None = None
+        self.compiled: CompiledCalls | None = None
+        self.uncompiled: Callable[..., Any] | None = None
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
         if not args and not kwargs:
             return args, kwargs
         self.border.enter(self.name, "forward")
+        if self.compiled is not None:
+            self.compiled.note()  # here, since a graph that is replayed calls nothing
         self._check_device(module)
         names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
         args, kwargs = self._pull(args, names), self._pull(kwargs)
@@ -85,7 +90,20 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         if self.graphed is not None:
             vars(module)["_old_forward"] = self.graphed.forward
             self.graphed.reset()
+        if self.compiled is not None:
+            vars(module)["_old_forward"] = self.uncompiled
+            self.compiled.undo()
         return module
+
+    def use_compiler(self, module: nn.Module, regions: Sequence[str]) -> None:
+        """Compile what the module's calls run, on a device that has a compiler; before `use_graphs`."""
+        backend, border = self.border.host.compiler(self.device), self.border
+        if backend is None or not regions:
+            return
+        most, compiling = border.most_graphs, lambda: border.state.compiling
+        self.uncompiled = vars(module)["_old_forward"]
+        self.compiled = CompiledCalls(self.name, module, regions, backend, most, compiling)
+        vars(module)["_old_forward"] = self.compiled.around(self.uncompiled)
 
     def use_graphs(self, module: nn.Module) -> None:
         """Replay the module's forward from graphs, on a device that has them."""
@@ -122,6 +140,8 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             args, kwargs = self._pull(args, [self.calls[method].input]), self._pull(kwargs)
             self.border.ready(self.name, method, args, kwargs)
             work = functools.partial(inner, *args, **kwargs)
+            if self.compiled is not None:
+                work = functools.partial(self.compiled.run, work)
             with one_at_a_time(module) if copies else contextlib.nullcontext():
                 output = attempt(work, module, self._retry_tile(module, method, args), self.border.state, self._release)
             self.border.leave(self.name, method, output)
@@ -179,12 +199,19 @@ class BorderHook(ModelHook):  # type: ignore[misc]
 
 
 def attach(
-    module: nn.Module, name: str, device: torch.device, border: Border, offloaded: bool = False, graphed: bool = False
+    module: nn.Module,
+    name: str,
+    device: torch.device,
+    border: Border,
+    offloaded: bool = False,
+    graphed: bool = False,
+    compiled: bool = False,
 ) -> BorderHook:
     """Put the border hook on a component, or on one of its units; accelerate's `remove_hook_from_module` takes it off.
 
     Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works. Where it is `graphed`,
-    its forward is replayed from graphs, if `device` has them.
+    its forward is replayed from graphs, if `device` has them. Where it is `compiled`, what its description names is
+    compiled, if `device` has a compiler.
 
     Raises:
         RunError: there is no memory for graphs.
@@ -193,6 +220,8 @@ def attach(
         border.offloaded[name] = OffloadedWeights(module, name, device)
     hook = BorderHook(name, device, border)
     add_hook_to_module(module, hook)
+    if compiled:
+        hook.use_compiler(module, border.pipeline.by_name[component_of(name)].compiled)
     if graphed:
         hook.use_graphs(module)
     return hook

@@ -78,6 +78,9 @@ class Host(Protocol):
     def courier(self, source: torch.device, destination: torch.device) -> Courier:
         """What sends a component's results between two devices."""
 
+    def compiler(self, device: torch.device) -> str | None:
+        """The backend of `torch.compile` that compiles for `device`; None where nothing is compiled."""
+
 
 class PresentHost:
     """The GPUs and the CPU of this machine, through PyTorch's own device types."""
@@ -134,6 +137,10 @@ class PresentHost:
         """Copies beside the work of two GPUs; an ordinary one where the CPU takes part."""
         both = source.type == destination.type == "cuda"
         return CudaCourier(source, destination) if both else PlainCourier()
+
+    def compiler(self, device: torch.device) -> str | None:
+        """Inductor for a GPU; what runs on the CPU is eager."""
+        return "inductor" if device.type == "cuda" else None
 
 
 def load_helpers(checkpoint: Checkpoint) -> Mapping[str, Any]:

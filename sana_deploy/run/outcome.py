@@ -29,7 +29,7 @@ class Measured(Frozen):
     Attributes:
         peak_bytes: device -> most bytes allocated during the request; absent where the device cannot tell.
         seconds: phase -> wall seconds: import (of libraries), start (of CUDA, beyond the imports), load, encode,
-            prepare, denoise, decode, generate.
+            prepare, denoise, decode, generate; within these, compile: calls in which blocks were compiled.
         loaded_bytes: weights that `load` put in their places; 0 in a rehearsal.
         images_per_second: of several replicas that drew at once; None for one.
         bytes_moved: "src->dst" -> bytes of the whole request.

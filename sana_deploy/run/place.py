@@ -17,6 +17,7 @@ from torch import nn
 
 from ..declare.knobs import completed
 from ..declare.pipelines import Component, PipelineDescription
+from ..declare.runtime import RUNTIMES
 from ..errors import RunError, UsageError
 from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.units import component_of
@@ -202,9 +203,8 @@ def _hook(
     module: nn.Module, unit: str, device: torch.device, plan: Plan, border: Border, offloaded: bool = False
 ) -> BorderHook:
     """Put the hook of a component, or of one of its further units, on a module: it executes as the plan says."""
-    part = plan.pipeline.by_name[component_of(unit)]
-    graphed = plan.runtime == "graphs" and part.role in ("denoiser", "controlnet")
-    return attach(module, unit, device, border, offloaded, graphed)
+    runtime, looped = RUNTIMES[plan.runtime], component_of(unit) in plan.pipeline.looped
+    return attach(module, unit, device, border, offloaded, runtime.graphs and looped, runtime.compiles)
 
 
 def _set_vae(vae: Any, plan: Plan, border: Border) -> None:

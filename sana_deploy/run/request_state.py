@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from .compiled import Compiling
 from .control_image_copies import Copies
 from .halves import Halves
 from .tensor_mark import TensorMark
@@ -72,6 +73,7 @@ class RequestState(Listeners):
         kept: copies of arguments that stay the same from step to step, by component and argument.
         calls: how often each component was called.
         eager_calls: how often a component with graphs ran eagerly, by component and reason.
+        compiling: what was compiled, and what was not.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
@@ -83,6 +85,7 @@ class RequestState(Listeners):
     kept: dict[tuple[str, str], KeptCopy] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     eager_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    compiling: Compiling = field(default_factory=Compiling)
 
     def eager_sentences(self) -> list[str]:
         """Which components with graphs ran eagerly, how often and why."""

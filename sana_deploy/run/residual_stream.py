@@ -24,6 +24,7 @@ from ..declare.pipelines.base import LayeredResults
 from ..errors import RunError
 from .arriving_tensor import ArrivingTensor
 from .border import Border
+from .compiled import CompiledForward
 from .courier import Courier
 from .early_results import EarlyResults
 from .graphed_forward import GraphedForward
@@ -59,6 +60,7 @@ class ResidualStream:
         self.name, self.device, self.graphs, self.courier, self.state = name, device, graphs, courier, state
         self.source: GraphedForward | None = None
         self.early: EarlyResults | None = None
+        self._early_in: GraphedForward | CompiledForward | None = None
         self.sent = self._coming = 0
         self.holder: Callable[[], object] = _nobody
         self._memory: torch.Tensor | None = None
@@ -71,13 +73,15 @@ class ResidualStream:
         def on_made(number: int) -> object:
             return recorder.cut(partial(self.courier.made, number))
 
-        self.early = EarlyResults(source.module, source.forward, layered, on_made)
-        self.source, source.forward, source.lasting = source, self.early, False
+        # Within what compiles blocks, which looks for them where they belong.
+        self._early_in = source.forward if isinstance(source.forward, CompiledForward) else source
+        self.early = EarlyResults(source.module, self._early_in.forward, layered, on_made)
+        self.source, self._early_in.forward, source.lasting = source, self.early, False
 
     def restore(self) -> None:
         """Give the ControlNet its own forward back."""
-        if self.source is not None and self.early is not None:
-            self.source.forward = self.early.forward
+        if self._early_in is not None and self.early is not None:
+            self._early_in.forward = self.early.forward
 
     def send(self, output: Any) -> Any:
         """Send what the ControlNet returned; the result holds tensors that arrive on the denoiser's device."""
