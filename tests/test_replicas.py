@@ -203,7 +203,7 @@ def test_what_is_said_to_be_faster_than_replicas_is_faster_for_each() -> None:
     plan = compile_plan(given)
     assert len(plan.each()) == 2
     for one in plan.each():
-        assert [faster.overrides for faster in one.faster] == [["runtime=graphs"]]
+        assert [faster.overrides for faster in one.faster] == [["runtime=graphs"], ["runtime=compiled"]]
     faster = compile_plan([*given[:-1], "runtime=graphs"])
     for was, now in zip(plan.each(), faster.each(), strict=True):
         assert was.slots[0].index == now.slots[0].index
