@@ -32,6 +32,15 @@ def compose_spec(overrides: Sequence[str] = ()) -> DeploySpec:
         InputError: the file of `workload.prompt_file` cannot be read.
         UsageError: both a prompt and a file with one are given.
     """
+    return spec_from_config(compose_config(overrides), overrides)
+
+
+def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose the whole configuration with Hydra `overrides`, not validated yet.
+
+    Raises:
+        ComposeError: see `compose_spec`.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -41,12 +50,11 @@ def compose_spec(overrides: Sequence[str] = ()) -> DeploySpec:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(conf_dir()), job_name="sana_deploy", version_base="1.3"):
-                config = compose("config", overrides=[literal(one) for one in overrides])
+                return compose("config", overrides=[literal(one) for one in overrides])
         except (HydraException, OmegaConfBaseException) as problem:
             raise compose_error(problem) from problem
         finally:
             GlobalHydra.instance().hydra = outer
-    return spec_from_config(config, overrides)
 
 
 def spec_from_config(config: DictConfig, overrides: Sequence[str] = ()) -> DeploySpec:
@@ -63,8 +71,11 @@ def spec_from_config(config: DictConfig, overrides: Sequence[str] = ()) -> Deplo
         raise InvalidSpecError("this value must be given", where=key, hint=f"{key}=VALUE") from None
     except OmegaConfBaseException as problem:
         raise compose_error(problem) from problem
+    if of_serving := [one for one in overrides if key_of(one).partition(".")[0] == "serve"]:
+        raise UsageError(f"{of_serving[0]} is of the command serve", where="serve", hint="sana-deploy serve ...")
     declared = cast("dict[str, Any]", values)
-    declared.pop("sweep", None)  # of the command, not of a deployment
+    for group in ("sweep", "serve"):  # of commands, not of a deployment
+        declared.pop(group, None)
     if isinstance(workload := declared.get("workload"), dict):
         _settle_request(workload, overrides)
     return DeploySpec.from_mapping(declared)

@@ -1,7 +1,9 @@
-"""The control image of a request, a file that is checked before anything is loaded or a drawing; and its seed."""
+"""The control image of a request, a file that is checked before anything is loaded, a drawing, or bytes of a client;
+and its seed."""
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import shlex
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 _WHERE = "workload.control_image"
 _WHOLE_FIRST = ("MPO", "PSD")
 """Formats whose first picture is the whole one: the others are a camera's previews, or layers."""
+_SENT = ("PNG", "JPEG", "WEBP")
+"""Formats that are read of a client: each has one decoder, and none of them starts another program."""
 _SIXTEEN_BIT = ("PNG", "PPM")
 """Formats whose grey of more than 8 bits Pillow scales to 65535, also where it calls the mode `I`."""
 
@@ -61,18 +65,42 @@ def read_control_image(request: Request, workload: Workload) -> Image:
     return picture
 
 
-def _read(request: Request, workload: Workload) -> tuple[Image, list[Diagnostic]]:
+def sent_control_image(
+    content: bytes, request: Request, workload: Workload, most_pixels: int
+) -> tuple[Image, list[Diagnostic]]:
+    """Read a control image that came as bytes: PNG, JPEG or WebP; no file is opened.
+
+    Args:
+        content: the file's bytes.
+        most_pixels: pixels that it may unpack to; its size is read before anything is unpacked.
+
+    Returns:
+        The image as `read_control_image` gives it, and what was done to it.
+
+    Raises:
+        InputError: as in `read_control_image`, or it has more pixels.
+    """
+    return _read(request, workload, content, most_pixels)
+
+
+def _read(
+    request: Request, workload: Workload, content: bytes | None = None, most_pixels: int | None = None
+) -> tuple[Image, list[Diagnostic]]:
     from PIL import Image, UnidentifiedImageError
 
-    path = Path(str(request.control_image)).expanduser()
+    path = Path(str(request.control_image)).expanduser() if content is None else Path("the image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a poster is read, a bomb is an error
-            return _opened(path, request, workload)
+            if content is None:
+                return _opened(Image.open(path), path, request, workload)
+            sent = Image.open(io.BytesIO(content), formats=_SENT)
+            return _opened(sent, path, request, workload, most_pixels)
     except FileNotFoundError:
         raise _unreadable(path, "there is no such file") from None
     except UnidentifiedImageError:
-        raise _unreadable(path, "it is no picture that Pillow can read") from None
+        readable = "Pillow can read" if content is None else "is read here: send PNG, JPEG or WebP"
+        raise _unreadable(path, f"it is no picture that {readable}") from None
     except Image.DecompressionBombError as problem:
         count, limit = re.search(r"\d+", str(problem)), 2 * (Image.MAX_IMAGE_PIXELS or 0)
         why = f"it unpacks to {int(count[0]) if count else 0:,} pixels, more than the {limit:,} that are read"
@@ -83,10 +111,16 @@ def _read(request: Request, workload: Workload) -> tuple[Image, list[Diagnostic]
         raise _unreadable(path, why) from problem
 
 
-def _opened(path: Path, request: Request, workload: Workload) -> tuple[Image, list[Diagnostic]]:
-    from PIL import Image, ImageOps
+def _opened(
+    opened: Image, path: Path, request: Request, workload: Workload, most_pixels: int | None = None
+) -> tuple[Image, list[Diagnostic]]:
+    from PIL import ImageOps
 
-    with Image.open(path) as picture:
+    with opened as picture:
+        pixels = picture.width * picture.height
+        if most_pixels is not None and pixels > most_pixels:
+            why = f"its {picture.width}x{picture.height} are {pixels:,} pixels, more than the {most_pixels:,} that are read"
+            raise _unreadable(path, why)
         frames = getattr(picture, "n_frames", 1)
         if frames > 1 and picture.format not in _WHOLE_FIRST:
             code = f"from PIL import Image; f = Image.open({str(path)!r}); f.seek(0); f.save('frame.png')"
