@@ -117,10 +117,9 @@ def _opened(
     from PIL import ImageOps
 
     with opened as picture:
-        pixels = picture.width * picture.height
-        if most_pixels is not None and pixels > most_pixels:
-            why = f"its {picture.width}x{picture.height} are {pixels:,} pixels, more than the {most_pixels:,} that are read"
-            raise _unreadable(path, why)
+        if most_pixels is not None and (pixels := picture.width * picture.height) > most_pixels:
+            size = f"its {picture.width}x{picture.height} are {pixels:,} pixels"
+            raise _unreadable(path, f"{size}, more than the {most_pixels:,} that are read")
         frames = getattr(picture, "n_frames", 1)
         if frames > 1 and picture.format not in _WHOLE_FIRST:
             code = f"from PIL import Image; f = Image.open({str(path)!r}); f.seek(0); f.save('frame.png')"

@@ -18,11 +18,11 @@ from PIL.Image import Image
 
 from .._files import write_bytes
 from .._units import human_bytes
-from ..declare.control_image import read_control_image
 from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
-from ..declare.workload import Request, Workload
-from ..errors import RunError, UsageError
+from ..declare.workload import Workload
+from ..errors import RunError
 from ..plan.units import component_call
+from .asked import Asked, arguments_of, check_asked
 from .hook import border_of
 from .host import Host
 from .outcome import Measured
@@ -82,7 +82,7 @@ class StepTraffic:
 def generate(
     pipeline: DiffusionPipeline,
     workload: Workload,
-    request: Request,
+    request: Asked,
     on_step: StepDone | None = None,
     state: RequestState | None = None,
 ) -> tuple[list[Image], Measured]:
@@ -91,7 +91,7 @@ def generate(
     Args:
         pipeline: a placed pipeline.
         workload: its shape.
-        request: its content.
+        request: its content, or that of several which share guidance and conditioning scales.
         on_step: called after every denoising step.
         state: a new one that this call gathers in, for a caller that reads it afterwards, also where the call fails.
 
@@ -142,7 +142,7 @@ def _also(first: Callable[[], None], on_step: StepDone | None) -> StepDone:
 def run_request(
     pipeline: DiffusionPipeline,
     workload: Workload,
-    request: Request,
+    request: Asked,
     on_step: StepDone | None = None,
     state: RequestState | None = None,
 ) -> tuple[torch.Tensor, Counter[Movement]]:
@@ -155,13 +155,7 @@ def run_request(
         UsageError: the request's guidance is on where the workload is without it, or off where it is with it.
         RunError: out of memory, or a failed operation.
     """
-    if request.guided != workload.guided:
-        guided = "with" if workload.guided else "without"
-        raise UsageError(
-            f"the workload is {guided} guidance, and the request's guidance_scale is {request.guidance_scale:g}",
-            where="request.guidance_scale",
-            hint="above 1 is with guidance, up to 1 without",
-        )
+    check_asked(workload, request)
     border, state = border_of(pipeline), state or RequestState()
     steps = StepTraffic(border.pipeline, state.traffic)
     state.observers.append(steps)
@@ -211,7 +205,7 @@ def to_images(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> list[Image]:
 
 
 def _call(
-    pipeline: DiffusionPipeline, workload: Workload, request: Request, steps: StepTraffic, on_step: StepDone | None
+    pipeline: DiffusionPipeline, workload: Workload, request: Asked, steps: StepTraffic, on_step: StepDone | None
 ) -> torch.Tensor:
     done = 0
 
@@ -223,14 +217,12 @@ def _call(
             on_step(done, workload.steps)
         return kwargs
 
-    description = border_of(pipeline).pipeline
-    picture = read_control_image(request, workload) if description.takes_control_image else None
+    arguments = arguments_of(border_of(pipeline).pipeline, workload, request)
     pipeline.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Try to use VAE tiling", category=UserWarning)
         result = pipeline(
-            **description.arguments(request, workload, picture),
-            generator=torch.Generator("cpu").manual_seed(request.seed),
+            **arguments,
             callback_on_step_end=step_end,
             output_type="pt",
         )

@@ -6,7 +6,7 @@ description; the rest of the package reads it and names no component.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -148,6 +148,8 @@ class PipelineDescription:
         apart: components that are also published in a repository of their own (`model.components`).
         arguments: what a call of the pipeline gets for a request, given the control image; without what the caller adds
             (a generator, callbacks, the form of the output).
+        together: the same for several requests that are drawn in one call, a picture each, given a control image each.
+            They share their guidance and conditioning scales; the workload's batch is their number.
         takes_control_image: whether a request has one.
         second_half: tensors that the denoiser's unit 1 gets and gives where it computes half of the rows of a guided
             step; None where guidance does not enter as rows.
@@ -159,6 +161,7 @@ class PipelineDescription:
     scheduler: SchedulerDescription
     crossings: Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]]
     arguments: Callable[[Request, Workload, Any], dict[str, Any]]
+    together: Callable[[Sequence[Request], Workload, Sequence[Any]], dict[str, Any]]
     steady: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..formats import DTYPE_BYTES, Dtype
@@ -99,6 +99,16 @@ def arguments(request: Request, workload: Workload, control_image: Any) -> dict[
     }
 
 
+def together(requests: Sequence[Request], workload: Workload, control_images: Sequence[Any]) -> dict[str, Any]:
+    """What one call of the pipeline gets for several requests with the same scales, a picture each."""
+    return {
+        **arguments(requests[0], workload, list(control_images)),
+        "prompt": [one.prompt for one in requests],
+        "negative_prompt": [one.negative_prompt for one in requests],
+        "num_images_per_prompt": 1,
+    }
+
+
 SANA_CONTROLNET = PipelineDescription(
     class_name="SanaControlNetPipeline",
     title="SANA ControlNet pipeline",
@@ -155,6 +165,7 @@ SANA_CONTROLNET = PipelineDescription(
     ),
     crossings=crossings,
     arguments=arguments,
+    together=together,
     steady=("encoder_hidden_states", "encoder_attention_mask", "controlnet_cond"),
     repeated=("control_image", "control_latents"),
     waiting=("controlnet_block_samples",),
