@@ -1,0 +1,206 @@
+"""Whether requests of other shapes fit a plan where it is placed, by the planner's own arithmetic. Imports no torch.
+
+A plan is made for one workload. A request of another shape runs on the same placement, with the same knobs; what it
+takes there is costed as a candidate of the search would be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NoReturn
+
+from .._units import human_bytes
+from ..declare.pipelines import Phase
+from ..declare.workload import VAE_FACTOR, Workload
+from ..errors import InfeasibleError
+from ..facts.checkpoint import Checkpoint
+from .artifact import ResolvedPlan
+from .cost import host_bytes, slot_use
+from .execution import executed
+from .knobs import under
+from .profile import ComponentProfile, PipelineProfile, profile_pipeline
+from .records import Place, place_words
+from .seconds import phase_seconds
+
+_PAYS = 0.95
+"""A larger batch is worth its wait where a picture of it takes at most this share of the seconds."""
+_SEPARATE = ("encode_once",)
+"""Knobs that a batch of different control images gains nothing from."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a workload takes on the place that it fills most, and what is there; bytes."""
+
+    place: Place
+    phase: Phase | None
+    peak_bytes: int
+    available_bytes: int
+
+    @property
+    def lacking_bytes(self) -> int:
+        """Bytes that are missing; 0 or less where it fits."""
+        return self.peak_bytes - self.available_bytes
+
+    def __str__(self) -> str:
+        during = f" in {self.phase}" if self.phase else ""
+        needed, there = human_bytes(self.peak_bytes), human_bytes(self.available_bytes)
+        return f"{needed} on {place_words(self.place)}{during}, {there} are there"
+
+
+class Admission:
+    """Costs workloads on the placement of a resolved plan.
+
+    Args:
+        resolved: the plan where it is bound; GPUs have what was free when it was bound, less `hardware.keep_free`.
+        checkpoint: the plan's.
+        other_shapes: whether workloads beyond the planned one are costed; else all of them are refused.
+    """
+
+    def __init__(self, resolved: ResolvedPlan, checkpoint: Checkpoint, other_shapes: bool = True) -> None:
+        self.resolved, self.checkpoint = resolved, checkpoint
+        plan, kept = resolved.plan, resolved.plan.spec.hardware.keep_free_bytes
+        slots = {slot: _place_of(device) for slot, device in resolved.slot_devices.items()}
+        self._other_shapes = other_shapes and not plan.units
+        self._gpus = {gpu.index: replace(gpu, free_bytes=gpu.free_bytes - kept) for gpu in resolved.machine.gpus}
+        self._placement = {name: _place_of(device) for name, device in resolved.device_map.items()}
+        self._pools = {slots.get(slot.index): slot.pool_bytes for slot in plan.slots}
+        self._profile = lru_cache(512)(self._profiled)
+
+    def check(self, workload: Workload) -> None:
+        """Take a workload, or refuse it.
+
+        Raises:
+            InfeasibleError: it does not fit: where, in which phase, by how many bytes, and the largest size of its
+                proportions that does fit; or it is beyond the plan, and only the planned one is taken.
+        """
+        if self.planned(workload):
+            return
+        size, bounds = f"{workload.width}x{workload.height}", self.resolved.plan.spec.workload
+        if not self._costs(workload):
+            raise InfeasibleError(
+                f"{size} exceeds the {bounds.width}x{bounds.height} that this plan is for",
+                where="size",
+                hint=f"ask for {bounds.width}x{bounds.height} or less",
+            )
+        need = self.need(workload)
+        if need.lacking_bytes > 0:
+            fitting = self.largest(workload)
+            hint = f"{fitting.width}x{fitting.height} fits" if fitting else "no size of these proportions fits"
+            raise InfeasibleError(f"{size} needs {need}", where="size", hint=hint)
+
+    def planned(self, workload: Workload) -> bool:
+        """Whether a workload is within the planned one: it takes no more bytes anywhere. Steps take none."""
+        bounds = self.resolved.plan.spec.workload
+        small = workload.height <= bounds.height and workload.width <= bounds.width
+        return small and workload.batch <= bounds.batch and (bounds.guided or not workload.guided)
+
+    def need(self, workload: Workload, different: bool = False) -> Need:
+        """What a workload takes on the place that lacks most, or has least to spare.
+
+        Args:
+            different: its pictures are of different prompts and control images.
+
+        Raises:
+            InfeasibleError: it would have to be measured first.
+        """
+        profile, needs = self._profile(workload, different), list[Need]()
+        for place in dict.fromkeys(self._placement.values()):
+            if place == "cpu":
+                peak, there = host_bytes(profile, self._placement), self.resolved.machine.host_bytes
+                needs.append(Need("cpu", None, peak, there))
+                continue
+            use = slot_use(profile, self._placement, place, self._gpus[place])
+            # Graphs of the planned workload keep their pool beside those of another one.
+            peak = use.peak_bytes + (0 if self.planned(workload) else self._pools.get(place, 0))
+            needs.append(Need(place, use.phase, peak, self._gpus[place].free_bytes))
+        return max(needs, key=lambda need: need.lacking_bytes)
+
+    def seconds(self, workload: Workload, different: bool = False) -> float | None:
+        """Seconds of a workload, estimated; None where a component is on the CPU or nothing is known of its needs."""
+        if not self._costs(workload):
+            return None
+        phases = phase_seconds(self._profile(workload, different), self._placement, self._gpus)
+        return None if phases is None else sum(phases.values())
+
+    def batch(self, workload: Workload, most: int, forced: bool = False) -> int:
+        """Pictures of one size and different content that are best drawn at once, at most `most`.
+
+        Args:
+            forced: take the largest batch that fits, where the estimate would say which one pays.
+        """
+        best, each = 1, self.seconds(workload)
+        for batch in range(2, most + 1):
+            together = workload.model_copy(update={"batch": batch})
+            if not self._costs(together) or self.need(together, True).lacking_bytes > 0:
+                break
+            seconds = self.seconds(together, True)
+            if forced:
+                best = batch
+            elif seconds is not None and each is not None and seconds / batch <= _PAYS * each:
+                best, each = batch, seconds / batch
+        return best
+
+    def largest(self, workload: Workload) -> Workload | None:
+        """The largest workload of the same proportions that fits; sides are multiples of the VAE's factor."""
+        cells = max(workload.height, workload.width) // VAE_FACTOR
+        low, high = 0, cells
+        while high - low > 1:
+            middle = (low + high) // 2
+            smaller = _scaled(workload, middle, cells)
+            low, high = (middle, high) if self.need(smaller).lacking_bytes <= 0 else (low, middle)
+        return _scaled(workload, low, cells) if low else None
+
+    def _costs(self, workload: Workload) -> bool:
+        """Whether a workload beyond the planned one can be costed here."""
+        if not self._other_shapes:
+            return False
+        try:
+            self._profile(workload, False)
+        except InfeasibleError:
+            return False
+        return True
+
+    def _profiled(self, workload: Workload, different: bool) -> PipelineProfile:
+        plan = self.resolved.plan
+        formats = {name: part.format for name, part in plan.components.items()}
+        profile = profile_pipeline(self.checkpoint, workload, formats, _refuse_to_measure)
+        if different:
+            profile = _different(profile, workload.batch)
+        knobs = [knob for knob in plan.knobs if not (different and knob in _SEPARATE)]
+        return executed(under(profile, knobs), plan.runtime)
+
+
+def _place_of(device: str) -> Place:
+    return "cpu" if device == "cpu" else int(device.partition(":")[2])
+
+
+def _scaled(workload: Workload, part: int, whole: int) -> Workload:
+    """The workload with both sides times part / whole, in whole latent cells."""
+    height, width = (side * part // whole // VAE_FACTOR * VAE_FACTOR for side in (workload.height, workload.width))
+    return workload.model_copy(update={"height": max(VAE_FACTOR, height), "width": max(VAE_FACTOR, width)})
+
+
+def _different(profile: PipelineProfile, prompts: int) -> PipelineProfile:
+    """The text encoder takes a prompt for each picture, where several pictures of one request share theirs."""
+    name = profile.pipeline.of("text_encoder")
+    return replace(profile, components={**profile.components, name: _repeated(profile.components[name], prompts)})
+
+
+def _repeated(part: ComponentProfile, times: int) -> ComponentProfile:
+    work = {
+        phase: replace(
+            one,
+            flops=one.flops * times,
+            product_bytes=one.product_bytes * times,
+            other_bytes=one.other_bytes * times,
+        )
+        for phase, one in part.work.items()
+    }
+    activations = {phase: size * times for phase, size in part.activations.items()}
+    return replace(part, work=work, activations=activations)
+
+
+def _refuse_to_measure(*_: object) -> NoReturn:
+    raise InfeasibleError("this checkpoint was not measured in this form", where="size")
