@@ -244,3 +244,11 @@ def find_border(pipeline: Any) -> Border | None:
     description = PIPELINES.get(type(pipeline).__name__, DEFAULT)
     hook = getattr(getattr(pipeline, description.denoiser, None), "_hf_hook", None)
     return hook.border if isinstance(hook, BorderHook) else None
+
+
+def forget_graphs(pipeline: Any) -> None:
+    """Have every component of a placed pipeline make its graphs anew, and give their memory back."""
+    for name in border_of(pipeline).pipeline.names:
+        hook = getattr(getattr(pipeline, name), "_hf_hook", None)
+        if isinstance(hook, BorderHook) and hook.graphed is not None:
+            hook.graphed.reset()
