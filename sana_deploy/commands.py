@@ -10,13 +10,20 @@ from typing import NoReturn
 
 from . import sweep
 from ._version import __version__
+from .api import compile_spec
 from .declare.compose import command_error
 from .errors import UsageError, did_you_mean
 from .plan import diff
 from .report import terminal as report
 from .run.outcome import Outcome, document, failure_of
+from .serve import command as serving
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"diff": diff.main, "summary": sweep.main}
+
+def _serve(arguments: Sequence[str]) -> int:
+    return serving.main(arguments, compile_spec)
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"diff": diff.main, "serve": _serve, "summary": sweep.main}
 """Words that come first and are no override."""
 
 

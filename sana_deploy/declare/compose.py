@@ -50,7 +50,7 @@ def compose_config(overrides: Sequence[str] = ()) -> DictConfig:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(conf_dir()), job_name="sana_deploy", version_base="1.3"):
-                return compose("config", overrides=[literal(one) for one in overrides])
+                return cast("DictConfig", compose("config", overrides=[literal(one) for one in overrides]))
         except (HydraException, OmegaConfBaseException) as problem:
             raise compose_error(problem) from problem
         finally:

@@ -55,14 +55,14 @@ class Admission:
     Args:
         resolved: the plan where it is bound; GPUs have what was free when it was bound, less `hardware.keep_free`.
         checkpoint: the plan's.
-        other_shapes: whether workloads beyond the planned one are costed; else all of them are refused.
+        other_shapes: whether sizes beyond the planned one are taken where they fit; else all of them are refused.
     """
 
     def __init__(self, resolved: ResolvedPlan, checkpoint: Checkpoint, other_shapes: bool = True) -> None:
         self.resolved, self.checkpoint = resolved, checkpoint
         plan, kept = resolved.plan, resolved.plan.spec.hardware.keep_free_bytes
         slots = {slot: _place_of(device) for slot, device in resolved.slot_devices.items()}
-        self._other_shapes = other_shapes and not plan.units
+        self._other_shapes = other_shapes
         self._gpus = {gpu.index: replace(gpu, free_bytes=gpu.free_bytes - kept) for gpu in resolved.machine.gpus}
         self._placement = {name: _place_of(device) for name, device in resolved.device_map.items()}
         self._pools = {slots.get(slot.index): slot.pool_bytes for slot in plan.slots}
@@ -78,7 +78,7 @@ class Admission:
         if self.planned(workload):
             return
         size, bounds = f"{workload.width}x{workload.height}", self.resolved.plan.spec.workload
-        if not self._costs(workload):
+        if not self._other_shapes or not self._costs(workload):
             raise InfeasibleError(
                 f"{size} exceeds the {bounds.width}x{bounds.height} that this plan is for",
                 where="size",
@@ -153,8 +153,8 @@ class Admission:
         return _scaled(workload, low, cells) if low else None
 
     def _costs(self, workload: Workload) -> bool:
-        """Whether a workload beyond the planned one can be costed here."""
-        if not self._other_shapes:
+        """Whether a workload beyond the planned one can be costed: split units and unmeasured forms cannot."""
+        if self.resolved.plan.units:
             return False
         try:
             self._profile(workload, False)

@@ -1,0 +1,171 @@
+"""The command `serve`: from overrides to a service that runs until it is told to stop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from ..declare.compose import compose_config, spec_from_config
+from ..declare.free_text import key_of
+from ..declare.keys import conf_dir
+from ..declare.serving import Serving
+from ..declare.spec import DeploySpec
+from ..errors import InputError, UsageError
+from ..plan.artifact import Plan, ResolvedPlan
+from ..plan.saved_request import saved_plan
+from ..report import terminal as report
+
+Compile = Callable[[DeploySpec], Plan]
+_NEEDED: Mapping[str, str] = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "prometheus_client": "prometheus-client",
+    "python_multipart": "python-multipart",
+}
+"""Module -> package of the extra."""
+_OF_A_RUN = ("until", "output", "sweep", "hydra")
+"""Keys that a service has no use for."""
+USAGE = """\
+sana-deploy serve: offer a plan as an images API in the form of OpenAI's, until SIGTERM or Ctrl-C.
+
+Usage: sana-deploy serve plan_file=PLAN.json [serve.KEY=VALUE ...]
+       sana-deploy serve [GROUP=OPTION ...] [KEY=VALUE ...]
+  sana-deploy serve plan_file=plan.json serve.port=8080
+  sana-deploy serve model=sana_1600m_controlnet model.source=FOLDER_OR_REPO hardware=multi_gpu_balanced
+  curl -s localhost:8000/v1/images/generations -H 'Content-Type: application/json' -d '{"prompt": "a red fox"}'
+
+Routes: POST /v1/images/generations, POST /v1/images/edits, GET /v1/models, /health, /ready, /metrics, /plan, and / for
+a page to try it. Once requests are drawn, stderr gets a line that begins with "ready:". SIGTERM finishes what was
+accepted and ends with code 0; a second one gives up what is left. Groups and exit codes: sana-deploy --help
+
+Values of the group serve, with what they are without being given:
+
+"""
+
+
+def main(arguments: Sequence[str], compile_spec: Compile) -> int:
+    """Run the command.
+
+    Args:
+        arguments: what stands behind `serve`.
+        compile_spec: makes a plan of a declaration.
+
+    Returns:
+        0 once the service was told to stop and has.
+
+    Raises:
+        UsageError, SanaDeployError: it cannot be started, or has lost its last GPU.
+    """
+    if {"--help", "-h"} & set(arguments):
+        sys.stdout.write(USAGE + (conf_dir() / "serve" / "default.yaml").read_text(encoding="utf-8"))
+        return 0
+    _check_extra()
+    spec, options = _declared(arguments)
+    if spec.plan_file:
+        plan, spec = saved_plan(spec, arguments)
+    else:
+        plan = compile_spec(spec)
+    keys = _keys(options.keys) if options.keys else ()
+    _run(plan, spec, options, keys)
+    return 0
+
+
+def _check_extra() -> None:
+    missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UsageError(
+            f"{', '.join(missing)} {verb} needed to serve and {verb} not installed",
+            where="serve",
+            hint='the extra serve has what is needed: pip install "sana-deploy[serve]"',
+        )
+
+
+def _declared(arguments: Sequence[str]) -> tuple[DeploySpec, Serving]:
+    """The declaration and the options that the overrides give."""
+    for one in arguments:
+        key = key_of(one)
+        if "=" not in one:
+            raise UsageError(f"{one!r} is no override", where="serve", hint="values read KEY=VALUE; see serve --help")
+        if key.partition(".")[0] in _OF_A_RUN:
+            raise UsageError(f"{key} is of a single run, a service has no use for it", where=key, hint="leave it out")
+    config = compose_config(arguments)
+    options = Serving.from_mapping(cast("dict[str, Any]", OmegaConf.to_container(config.serve, resolve=True)))
+    others = [one for one in arguments if key_of(one).partition(".")[0] != "serve"]
+    return spec_from_config(config, others), options
+
+
+def _keys(path: str) -> tuple[str, ...]:
+    """The bearer keys of a file.
+
+    Raises:
+        InputError: it cannot be read, or holds no key.
+    """
+    file = Path(path).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as problem:
+        why = getattr(problem, "strerror", None) or "it is not UTF-8"
+        raise InputError(
+            f"{file} cannot be read: {why}", where="serve.keys", hint="a text file, one key a line"
+        ) from None
+    if not lines:
+        raise InputError(f"{file} holds no key", where="serve.keys", hint="one key a line, or serve.keys=null")
+    return tuple(lines)
+
+
+def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) -> None:
+    from ..facts.machine import probe_torch
+    from . import server
+    from .app import build
+
+    wanted = spec.resolve
+    opened = server.listen(options.host, options.port)
+    report.show_plan(plan)
+    resolved = plan.resolve(probe_torch(), allow=wanted.allow, bind=wanted.bind, verify=wanted.verify)
+    report.show_resolved(resolved)
+    service = _service(resolved, spec, options, keys)
+    server.log_to_stderr()
+    url = server.url_of(opened)
+    _say(f"loading; {url} answers 503 until it is done")
+    server.serve(service.engine, build(service), opened, options, lambda: _say(_ready_line(url, resolved, service)))
+    _say("stopped")
+
+
+def _service(resolved: ResolvedPlan, spec: DeploySpec, options: Serving, keys: Sequence[str]) -> Any:
+    from ..facts.checkpoint import open_checkpoint
+    from ..plan.admission import Admission
+    from .local import LocalEngine
+    from .metrics import Metrics
+    from .orders import Orders
+    from .replica import PipelineReplica
+    from .service import Service
+
+    plan, metrics = resolved.plan, Metrics(resolved)
+    admission = Admission(resolved, open_checkpoint(plan.spec.model), options.admit == "fitting")
+    engine = LocalEngine(
+        [PipelineReplica(resolved)],
+        queue=options.queue,
+        timeout=options.timeout,
+        pace=plan.estimates.seconds_per_image or 1.0,
+        few_sizes=plan.runtime != "eager",
+        observer=metrics,
+    )
+    metrics.watch(lambda: engine.standing)
+    return Service(plan, Orders(plan, spec.workload, admission, options), engine, options, metrics, keys)
+
+
+def _ready_line(url: str, resolved: ResolvedPlan, service: Any) -> str:
+    work, devices = service.orders.defaults, sorted(set(resolved.device_map.values()))
+    asks = ", a key is asked for" if service.keys else ""
+    shape = f"{work.width}x{work.height} px, {work.steps} steps"
+    return f"ready: {url}  model {service.orders.model}, {shape}, on {', '.join(devices)}{asks}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
