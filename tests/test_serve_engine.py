@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from serving import Sleeping
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
@@ -38,40 +39,6 @@ from sana_deploy.serve.replica import PipelineReplica
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
 STEP = 0.02
-
-
-class Sleeping:
-    """Sleeps a moment for every step; draws the seed into the first pixel. Prompts tell it to fail."""
-
-    def __init__(self, lives: bool = True) -> None:
-        self.batches: list[list[int]] = []
-        self.lives = lives
-
-    def load(self) -> None:
-        time.sleep(STEP)
-
-    def draw(self, settings: Settings, contents: Sequence[Content], on_step: OnStep) -> Made:
-        self.batches.append([content.seed for content in contents])
-        for done in range(settings.steps):
-            time.sleep(STEP)
-            if any(content.prompt == "poison" for content in contents):
-                raise RunError("the transformer gave NaN", component="transformer")
-            if any(content.prompt == "defect" for content in contents):
-                raise ZeroDivisionError("a defect")
-            if any(content.prompt == "deadly" for content in contents):
-                self.lives = False
-                raise RunError("the request failed: CUDA error")
-            on_step(done + 1, settings.steps, lambda: [_marked(content) for content in contents])
-        return Made([_marked(content) for content in contents], {"generate": settings.steps * STEP})
-
-    def recover(self) -> bool:
-        return self.lives
-
-
-def _marked(content: Content) -> Image.Image:
-    picture = content.control_image.copy()
-    picture.putpixel((0, 0), (content.seed, 0, 0))
-    return picture
 
 
 @pytest.fixture(scope="module")

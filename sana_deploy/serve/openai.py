@@ -65,6 +65,7 @@ def _text(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_text)]
+Prompt = Annotated[str, Field(max_length=MOST_TEXT), BeforeValidator(_text)]
 
 
 class ImagesRequest(BaseModel):
@@ -76,7 +77,7 @@ class ImagesRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
-    prompt: Annotated[Text, Field(min_length=1, max_length=MOST_TEXT)]
+    prompt: Annotated[str, Field(min_length=1, max_length=MOST_TEXT), BeforeValidator(_text)]
     model: Text | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     size: Text | None = None
@@ -87,7 +88,7 @@ class ImagesRequest(BaseModel):
     partial_images: Annotated[int, Field(ge=0, le=3)] = 0
     control_image: Text | None = None
     control_fit: Literal["stretch", "crop", "pad"] = "stretch"
-    negative_prompt: Annotated[Text, Field(max_length=MOST_TEXT)] = ""
+    negative_prompt: Prompt = ""
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     conditioning_scale: Annotated[float, Field(ge=0, le=10)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
