@@ -35,7 +35,8 @@ def build(service: Service) -> Gate:
     """Make the application of a service, behind its gate."""
     app = FastAPI(title="sana_deploy", version=__version__, docs_url=None, redoc_url=None)
     _add_drawing(app, service)
-    _add_reading(app, service)
+    _add_models(app, service)
+    _add_standing(app, service)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     for gone in (ClientGoneError, ClientDisconnect):
@@ -99,9 +100,9 @@ def _add_drawing(app: FastAPI, service: Service) -> None:
         return await _answer(service, request, ImagesRequest.read_form(fields), image, "image_edit")
 
 
-def _add_reading(app: FastAPI, service: Service) -> None:
-    """The routes that only tell."""
-    bounds, html = service.orders.defaults, page()
+def _add_models(app: FastAPI, service: Service) -> None:
+    """The routes that tell what is served."""
+    bounds = service.orders.defaults
     model = {
         "id": service.orders.model,
         "object": "model",
@@ -124,6 +125,16 @@ def _add_reading(app: FastAPI, service: Service) -> None:
             raise ApiError(404, f"there is no model {name!r:.80} here", "model_not_found", "model")
         return JSONResponse(model)
 
+    @app.get("/plan")
+    async def plan() -> Response:
+        """The plan that is served, as plan.json."""
+        return Response(service.plan.to_json(), media_type="application/json")
+
+
+def _add_standing(app: FastAPI, service: Service) -> None:
+    """The routes that tell how the service stands, and the page."""
+    html = page()
+
     @app.get("/health")
     async def health() -> Response:
         """That the process is alive."""
@@ -141,11 +152,6 @@ def _add_reading(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(service.metrics.text(), media_type=MEDIA_TYPE)
-
-    @app.get("/plan")
-    async def plan() -> Response:
-        """The plan that is served, as plan.json."""
-        return Response(service.plan.to_json(), media_type="application/json")
 
     @app.get("/")
     async def root() -> Response:
