@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -267,8 +268,7 @@ def test_help_shows_the_keys_and_how_to_ask(here: Run) -> None:
 
 
 def test_without_the_extra_it_is_named(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = command.find_spec
-    monkeypatch.setattr(command, "find_spec", lambda name: None if name in ("uvicorn", "fastapi") else found(name))
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name in ("uvicorn", "fastapi") else find_spec(name))
     ended = here("serve")
     assert ended.returncode == 2
     said = " ".join(ended.stderr.split())
