@@ -370,9 +370,15 @@ def test_a_lost_replica_leaves_the_others_serving() -> None:
 
 
 def test_two_replicas_draw_at_the_same_time() -> None:
-    async def work(engine: LocalEngine) -> None:
-        since = time.monotonic()
-        await asyncio.gather(*(engine.draw(order(seed, steps=20)) for seed in range(4)))
-        assert time.monotonic() - since < 0.75 * 4 * 20 * STEP
+    both = threading.Barrier(2)
 
-    using(work, Sleeping(), Sleeping())
+    class Meeting(Sleeping):
+        def draw(self, settings: Settings, contents: Sequence[Content], on_step: OnStep) -> Made:
+            both.wait(20)  # each waits until the other one draws too
+            return super().draw(settings, contents, on_step)
+
+    async def work(engine: LocalEngine) -> None:
+        drawn = await asyncio.gather(*(engine.draw(order(seed)) for seed in range(4)))
+        assert len(drawn) == 4
+
+    using(work, Meeting(), Meeting())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.saved_request import saved_plan
 from ..report import terminal as report
 
+log = logging.getLogger(__name__)
 Compile = Callable[[DeploySpec], Plan]
 _NEEDED: Mapping[str, str] = {
     "fastapi": "fastapi",
@@ -123,6 +125,7 @@ def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) ->
     from ..facts.machine import probe_torch
     from . import server
     from .app import build
+    from .gate import is_here
 
     wanted = spec.resolve
     opened = server.listen(options.host, options.port)
@@ -131,6 +134,8 @@ def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) ->
     report.show_resolved(resolved)
     service = _service(resolved, spec, options, keys)
     server.log_to_stderr()
+    if not keys and not is_here(options.host):
+        log.warning("whoever reaches %s may draw: serve.keys=FILE asks for a key", options.host)
     url = server.url_of(opened)
     _say(f"loading; {url} answers 503 until it is done")
     server.serve(service.engine, build(service), opened, options, lambda: _say(_ready_line(url, resolved, service)))

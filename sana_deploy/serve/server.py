@@ -23,8 +23,8 @@ _HEAD_BYTES = 32 * 1024
 """Bytes of a request's head at most."""
 _KEEP_ALIVE = 75
 """Seconds that an idle connection stays: longer than load balancers keep theirs, so that they end first."""
-_FLUSH_SECONDS = 5
-"""Seconds that answers have to be written once everything is drawn."""
+_FLUSH_SECONDS = 60
+"""Seconds that pictures have to be encoded and answers to be written once everything is drawn."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -74,12 +74,14 @@ async def _serve(
     told, told_again = asyncio.create_task(server.told.wait()), asyncio.create_task(server.told_again.wait())
     try:
         loading = asyncio.create_task(engine.start())
-        await asyncio.wait({loading, told}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({loading, told, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
         if not loading.done():
             loading.cancel()
             return
         loading.result()
-        while not server.started:
+        while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         on_ready()
         if problem := await _until_told(engine, told, told_again, options.drain):
