@@ -30,7 +30,7 @@ def shape(plan: Plan, **changed: Any) -> Any:
 @pytest.mark.parametrize(
     "overrides",
     [("machine=2x8gb",), ("machine=8xh100",), ("machine=2xrtx3060", "hardware.allow=[split_controlnet]"),
-     ("machine=1xrtx4090", "hardware=single_gpu", "precision=int8")],
+     ("machine=1xrtx4090", "hardware=single_gpu", "precision=int8"), ("machine=8xh100", "hardware.split=guidance")],
 )  # fmt: skip
 def test_the_planned_workload_needs_what_the_plan_says(overrides: tuple[str, ...]) -> None:
     plan, admit = admission(BIG, *overrides)
@@ -86,6 +86,16 @@ def test_guidance_that_the_plan_does_not_have_is_costed() -> None:
     guided = shape(plan, guided=True)
     assert not admit.planned(guided)
     assert admit.need(guided).peak_bytes > admit.need(shape(plan)).peak_bytes
+
+
+def test_a_split_plan_takes_other_shapes_with_guidance_and_without() -> None:
+    plan, admit = admission(BIG, "machine=2xrtx4090", "hardware.split=guidance")
+    assert plan.units
+    other = {"height": 1536, "width": 1536}
+    admit.check(shape(plan, **other))
+    admit.check(shape(plan, guided=False, **other))
+    with pytest.raises(InfeasibleError, match="6144x6144 needs"):
+        admit.check(shape(plan, guided=False, height=6144, width=6144))
 
 
 def test_graphs_of_the_planned_workload_keep_their_memory_beside_those_of_another() -> None:

@@ -18,6 +18,7 @@ from ..facts.checkpoint import Checkpoint
 from .artifact import ResolvedPlan
 from .cost import host_bytes, slot_use
 from .execution import executed
+from .guidance_split import split_guidance
 from .knobs import under
 from .profile import ComponentProfile, PipelineProfile, profile_pipeline
 from .records import Place, place_words
@@ -64,7 +65,9 @@ class Admission:
         slots = {slot: _place_of(device) for slot, device in resolved.slot_devices.items()}
         self._other_shapes = other_shapes
         self._gpus = {gpu.index: replace(gpu, free_bytes=gpu.free_bytes - kept) for gpu in resolved.machine.gpus}
-        self._placement = {name: _place_of(device) for name, device in resolved.device_map.items()}
+        further = {name: "cpu" if unit.slot == "cpu" else slots[unit.slot] for name, unit in plan.units.items()}
+        first = {name: _place_of(device) for name, device in resolved.device_map.items()}
+        self._placement: dict[str, Place] = {**first, **further}
         self._pools = {slots.get(slot.index): slot.pool_bytes for slot in plan.slots}
         self._profile = lru_cache(512)(self._profiled)
 
@@ -153,9 +156,7 @@ class Admission:
         return _scaled(workload, low, cells) if low else None
 
     def _costs(self, workload: Workload) -> bool:
-        """Whether a workload beyond the planned one can be costed: split units and unmeasured forms cannot."""
-        if self.resolved.plan.units:
-            return False
+        """Whether a workload beyond the planned one can be costed: a form that was not measured cannot."""
         try:
             self._profile(workload, False)
         except InfeasibleError:
@@ -165,9 +166,14 @@ class Admission:
     def _profiled(self, workload: Workload, different: bool) -> PipelineProfile:
         plan = self.resolved.plan
         formats = {name: part.format for name, part in plan.components.items()}
+        split = plan.split == "guidance"
+        if split:  # a call without guidance is drawn by the first units, with as many rows as they take of one with it
+            workload = workload.model_copy(update={"guided": True})
         profile = profile_pipeline(self.checkpoint, workload, formats, _refuse_to_measure)
         if different:
             profile = _different(profile, workload.batch)
+        if split:
+            profile = split_guidance(profile, self.checkpoint, workload, formats, _refuse_to_measure)
         knobs = [knob for knob in plan.knobs if not (different and knob in _SEPARATE)]
         return executed(under(profile, knobs), plan.runtime)
 

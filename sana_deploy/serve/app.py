@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from .._version import __version__
 from .engine import Drawn, Progress
-from .gate import GONE, Gate, is_here
+from .gate import GONE, Gate, is_local
 from .metrics import MEDIA_TYPE
 from .openai import ApiError, ImagesRequest, event, remark_texts
 from .orders import Placed
@@ -50,7 +50,7 @@ def build(service: Service) -> Gate:
         routes=[path for path in paths if "{" not in path],
         max_body=options.max_body_bytes,
         receive_timeout=options.receive_timeout,
-        local=is_here(f"[{options.host}]" if ":" in options.host else options.host),
+        local=is_local(options.host),
         answered=service.metrics.answered,
     )
 

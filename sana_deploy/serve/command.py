@@ -125,7 +125,7 @@ def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) ->
     from ..facts.machine import probe_torch
     from . import server
     from .app import build
-    from .gate import is_here
+    from .gate import is_local
 
     wanted = spec.resolve
     opened = server.listen(options.host, options.port)
@@ -134,7 +134,7 @@ def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) ->
     report.show_resolved(resolved)
     service = _service(resolved, spec, options, keys)
     server.log_to_stderr()
-    if not keys and not is_here(options.host):
+    if not keys and not is_local(options.host):
         log.warning("whoever reaches %s may draw: serve.keys=FILE asks for a key", options.host)
     url = server.url_of(opened)
     _say(f"loading; {url} answers 503 until it is done")

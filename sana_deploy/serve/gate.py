@@ -182,7 +182,11 @@ def _printable(path: str) -> str:
 
 def is_here(host: str) -> bool:
     """Whether a Host header names this machine: localhost, or an address of the loopback."""
-    name = urlsplit(f"//{host}").hostname or "" if _is_authority(host) else ""
+    return is_local(urlsplit(f"//{host}").hostname or "") if _is_authority(host) else False
+
+
+def is_local(name: str) -> bool:
+    """Whether a name or an address is this machine's own, which no other one reaches."""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
