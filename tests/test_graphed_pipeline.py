@@ -24,7 +24,7 @@ from sana_deploy.plan.artifact import ResolvedPlan
 from sana_deploy.run.audit import Recorder, audit, in_float32
 from sana_deploy.run.generate import generate, run_request
 from sana_deploy.run.graphed_forward import GraphedForward
-from sana_deploy.run.hook import border_of
+from sana_deploy.run.hook import border_of, forget_graphs
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.place import unplace
 from sana_deploy.run.request_state import RequestState
@@ -106,6 +106,19 @@ def test_requests_of_two_shapes_take_turns(
     for shape in shapes:
         assert drawn(pipeline, spec, **shape) == drawn(eager, spec, **shape), shape
     assert host.made.recorded == 6
+
+
+def test_graphs_that_are_forgotten_are_made_anew(
+    pipeline: DiffusionPipeline, eager: DiffusionPipeline, spec: DeploySpec, host: RepeatingHost
+) -> None:
+    before = drawn(pipeline, spec)
+    forget_graphs(pipeline)
+    (graphs,) = border_of(pipeline).graphs.values()
+    assert graphs is not None
+    assert not graphs.graphs
+    assert drawn(pipeline, spec) == before == drawn(eager, spec)
+    assert host.made.recorded == 4
+    forget_graphs(eager)
 
 
 def test_the_plan_bounds_how_many_graphs_are_kept(

@@ -247,8 +247,8 @@ def find_border(pipeline: Any) -> Border | None:
 
 
 def forget_graphs(pipeline: Any) -> None:
-    """Have every component of a placed pipeline make its graphs anew, and give their memory back."""
-    for name in border_of(pipeline).pipeline.names:
-        hook = getattr(getattr(pipeline, name), "_hf_hook", None)
-        if isinstance(hook, BorderHook) and hook.graphed is not None:
-            hook.graphed.reset()
+    """Give the memory of all graphs of a placed pipeline back; they are made anew when their calls come again."""
+    for shared in border_of(pipeline).graphs.values():
+        owners = {key[0] for key in shared.graphs if isinstance(key, tuple)} if shared else set()
+        for owner in owners:
+            owner.reset()
