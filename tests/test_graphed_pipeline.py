@@ -99,6 +99,22 @@ def test_the_transformer_reads_residuals_where_the_controlnet_s_graph_writes_the
     assert all(own is not None for own in controlnet.inputs)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_graph_serves_every_conditioning_scale(small: Small, host: RepeatingHost, precision: str) -> None:
+    spec = small(f"precision={precision}", "workload.steps=3")
+    pipeline, eager = load_pipeline(resolved_plan(spec), host=host), load_pipeline(resolved_plan(spec, "eager"))
+    found = []
+    for scale in (1.0, 0.5, 0.3, 1.0):
+        request = spec.workload.request.model_copy(update={"conditioning_scale": scale})
+        pixels = [run_request(one, spec.workload.bounds, request)[0] for one in (pipeline, eager)]
+        assert torch.equal(*pixels)
+        found.append(pixels[0])
+    assert host.made.recorded == 2
+    assert torch.equal(found[0], found[3])
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+
+
 def test_requests_of_two_shapes_take_turns(
     pipeline: DiffusionPipeline, eager: DiffusionPipeline, spec: DeploySpec, host: RepeatingHost
 ) -> None:

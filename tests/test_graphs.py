@@ -11,8 +11,10 @@ import torch
 from repeating import Repeating
 from torch import nn
 
-from sana_deploy.run.graphed_forward import GraphedForward
+from sana_deploy.run.factor import Factor
+from sana_deploy.run.graphed_forward import MOST_FORMS, GraphedForward
 from sana_deploy.run.graphs import DeviceGraphs
+from sana_deploy.run.recent import Recent
 
 
 class Net(nn.Module):
@@ -43,9 +45,15 @@ def graphs(recorder: Repeating) -> DeviceGraphs:
     return DeviceGraphs(recorder)
 
 
-def graphed(net: nn.Module, graphs: DeviceGraphs, reasons: list[str] | None = None, lasting: bool = True) -> Any:
+def graphed(
+    net: nn.Module,
+    graphs: DeviceGraphs,
+    reasons: list[str] | None = None,
+    lasting: bool = True,
+    factors: tuple[str, ...] = (),
+) -> Any:
     on_eager = (lambda reason: None) if reasons is None else reasons.append
-    return GraphedForward("transformer", net, net.forward, graphs, on_eager, lasting)
+    return GraphedForward("transformer", net, net.forward, graphs, on_eager, lasting, factors=factors)
 
 
 def step(number: int, rows: int = 2) -> dict[str, Any]:
@@ -89,6 +97,57 @@ def test_a_constant_belongs_to_the_form(net: Net, graphs: DeviceGraphs) -> None:
     for scale in (1.0, 1.0, 0.5, 0.5, 1.0):
         assert torch.equal(call(forward, **step(1), scale=scale), call(net.forward, **step(1), scale=scale))
     assert len(graphs.graphs) == 2
+
+
+def test_a_factor_is_read_from_memory_by_one_graph_for_all_numbers(
+    net: Net, graphs: DeviceGraphs, recorder: Repeating
+) -> None:
+    forward = graphed(net, graphs, factors=("scale",))
+    for number, scale in enumerate((1.0, 0.3, 0.7, 2, -0.0, float("inf"), 1.0)):
+        exact = call(net.forward, **step(number), scale=scale)
+        assert torch.equal(call(forward, **step(number), scale=scale), exact), scale
+    assert (recorder.recorded, forward.replays, len(graphs.graphs)) == (1, 6, 1)
+    for flag in (True, True):
+        call(forward, **step(1), scale=flag)
+    assert recorder.recorded == 2, "a flag is a constant"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_factor_gives_the_bits_of_its_number(dtype: torch.dtype) -> None:
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for number in (1.0, 0.3, 1 / 3, 1e-5, -0.0, 70000.0):
+        factor = Factor(torch.empty(1, dtype=torch.float64), number)
+        for product in (values * factor, factor * values):
+            assert product.dtype == dtype
+            assert torch.equal(product, values * number)
+            assert torch.equal(torch.signbit(product), torch.signbit(values * number))
+
+
+def test_a_factor_that_is_used_for_more_than_a_product_leaves_the_call_eager(graphs: DeviceGraphs) -> None:
+    class Adding(Net):
+        def forward(self, x: torch.Tensor, *, timestep: torch.Tensor, scale: float = 1.0, extra: Any = None) -> Any:
+            return (self.first(x) + scale,)
+
+    net, reasons = Adding().eval(), list[str]()
+    forward = graphed(net, graphs, reasons, factors=("scale",))
+    for number in range(3):
+        assert torch.equal(call(forward, **step(number), scale=0.5), call(net.forward, **step(number), scale=0.5))
+    assert len(reasons) == 2
+    assert all(reason.startswith("its capture failed: unsupported operand") for reason in reasons)
+
+
+def test_forms_that_were_seen_are_kept_for_a_while_only(net: Net, graphs: DeviceGraphs) -> None:
+    forward = graphed(net, graphs)
+    for number in range(2 * MOST_FORMS):
+        call(forward, **step(1), scale=float(number))
+    assert len(forward.seen) == MOST_FORMS
+    assert not graphs.graphs
+    recent: Recent[str, int] = Recent(2)
+    for key, value in {"a": 1, "b": 2}.items():
+        recent.put(key, value)
+    assert recent.get("a") == 1
+    recent.put("c", 3)
+    assert [recent.get(key) for key in "abc"] == [1, None, 3]
 
 
 def test_the_result_of_one_graph_is_read_by_another_where_it_is(net: Net, graphs: DeviceGraphs) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .factor import Factor, Number, marked
 from .graphs import DeviceGraphs, Graph, Input
 from .module_state import ModuleState
+from .recent import Recent
 
 log = logging.getLogger(__name__)
 Forward = Callable[..., Any]
+MOST_FORMS = 64
+"""Forms of calls that a forward remembers to have seen, or to have failed at."""
 
 
 class GraphedForward:
@@ -29,6 +33,7 @@ class GraphedForward:
         graphs: the graphs of the component's device.
         on_eager: called with the reason whenever a call runs eagerly that is not the first of its form.
         lasting: copy results, so that the next replay does not write over them.
+        factors: named arguments that are numbers which the results are multiplied by: one graph serves all of them.
         caller: who calls now. Where results are not `lasting`, a call by another one runs eagerly until they were used.
     """
 
@@ -41,17 +46,18 @@ class GraphedForward:
         on_eager: Callable[[str], None] = lambda reason: None,
         lasting: bool = True,
         caller: Callable[[], object] = threading.current_thread,
+        factors: Collection[str] = (),
     ) -> None:
         self.name, self.module, self.forward, self.graphs = name, module, forward, graphs
-        self.on_eager, self.lasting, self.caller = on_eager, lasting, caller
+        self.on_eager, self.lasting, self.caller, self.factors = on_eager, lasting, caller, factors
         self.state: ModuleState | None = None
-        self.seen: set[Hashable] = set()
-        self.refused: dict[Hashable, str] = {}
+        self.seen: Recent[Hashable, bool] = Recent(MOST_FORMS)
+        self.refused: Recent[Hashable, str] = Recent(MOST_FORMS)
         self.replays = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward: from its graph, or eagerly."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = pytree.tree_flatten((args, marked(kwargs, self.factors)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         with self.graphs.lock:
             try:
@@ -70,8 +76,8 @@ class GraphedForward:
             self.on_eager(reason)
             return eager()
         graph = self.graphs.find(key)
-        if graph is None and form not in self.seen:
-            self.seen.add(form)
+        if graph is None and not self.seen.get(form):
+            self.seen.put(form, True)
             return self.graphs.recorder.warm_up(eager)
         graph = graph or self._capture(key, leaves, spec, places)
         if graph is None:
@@ -81,7 +87,7 @@ class GraphedForward:
             self.on_eager("another request had not used its results yet")
             return eager()
         self.replays += 1
-        result = graph.run(tensors)
+        result = graph.run(tensors, [leaf for leaf in leaves if isinstance(leaf, Number)])
         if self.lasting:
             return pytree.tree_map_only(torch.Tensor, torch.clone, result)
         graph.holder = weakref.ref(caller)
@@ -107,14 +113,17 @@ class GraphedForward:
             return "gradients are recorded"
         if self.module.training:
             return "the module is in training mode"
-        device = next(self.module.parameters()).device
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
-                if leaf.device != device:
+                if leaf.device != self._device:
                     return f"an argument is on {leaf.device}"
             elif not isinstance(leaf, (int, float, str, bool, type(None), torch.dtype)):
                 return f"an argument is a {type(leaf).__name__}"
         return None
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
 
     def _capture(
         self, key: Hashable, leaves: Sequence[Any], spec: Any, places: Sequence[torch.Tensor | None]
@@ -125,25 +134,33 @@ class GraphedForward:
         inputs = [
             Input(tensor, recorder) if place is None else None for tensor, place in zip(tensors, places, strict=True)
         ]
+        number = torch.empty(1, dtype=torch.float64, device=self._device)
+        factors = [Factor(recorder.empty_like(number), leaf) for leaf in leaves if isinstance(leaf, Number)]
         read = iter([place if own is None else own.tensor for own, place in zip(inputs, places, strict=True)])
-        own_leaves = [next(read) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        scaled = iter(factors)
+        own_leaves = [
+            next(read) if isinstance(leaf, torch.Tensor) else next(scaled) if isinstance(leaf, Number) else leaf
+            for leaf in leaves
+        ]
         args, kwargs = pytree.tree_unflatten(own_leaves, spec)
         try:
             replay, result = recorder.record(lambda: self.forward(*args, **kwargs))
-        except (RuntimeError, ValueError) as problem:
+        except (RuntimeError, ValueError, TypeError) as problem:
             reason = f"its capture failed: {(str(problem) or type(problem).__name__).splitlines()[0]}"
             log.warning("%s stays eager: %s", self.name, reason)
-            self.refused[key] = reason
+            self.refused.put(key, reason)
             self.on_eager(reason)
             return None
         reads = [place for place in places if place is not None]
-        graph = Graph(replay, inputs, result, reads)
+        graph = Graph(replay, inputs, result, reads, factors)
         self.graphs.add(key, graph)
         return graph
 
 
 def _form(leaf: Any) -> Hashable:
-    """What a graph of a call depends on of an argument: all but the values of a tensor."""
+    """What a graph of a call depends on of an argument: all but the values of a tensor, and of a factor."""
+    if isinstance(leaf, Number):
+        return Number
     if not isinstance(leaf, torch.Tensor):
         return type(leaf), leaf
     return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device

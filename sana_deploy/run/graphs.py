@@ -24,6 +24,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .arriving_tensor import ArrivingTensor
+from .factor import Factor
 from .tensor_mark import TensorMark
 
 log = logging.getLogger(__name__)
@@ -178,6 +179,7 @@ class Graph:
         result: what it returns; each replay writes it anew.
         reads: results of other graphs, and what arrives, that it reads where they are; kept, so that no other tensor
             takes their identity.
+        factors: numbers that it reads, in the order of the call's.
         holder: whoever has the result and has not used it yet.
     """
 
@@ -185,13 +187,16 @@ class Graph:
     inputs: Sequence[Input | None]
     result: Any
     reads: Sequence[torch.Tensor] = ()
+    factors: Sequence[Factor] = ()
     holder: Callable[[], object] = _nobody
 
-    def run(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Replay the call with other tensors of the same form."""
+    def run(self, tensors: Sequence[torch.Tensor], numbers: Sequence[float] = ()) -> Any:
+        """Replay the call with other tensors of the same form, and other numbers as factors."""
         for own, tensor in zip(self.inputs, tensors, strict=True):
             if own is not None:
                 own.take(tensor)
+        for factor, number in zip(self.factors, numbers, strict=True):
+            factor.take(number)
         self.replay()
         return self.result
 

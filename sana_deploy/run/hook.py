@@ -112,8 +112,9 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             return
         # Residuals of a ControlNet beside its denoiser go from its graph to the denoiser's where they are.
         lasting = component_of(self.name) == border.pipeline.denoiser or self.device != self.target
+        eager, factors = vars(module)["_old_forward"], self.calls["forward"].factors
         self.graphed = GraphedForward(
-            self.name, module, vars(module)["_old_forward"], graphs, self._on_eager, lasting, lambda: border.state
+            self.name, module, eager, graphs, self._on_eager, lasting, lambda: border.state, factors
         )
         vars(module)["_old_forward"] = self.graphed
 

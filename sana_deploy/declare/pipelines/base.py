@@ -32,6 +32,7 @@ class Call:
         output: what reports call the result.
         input: what reports call the first positional input; others keep their argument's name.
         keeps: the result stays where it was made, and is not pushed to the denoiser's device.
+        factors: named arguments that are numbers which do nothing but multiply the results.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Call:
     output: str
     input: str = ""
     keeps: bool = False
+    factors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

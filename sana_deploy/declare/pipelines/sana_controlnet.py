@@ -154,7 +154,7 @@ SANA_CONTROLNET = PipelineDescription(
             library="diffusers",
             class_name="SanaControlNetModel",
             config_keys=_DENOISER_KEYS,
-            calls=(Call("forward", "denoise", output="controlnet_block_samples"),),
+            calls=(Call("forward", "denoise", output="controlnet_block_samples", factors=("conditioning_scale",)),),
             layered=LayeredResults("transformer_blocks", "controlnet_blocks", scale="conditioning_scale"),
             compiled=("transformer_blocks",),
         ),
