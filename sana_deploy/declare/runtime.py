@@ -42,16 +42,18 @@ RUNTIMES: dict[Execution, RuntimeDescription] = {
 
 
 class Runtime(Declared):
-    """How transformer and ControlNet execute; `compiled` is of the VAE too.
+    """How components execute, and what is kept from request to request; `compiled` is of the VAE too.
 
     Attributes:
         mode: `eager`, `graphs` (CUDA graphs), `compiled` (by Inductor, and in graphs), or `auto`: graphs where they pay
             and their memory fits.
         most_graphs: graphs that each GPU keeps.
+        prompt_cache: results of the text encoder that are kept on the CPU for prompts that come again; 0 keeps none.
     """
 
     mode: Literal["auto", "eager", "graphs", "compiled"] = "auto"
     most_graphs: Annotated[int, Field(ge=2, le=64)] = 8
+    prompt_cache: Annotated[int, Field(ge=0, le=4096)] = 16
 
     @property
     def asked(self) -> Execution | None:

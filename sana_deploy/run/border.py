@@ -68,8 +68,11 @@ class Border(Listeners):
             hint="unplace(pipeline), copy it, then place(pipeline, resolved) the original and the copy",
         )
 
-    def enter(self, name: str, method: str) -> None:
-        """A component begins: offloaded weights of others leave, observers are called, its own weights arrive."""
+    def enter(self, name: str, method: str, works: bool = True) -> None:
+        """A component begins: offloaded weights of others leave, observers are called, its own weights arrive.
+
+        One that has its result already does not need them (`works` is False).
+        """
         state = self.state
         state.inside = (name, method)
         state.calls[name] += 1
@@ -77,7 +80,7 @@ class Border(Listeners):
             if other != name:
                 weights.leave()
         self._notify("enter", f"{name}.{method}")
-        if name in self.offloaded:
+        if works and name in self.offloaded:
             self.offloaded[name].arrive(state.traffic)
 
     def ready(self, name: str, method: str, args: Any, kwargs: Any) -> None:

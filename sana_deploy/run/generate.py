@@ -239,6 +239,7 @@ def _measured(clock: PhaseClock, state: RequestState, per_step: Counter[Movement
         seconds={**seconds, **compiled, "generate": round(elapsed, 6)},
         bytes_moved=by_pair(state.traffic.moved),
         bytes_per_step=by_pair(per_step),
+        prompt_cache_hits=state.prompt_cache_hits,
         host_peak_bytes=host_peak(),
     )
 

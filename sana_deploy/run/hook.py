@@ -27,6 +27,7 @@ from .control_image_copies import Copies
 from .decode_retry import Tile, attempt, one_at_a_time, retry_tile
 from .graphed_forward import GraphedForward
 from .offload import OffloadedWeights
+from .prompt_cache import reading, remember_prompts
 from .traffic import move
 
 
@@ -44,16 +45,15 @@ class BorderHook(ModelHook):  # type: ignore[misc]
     """
 
     def __init__(self, name: str, device: torch.device, border: Border) -> None:
-        self.name = name
-        part = border.pipeline.by_name[component_of(name)]
-        self.calls = {call.method: call for call in part.calls}
+        self.name, self.part = name, border.pipeline.by_name[component_of(name)]
+        self.calls = {call.method: call for call in self.part.calls}
         self.device = device
         self.border = border
         self.execution_device, self.target = border.home, border.target_of(name)
         self.graphed: GraphedForward | None = None
         self.sender: Callable[[Any], Any] | None = None
         self.compiled: CompiledCalls | None = None
-        self.uncompiled: Callable[..., Any] | None = None
+        self.plain: Callable[..., Any] | None = None
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
@@ -87,13 +87,17 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             self.border.restore.pop()()
         for method in self._wrapped_methods():
             module.__dict__.pop(method, None)
+        if self.plain is not None:
+            vars(module)["_old_forward"] = self.plain
         if self.graphed is not None:
-            vars(module)["_old_forward"] = self.graphed.forward
             self.graphed.reset()
         if self.compiled is not None:
-            vars(module)["_old_forward"] = self.uncompiled
             self.compiled.undo()
         return module
+
+    def read_only(self, module: nn.Module) -> None:
+        """Have the module's results hold what the pipeline reads of them, and nothing else."""
+        self._replace(module, reading(vars(module)["_old_forward"], self.calls["forward"]))
 
     def use_compiler(self, module: nn.Module, regions: Sequence[str]) -> None:
         """Compile what the module's calls run, on a device that has a compiler; before `use_graphs`."""
@@ -101,9 +105,13 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         if backend is None or not regions:
             return
         most, compiling = border.most_graphs, lambda: border.state.compiling
-        self.uncompiled = vars(module)["_old_forward"]
         self.compiled = CompiledCalls(self.name, module, regions, backend, most, compiling)
-        vars(module)["_old_forward"] = self.compiled.around(self.uncompiled)
+        self._replace(module, self.compiled.around(vars(module)["_old_forward"]))
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Have another forward work in the place of the module's own until the hook is taken off."""
+        self.plain = self.plain or vars(module)["_old_forward"]
+        vars(module)["_old_forward"] = forward
 
     def use_graphs(self, module: nn.Module) -> None:
         """Replay the module's forward from graphs, on a device that has them."""
@@ -116,7 +124,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self.graphed = GraphedForward(
             self.name, module, eager, graphs, self._on_eager, lasting, lambda: border.state, factors
         )
-        vars(module)["_old_forward"] = self.graphed
+        self._replace(module, self.graphed)
 
     def forget_graphs(self) -> None:
         """Give back the memory of graphs, if there are any."""
@@ -207,12 +215,13 @@ def attach(
     offloaded: bool = False,
     graphed: bool = False,
     compiled: bool = False,
+    remembered: int = 0,
 ) -> BorderHook:
     """Put the border hook on a component, or on one of its units; accelerate's `remove_hook_from_module` takes it off.
 
     Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works. Where it is `graphed`,
     its forward is replayed from graphs, if `device` has them. Where it is `compiled`, what its description names is
-    compiled, if `device` has a compiler.
+    compiled, if `device` has a compiler. So many of a text encoder's results are `remembered`.
 
     Raises:
         RunError: there is no memory for graphs.
@@ -220,11 +229,16 @@ def attach(
     if offloaded:
         border.offloaded[name] = OffloadedWeights(module, name, device)
     hook = BorderHook(name, device, border)
+    part = hook.part
     add_hook_to_module(module, hook)
     if compiled:
-        hook.use_compiler(module, border.pipeline.by_name[component_of(name)].compiled)
+        hook.use_compiler(module, part.compiled)
+    if (graphed or remembered) and part.call("forward").reads:
+        hook.read_only(module)
     if graphed:
         hook.use_graphs(module)
+    if remembered:
+        remember_prompts(module, part, border, remembered)
     return hook
 
 

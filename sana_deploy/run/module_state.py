@@ -1,12 +1,13 @@
 """Whether a module still is what it was: the same layers, weights, attention processors and adapters.
 
 A captured graph has the addresses of weights and the order of layers built in. New values in the same memory are fine,
-since a graph reads them anew; anything else makes it wrong. The check runs before every call, so that it is made of
-comparisons of kept objects.
+since a graph reads them anew; anything else makes it wrong. A result that is kept depends on the values too. The check
+runs before every call, so that it is made of comparisons of kept objects. Tensors are not kept alive.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -14,43 +15,51 @@ from torch import nn
 
 from ..errors import RunError
 from .quantize import parts_of
+from .tensor_mark import version_of
 
 _ADAPTER = ("scaling", "active_adapter", "_active_adapter", "_disable_adapters", "merged_adapters")
 """Attributes of peft's layers that are no tensors and change what a layer computes."""
+_ATTENTION = "_attn_implementation_internal"
+"""Where a config of transformers says which attention its layers compute."""
 
 
 class ModuleState:
     """What a module's work depends on besides its arguments, kept to be compared.
 
-    With `values`, writing to a weight is a change too: PyTorch counts that, but for what goes through `tensor.data`.
+    Args:
+        module: the whole component.
+        values: whether values that are written in place count, as far as PyTorch counts versions: writing through
+            `tensor.data` is not seen.
     """
 
     def __init__(self, module: nn.Module, values: bool = False) -> None:
+        self.values = values
         self.layers = [(layer.__dict__, layer.training) for layer in module.modules()]
         self.sizes: list[tuple[Any, int]] = []
         self.objects: list[tuple[dict[str, Any], str, Any]] = []
-        self.addresses: list[tuple[torch.Tensor, tuple[Any, ...]]] = []
+        self.tensors: list[tuple[dict[str, Any], str, weakref.ref[torch.Tensor], tuple[Any, ...]]] = []
         self.words: list[tuple[dict[str, Any], str, str]] = []
-        self.versions: list[tuple[torch.Tensor, int]] = []
         for layer in module.modules():
             self._keep(layer)
             if layer is not module:  # whose forward is the border's
                 self.objects.append((layer.__dict__, "forward", layer.__dict__.get("forward")))
-        if values:
-            parts = [part for tensor, _ in self.addresses for part in parts_of(tensor) if not part.is_inference()]
-            self.versions = [(part, part._version) for part in parts]
 
     def _keep(self, layer: nn.Module) -> None:
         for held in (layer._modules, layer._parameters, layer._buffers, layer._forward_hooks, layer._forward_pre_hooks):
             self.sizes.append((held, len(held)))
-        for named in (layer._modules, layer._parameters, layer._buffers):
-            self.objects += [(named, key, value) for key, value in named.items()]
-        for tensor in (*layer._parameters.values(), *layer._buffers.values()):
-            if tensor is not None:
-                self.addresses.append((tensor, _addresses(tensor)))
+        self.objects += [(layer._modules, key, value) for key, value in layer._modules.items()]
+        for named in (layer._parameters, layer._buffers):
+            for key, tensor in named.items():
+                if tensor is None:
+                    self.objects.append((named, key, None))
+                else:
+                    self.tensors.append((named, key, weakref.ref(tensor), self._memory(tensor)))
         values = layer.__dict__
         if "processor" in values:
             self.objects.append((values, "processor", values["processor"]))
+        settings = getattr(values.get("config"), "__dict__", {})
+        if _ATTENTION in settings:
+            self.words.append((settings, _ATTENTION, repr(settings[_ATTENTION])))
         self.words += [(values, key, repr(values[key])) for key in _ADAPTER if key in values]
 
     def holds(self) -> bool:
@@ -58,11 +67,19 @@ class ModuleState:
         return (
             all(len(held) == size for held, size in self.sizes)
             and all(named.get(key) is value for named, key, value in self.objects)
-            and all(_addresses(tensor) == known for tensor, known in self.addresses)
-            and all(part._version == known for part, known in self.versions)
+            and all(self._is(named.get(key), kept(), known) for named, key, kept, known in self.tensors)
             and all(values["training"] == training for values, training in self.layers)
             and all(repr(values.get(key)) == word for values, key, word in self.words)
         )
+
+    def _is(self, tensor: torch.Tensor | None, kept: torch.Tensor | None, known: tuple[Any, ...]) -> bool:
+        return tensor is not None and tensor is kept and self._memory(tensor) == known
+
+    def _memory(self, tensor: torch.Tensor) -> tuple[Any, ...]:
+        """Where the values are; which they are, where that counts."""
+        if not self.values:
+            return _addresses(tensor)
+        return (*_addresses(tensor), version_of(tensor), *map(version_of, parts_of(tensor)))
 
 
 def _addresses(tensor: torch.Tensor) -> tuple[Any, ...]:

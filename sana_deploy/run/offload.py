@@ -38,6 +38,11 @@ class OffloadedWeights:
             for own, key, value in own_tensors(module):
                 own[key] = like(value, map_parts(value.detach(), pinned))
 
+    @property
+    def there(self) -> bool:
+        """Whether the weights are on the GPU."""
+        return bool(self._kept)
+
     def arrive(self, traffic: Traffic) -> None:
         """Copy the weights to the GPU; nothing happens where they are there already."""
         if self._kept:

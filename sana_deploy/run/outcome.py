@@ -34,6 +34,7 @@ class Measured(Frozen):
         images_per_second: of several replicas that drew at once; None for one.
         bytes_moved: "src->dst" -> bytes of the whole request.
         bytes_per_step: the same for one denoising step.
+        prompt_cache_hits: calls of the text encoder whose result was there already.
         host_peak_bytes: largest resident size of this process so far.
     """
 
@@ -44,6 +45,7 @@ class Measured(Frozen):
     host_peak_bytes: int = 0
     loaded_bytes: int = 0
     images_per_second: float | None = None
+    prompt_cache_hits: int = 0
 
 
 class RehearsedGpu(Frozen):

@@ -203,8 +203,10 @@ def _hook(
     module: nn.Module, unit: str, device: torch.device, plan: Plan, border: Border, offloaded: bool = False
 ) -> BorderHook:
     """Put the hook of a component, or of one of its further units, on a module: it executes as the plan says."""
-    runtime, looped = RUNTIMES[plan.runtime], component_of(unit) in plan.pipeline.looped
-    return attach(module, unit, device, border, offloaded, runtime.graphs and looped, runtime.compiles)
+    part, runtime = plan.pipeline.by_name[component_of(unit)], RUNTIMES[plan.runtime]
+    graphed = runtime.graphs and part.name in plan.pipeline.looped
+    remembered = plan.spec.runtime.prompt_cache if part.role == "text_encoder" else 0
+    return attach(module, unit, device, border, offloaded, graphed, runtime.compiles, remembered)
 
 
 def _set_vae(vae: Any, plan: Plan, border: Border) -> None:

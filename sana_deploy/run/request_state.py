@@ -72,6 +72,7 @@ class RequestState(Listeners):
         halves: what the pipeline's call at work keeps of the halves of its guidance; None without guidance.
         kept: copies of arguments that stay the same from step to step, by component and argument.
         calls: how often each component was called.
+        prompt_cache_hits: how often the text encoder's result was there already.
         eager_calls: how often a component with graphs ran eagerly, by component and reason.
         compiling: what was compiled, and what was not.
     """
@@ -84,6 +85,7 @@ class RequestState(Listeners):
     halves: Halves | None = None
     kept: dict[tuple[str, str], KeptCopy] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
+    prompt_cache_hits: int = 0
     eager_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     compiling: Compiling = field(default_factory=Compiling)
 

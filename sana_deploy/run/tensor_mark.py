@@ -23,12 +23,13 @@ class TensorMark:
     @classmethod
     def of(cls, tensor: torch.Tensor, on_end: Callable[[Any], None] | None = None) -> TensorMark:
         """Mark `tensor` as it is now; `on_end` is called with `source` when the tensor is gone."""
-        return cls(weakref.ref(tensor, on_end), _version(tensor))
+        return cls(weakref.ref(tensor, on_end), version_of(tensor))
 
     def holds(self, value: object) -> bool:
         """Whether `value` is that tensor, unchanged."""
-        return isinstance(value, torch.Tensor) and self.source() is value and _version(value) == self.version
+        return isinstance(value, torch.Tensor) and self.source() is value and version_of(value) == self.version
 
 
-def _version(tensor: torch.Tensor) -> int | None:
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often `tensor` was written to; None for an inference tensor, which does not count."""
     return None if tensor.is_inference() else tensor._version

@@ -33,6 +33,8 @@ class Call:
         input: what reports call the first positional input; others keep their argument's name.
         keeps: the result stays where it was made, and is not pushed to the denoiser's device.
         factors: named arguments that are numbers which do nothing but multiply the results.
+        besides: named inputs that the pipeline gives besides the first one, where it gives no others.
+        reads: fields of the result that the pipeline reads, where it reads no others.
     """
 
     method: str
@@ -41,6 +43,12 @@ class Call:
     input: str = ""
     keeps: bool = False
     factors: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+    def is_pipelines_own(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether these are the arguments of a call that the pipeline itself makes, which needs `reads` alone."""
+        return bool(self.reads) and len(args) == 1 and set(kwargs) == set(self.besides)
 
 
 @dataclass(frozen=True)

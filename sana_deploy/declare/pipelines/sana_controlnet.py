@@ -121,7 +121,16 @@ SANA_CONTROLNET = PipelineDescription(
             # Gemma's own config names the class with the (tied, unstored) language head; the pipeline loads the body.
             aliases=("Gemma2ForCausalLM",),
             config_keys=("hidden_size", "intermediate_size", "head_dim", "vocab_size"),
-            calls=(Call("forward", "encode", output="prompt_embeds"),),
+            calls=(
+                Call(
+                    "forward",
+                    "encode",
+                    output="prompt_embeds",
+                    input="input_ids",
+                    besides=("attention_mask",),
+                    reads=("last_hidden_state",),
+                ),
+            ),
             fragile="Gemma 2's activations exceed float16's range",
         ),
         ComponentDescription(
