@@ -1,4 +1,4 @@
-"""The ordinary pipeline call with transformer and ControlNet in graphs: the bits of eager, whatever happens to them.
+"""The ordinary pipeline call with text encoder, transformer and ControlNet in graphs: the bits of eager, in any case.
 
 A CPU has no CUDA graphs: here a recording repeats the work itself, into the tensors that it made first.
 """
@@ -16,6 +16,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, SanaControlNetPipeline
 from repeating import RepeatingHost
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
@@ -26,12 +28,12 @@ from sana_deploy.run.generate import generate, run_request
 from sana_deploy.run.graphed_forward import GraphedForward
 from sana_deploy.run.hook import border_of, forget_graphs
 from sana_deploy.run.load import load_pipeline
-from sana_deploy.run.place import unplace
+from sana_deploy.run.place import bind, unplace
 from sana_deploy.run.request_state import RequestState
 
 Small = Callable[..., DeploySpec]
 pytestmark = pytest.mark.usefixtures("short_prompts")
-LOOPED = ("transformer", "controlnet")
+GRAPHED = ("text_encoder", "transformer", "controlnet")
 
 
 def resolved_plan(spec: DeploySpec, runtime: str = "graphs") -> ResolvedPlan:
@@ -79,13 +81,47 @@ def test_the_picture_has_the_bits_of_eager_in_every_request(
 ) -> None:
     state = RequestState()
     assert drawn(pipeline, spec, state) == drawn(eager, spec)
-    assert host.made.recorded == 2
-    assert [graphed(pipeline, name).replays for name in LOOPED] == [3, 3]
+    assert host.made.recorded == 3
+    assert [graphed(pipeline, name).replays for name in GRAPHED] == [1, 3, 3], "of two prompts in one form, and steps"
     assert drawn(pipeline, spec) == drawn(eager, spec)
-    assert [graphed(pipeline, name).replays for name in LOOPED] == [7, 7], "the second request captures nothing"
+    assert [graphed(pipeline, name).replays for name in GRAPHED] == [1, 7, 7], "the second request captures nothing"
+    assert host.made.recorded == 3
     assert state.eager_sentences() == []
-    for name in ("text_encoder", "vae"):
-        assert not isinstance(vars(getattr(pipeline, name)).get("_old_forward"), GraphedForward)
+    assert not isinstance(vars(pipeline.vae).get("_old_forward"), GraphedForward)
+
+
+def test_the_text_encoder_is_replayed_for_every_new_prompt_and_keeps_no_keys_and_values(
+    small: Small, host: RepeatingHost, eager: DiffusionPipeline
+) -> None:
+    spec = small("precision=fp32", "workload.steps=2", "runtime.prompt_cache=0")
+    pipeline = load_pipeline(resolved_plan(spec), host=host)
+    for number, prompt in enumerate(("a barn", "a mill", "a barn"), start=1):
+        asked = spec.workload.request.model_copy(update={"prompt": prompt})
+        assert torch.equal(*(run_request(one, spec.workload.bounds, asked)[0] for one in (pipeline, eager)))
+        assert graphed(pipeline, "text_encoder").replays == 2 * number - 1
+    (graphs,) = border_of(pipeline).graphs.values()
+    assert graphs is not None
+    assert set(next(iter(graphs.graphs.values())).result) == {"last_hidden_state"}
+
+
+def test_the_text_encoder_is_eager_where_its_weights_travel_or_values_decide_what_it_does(
+    small: Small, host: RepeatingHost, eager: DiffusionPipeline, spec: DeploySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, state = load_pipeline(resolved_plan(spec), host=host), RequestState()
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "other", eager_attention_forward)
+    for one in (pipeline, eager):
+        vars(one.text_encoder.config)["_attn_implementation_internal"] = "other"
+    assert drawn(pipeline, spec, state) == drawn(eager, spec)
+    assert state.eager_sentences() == [
+        "the text_encoder ran eagerly in 2 of 2 calls: other attention goes by the values of the mask"
+    ]
+    ids, mask = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.int64)
+    with torch.no_grad():
+        whole = pipeline.text_encoder(ids, attention_mask=mask, use_cache=True)
+    assert whole.past_key_values is not None
+    monkeypatch.setattr("sana_deploy.run.place.waiting_device", lambda resolved, name: f"elsewhere, {name}")
+    bind(unplace(pipeline), resolved_plan(spec), host)
+    assert not isinstance(vars(pipeline.text_encoder)["_old_forward"], GraphedForward)
 
 
 def test_the_transformer_reads_residuals_where_the_controlnet_s_graph_writes_them(
@@ -94,7 +130,7 @@ def test_the_transformer_reads_residuals_where_the_controlnet_s_graph_writes_the
     drawn(pipeline, spec)
     (graphs,) = border_of(pipeline).graphs.values()
     assert graphs is not None
-    controlnet, transformer = graphs.graphs.values()
+    _, controlnet, transformer = graphs.graphs.values()
     assert sum(own is None for own in transformer.inputs) == len(controlnet.result[0])
     assert all(own is not None for own in controlnet.inputs)
 
@@ -109,7 +145,7 @@ def test_one_graph_serves_every_conditioning_scale(small: Small, host: Repeating
         pixels = [run_request(one, spec.workload.bounds, request)[0] for one in (pipeline, eager)]
         assert torch.equal(*pixels)
         found.append(pixels[0])
-    assert host.made.recorded == 2
+    assert host.made.recorded == 3, "one of them is the text encoder's"
     assert torch.equal(found[0], found[3])
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
@@ -121,7 +157,7 @@ def test_requests_of_two_shapes_take_turns(
     shapes: list[dict[str, Any]] = [{}, {"height": 96}, {}, {"height": 96}, {"guided": False, "batch": 3}]
     for shape in shapes:
         assert drawn(pipeline, spec, **shape) == drawn(eager, spec, **shape), shape
-    assert host.made.recorded == 6
+    assert host.made.recorded == 7, "one of them is the text encoder's"
 
 
 def test_graphs_that_are_forgotten_are_made_anew(
@@ -147,13 +183,13 @@ def test_the_plan_bounds_how_many_graphs_are_kept(
         assert drawn(pipeline, spec, **shape) == drawn(eager, spec, **shape)
     (graphs,) = border_of(pipeline).graphs.values()
     assert graphs is not None
-    assert (len(graphs.graphs), host.made.recorded) == (2, 6)
+    assert (len(graphs.graphs), host.made.recorded) == (2, 7)
 
 
 def test_without_graphs_on_the_device_the_plan_runs_eagerly(spec: DeploySpec) -> None:
     pipeline, state = load_pipeline(resolved_plan(spec)), RequestState()
     drawn(pipeline, spec, state)
-    assert not any(isinstance(getattr(pipeline, name)._old_forward, GraphedForward) for name in LOOPED)
+    assert not any(isinstance(getattr(pipeline, name)._old_forward, GraphedForward) for name in GRAPHED)
     assert state.eager_sentences() == [], "there was nothing to say no to"
 
 
@@ -166,7 +202,7 @@ def test_taking_the_placement_off_gives_the_class_s_own_forward_back(
     undo(pipeline)
     assert graphs is not None
     assert not graphs.graphs, "and the memory of graphs"
-    for name in LOOPED:
+    for name in GRAPHED:
         module = getattr(pipeline, name)
         assert module.forward.__func__ is type(module).forward
         assert "_old_forward" not in vars(module)
@@ -183,7 +219,7 @@ def test_lora_is_captured_anew_when_it_is_loaded_scaled_and_unloaded(
         one.transformer.add_adapter(config, "style")
     styled = drawn(pipeline, spec)
     assert styled == drawn(eager, spec) != plain
-    assert host.made.recorded == 3, "only the transformer's"
+    assert host.made.recorded == 4, "only the transformer's"
     for one in (pipeline, eager):
         one.transformer.set_adapters("style", 0.25)
     assert drawn(pipeline, spec) == drawn(eager, spec) not in (plain, styled)
@@ -202,8 +238,9 @@ def test_a_failed_capture_is_eager_and_stands_in_the_outcome(
     host.made.failing, state = True, RequestState()
     assert drawn(pipeline, spec, state) == drawn(eager, spec)
     reason = "its capture failed: operation not permitted when stream is capturing"
+    counts = {"text_encoder": "1 of 2", "controlnet": "3 of 4", "transformer": "3 of 4"}
     assert state.eager_sentences() == [
-        f"the {name} ran eagerly in 3 of 4 steps: {reason}" for name in ("controlnet", "transformer")
+        f"the {name} ran eagerly in {count} calls: {reason}" for name, count in counts.items()
     ]
 
 
@@ -246,7 +283,7 @@ def test_the_audit_compares_what_graphs_gave(pipeline: DiffusionPipeline, small:
     recorder.attach(state)
     drawn_by = load_pipeline(resolved, host=host)
     images, _ = generate(drawn_by, spec.workload.bounds, spec.workload.request, state=state)
-    assert host.made.recorded == 2
+    assert host.made.recorded == 3
     found = audit(recorder, images, resolved.plan, in_float32(spec, compile_spec), spec.workload)
     assert {row.component for row in found.borders} == set(resolved.plan.device_map)
     assert all(np.isfinite(row.relative_error) for row in found.borders)
@@ -257,4 +294,4 @@ def test_a_quantised_transformer_is_graphed_too(small: Small, tiny: Path) -> Non
     spec, host = small("precision=int8", "workload.steps=3"), RepeatingHost()
     pipeline, plain = load_pipeline(resolved_plan(spec), host=host), load_pipeline(resolved_plan(spec, "eager"))
     assert drawn(pipeline, spec) == drawn(plain, spec)
-    assert host.made.recorded == 2
+    assert host.made.recorded == 3

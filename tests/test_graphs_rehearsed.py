@@ -36,11 +36,11 @@ def test_the_plan_counts_what_the_rehearsal_finds(small: Small, places: str, pre
     report = rehearse(plan).report
     for slot, gpu in zip(plan.slots, report.gpus, strict=True):
         assert abs(gpu.planned_error) < 0.02, gpu.device
-        looped = {slot.index} & {plan.device_map["transformer"], plan.device_map["controlnet"]}
-        assert bool(slot.pool_bytes) == bool(looped)
+        graphed = {name for name, place in plan.device_map.items() if place == slot.index and name != "vae"}
+        assert bool(slot.pool_bytes) == bool(graphed)
         for phase, size in gpu.phase_activations.items():
             assert size >= slot.pool_bytes - MIB, phase
-        assert {"load"} <= set(gpu.phase_activations) or not looped
+        assert {"load"} <= set(gpu.phase_activations) or not graphed
 
 
 def side(pixels: int) -> list[str]:
@@ -55,7 +55,8 @@ def test_a_batch_of_four_is_counted_too(small: Small) -> None:
     saved = {phase: size - eager.phase_activations[phase] for phase, size in gpu.phase_activations.items()
              if phase in eager.phase_activations}  # fmt: skip
     pool = plan.slots[0].pool_bytes
-    assert saved["encode"] == saved["prepare"] == pytest.approx(pool, abs=1024)
+    assert saved["prepare"] == pytest.approx(pool, abs=1024)
+    assert pool / 2 < saved["encode"] < pool, "the text encoder works in it"
     assert pool / 2 < saved["decode"] < pool, "residuals that wait for nothing are in the pool"
     assert abs(saved["denoise"]) < pool, "it stands in the place of a step's activations"
 

@@ -25,10 +25,11 @@ from sana_deploy.plan.artifact import Plan
 from sana_deploy.plan.cost import host_bytes, slot_use
 from sana_deploy.plan.diff import compare
 from sana_deploy.plan.execution import executed, pool_bytes
+from sana_deploy.plan.knobs import under
 from sana_deploy.plan.profile import PipelineProfile, profile_pipeline
 from sana_deploy.plan.records import Place
 from sana_deploy.plan.saved_request import saved_plan
-from sana_deploy.plan.seconds import step_seconds
+from sana_deploy.plan.seconds import component_phases, step_seconds
 from sana_deploy.plan.setting import Setting
 
 H100 = ["machine=virtual", "machine.gpus=h100"]
@@ -91,7 +92,7 @@ def test_eager_is_as_fast_where_the_gpu_is_busy_and_waits_for_python_where_it_is
 @pytest.mark.parametrize("key", MEASURED)
 def test_the_pool_of_graphs_is_planned_as_measured_or_a_little_above(key: tuple[str, int, int]) -> None:
     profile = executed(profile_of(*key), "graphs")
-    use = slot_use(profile, dict.fromkeys(profile.parts, 0), 0)
+    use = slot_use(profile, {"transformer": 0, "controlnet": 0}, 0)
     measured = MEASURED[key][1]
     assert 0.98 * measured <= use.pool_bytes / MIB <= measured + 45
     alone = slot_use(profile, {"transformer": 0, "controlnet": 0}, 0)
@@ -121,6 +122,23 @@ def test_what_graphs_keep_is_there_in_every_phase_in_the_place_of_a_step_s_activ
     assert slot_use(graphed, on_host, "cpu") == slot_use(eager, on_host, "cpu"), "a CPU has no graphs"
 
 
+def test_the_text_encoder_s_graphs_share_the_pool_and_stay_eager_where_its_weights_travel() -> None:
+    eager = profile_of("sana_1600m_controlnet", 512, 1)
+    graphed, encoder = executed(eager, "graphs"), eager.components["text_encoder"]
+    embeddings = sum(one.bytes_each for one in eager.crossings if one.src == "text_encoder")
+    assert encoder.activations["encode"] > eager.components["transformer"].activations["denoise"]
+    pool = pool_bytes(encoder.activations["encode"])
+    assert slot_use(graphed, dict.fromkeys(eager.parts, 0), 0).pool_bytes == pool, "the largest of all"
+    alone = slot_use(graphed, {"text_encoder": 0}, 0)
+    assert (alone.pool_bytes, alone.activation_bytes) == (pool, pool + embeddings), "they are copied out of the pool"
+    waiting = under(graphed, ["text_encoder_offload"])
+    assert waiting.components["text_encoder"].execution == "eager"
+    assert slot_use(waiting, {"text_encoder": 0}, 0).pool_bytes == 0
+    rates = KNOWN_GPUS["h100"]
+    seconds = [component_phases(one.components["text_encoder"], one.steps, rates)["encode"] for one in (eager, graphed)]
+    assert seconds[1] < 0.5 * seconds[0], "no launches"
+
+
 @pytest.mark.parametrize("execution", RUNTIMES)
 def test_the_table_of_the_host_agrees_with_the_arithmetic(execution: Execution) -> None:
     profile = executed(profile_of("sana_1600m_controlnet", 1024, 1), execution)
@@ -148,7 +166,8 @@ def test_auto_takes_graphs_where_a_step_waits_for_python(pixels: int) -> None:
     assert "auto chose graphs: ~" in remark_of(plan)
     assert "ms launched from Python; graphs keep ~" in remark_of(plan)
     assert plan.estimates.seconds["denoise"] < 0.95 * eager.estimates.seconds["denoise"]
-    others = ("encode", "prepare", "decode")
+    assert plan.estimates.seconds["encode"] < 0.5 * eager.estimates.seconds["encode"], "two calls of 26 layers"
+    others = ("prepare", "decode")
     assert [plan.estimates.seconds[phase] for phase in others] == [eager.estimates.seconds[phase] for phase in others]
     assert (plan.knobs, plan.device_map) == (eager.knobs, eager.device_map)
     assert plan.slots[0].peak_bytes - eager.slots[0].peak_bytes == plan.slots[0].pool_bytes > 0

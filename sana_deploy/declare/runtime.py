@@ -11,7 +11,7 @@ from .._models import Declared
 from .knobs import Exactness
 
 Execution = Literal["eager", "graphs", "compiled"]
-"""How the components of the denoising loop execute."""
+"""How components execute: those of the denoising loop, and what else can."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RuntimeDescription:
 RUNTIMES: dict[Execution, RuntimeDescription] = {
     "eager": RuntimeDescription("every kernel is launched from Python", "bitwise"),
     "graphs": RuntimeDescription(
-        "the kernels of a step are captured once and launched at once", "bitwise", graphs=True
+        "the kernels of a call are captured once and launched at once", "bitwise", graphs=True
     ),
     "compiled": RuntimeDescription("compiled blocks, in graphs", "rounding", graphs=True, compiles=True),
 }

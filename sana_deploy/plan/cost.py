@@ -51,17 +51,15 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     capacity. Weights stay, but for an offloaded component's, which are there only while it works. Components of one
     phase work one after the other, so that the largest counts, units of one component at once, so that they add up;
     what waits outside the denoising loop (prompt embeddings, the control image) is listed under the denoiser's units
-    and adds to whoever works there. What graphed units take in denoise is in the pool of their graphs, which is there
-    in every phase: a second request finds it.
+    and adds to whoever works there. What graphed units take in their own phase is in the pool of their graphs, which is
+    there in every phase: a second request finds it.
 
     Args:
         gpu: the one that the slot is; without it workspace, context and headroom are left out.
     """
     here = {name: profile.parts[name] for name, place in placement.items() if place == slot}
     graphed = {name: part for name, part in here.items() if part.graphed and slot != "cpu"}
-    worked = {
-        name: part.activations.get("denoise", 0) + early_bytes(profile, name, here) for name, part in graphed.items()
-    }
+    worked = {name: _graphed_bytes(profile, part) + early_bytes(profile, name, here) for name, part in graphed.items()}
     pool = pool_bytes(max(worked.values())) if graphed else 0
     weights, unsplit, activations = (dict.fromkeys(PHASES, 0) for _ in range(3))
     for phase in PHASES:
@@ -90,15 +88,24 @@ def _activations(
     return waiting + max(working.values(), default=0)
 
 
+def _graphed_bytes(profile: PipelineProfile, part: ComponentProfile) -> int:
+    """Bytes of activations that a unit takes in the phase in which its graphs work."""
+    return part.activations.get(profile.pipeline.phase_of[f"{part.name}.forward"], 0)
+
+
 def _beside_pool(profile: PipelineProfile, name: str, phase: Phase, here: Collection[str]) -> int:
     """Bytes of activations that a graphed unit has in a phase outside the pool of its graphs.
 
     Residuals of a ControlNet that is graphed on the same GPU are in the pool, but for those of the first step, which is
     eager: diffusers' pipeline still has them while the second one is captured. Residuals from elsewhere are copied out
     of that GPU's pool, and those of two steps are here at a time. Those that are streamed come into the same memory in
-    every step, which is there in every phase like the pool, and leave from their own GPU's pool.
+    every step, which is there in every phase like the pool, and leave from their own GPU's pool. Prompt embeddings are
+    copied out of the pool.
     """
-    own, streams = profile.parts[name].activations.get(phase, 0), streamed(profile)
+    part, streams = profile.parts[name], streamed(profile)
+    if profile.pipeline.phase_of[f"{part.name}.forward"] != "denoise":
+        return sum(one.bytes_each for one in profile.crossings if one.src == name and one.phase == phase)
+    own = part.activations.get(phase, 0)
     residuals = [one for one in profile.crossings if one.tensor in profile.pipeline.waiting]
     if phase == "denoise":
         come = sum(

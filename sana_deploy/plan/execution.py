@@ -16,16 +16,16 @@ that was measured, and less than 1 % below it."""
 
 
 def executed(profile: PipelineProfile, execution: Execution) -> PipelineProfile:
-    """Return `profile` with the units of denoiser and ControlNet executed so, and all others that can be compiled."""
-    compiles = RUNTIMES[execution].compiles
-    executing = {
-        part.name
+    """Return `profile` with each unit executed so, as far as its description says that it can be."""
+    runtime = RUNTIMES[execution]
+    executing: dict[Component, Execution] = {
+        part.name: "compiled" if runtime.compiles and part.compiled else "graphs"
         for part in profile.pipeline.components
-        if part.name in profile.pipeline.looped or (compiles and part.compiled)
+        if (runtime.graphs and part.graphed) or (runtime.compiles and part.compiled)
     }
 
     def changed(name: Component, part: ComponentProfile) -> ComponentProfile:
-        return replace(part, execution=execution if name in executing else "eager")
+        return replace(part, execution=executing.get(name, "eager"))
 
     return replace(
         profile,
@@ -39,6 +39,6 @@ def pool_bytes(activation_bytes: int) -> int:
     """Bytes of the memory pool that the graphs of one GPU share.
 
     Args:
-        activation_bytes: the largest that one of the graphed units there takes in denoise.
+        activation_bytes: the largest that one of the graphed units there takes in its own phase.
     """
     return round(_POOL_SHARE * activation_bytes) + _POOL_CONSTANT

@@ -45,11 +45,11 @@ def _encode_once(profile: PipelineProfile) -> PipelineProfile:
 
 
 def _offloaded(role: Role) -> Callable[[PipelineProfile], PipelineProfile]:
-    """The weights of a role's component wait on the CPU."""
+    """The weights of a role's component wait on the CPU: new memory in each request, which no graph can read."""
 
     def change(profile: PipelineProfile) -> PipelineProfile:
         name = profile.pipeline.of(role)
-        waiting = replace(profile.components[name], resident=False)
+        waiting = replace(profile.components[name], resident=False, execution="eager")
         return replace(profile, components={**profile.components, name: waiting})
 
     return change

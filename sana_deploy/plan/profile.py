@@ -13,7 +13,7 @@ from typing import Any
 from ..declare.formats import Format
 from ..declare.hardware import Split
 from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
-from ..declare.runtime import RUNTIMES, Execution
+from ..declare.runtime import Execution
 from ..declare.workload import Workload
 from ..facts.allocator import ENCODE_WORKSPACE
 from ..facts.checkpoint import Checkpoint
@@ -91,8 +91,8 @@ class ComponentProfile:
 
     @property
     def graphed(self) -> bool:
-        """Whether its calls are launched from graphs: those of the denoising loop are, on a GPU."""
-        return RUNTIMES[self.execution].graphs and "denoise" in self.activations
+        """Whether its calls are launched from graphs, on a GPU: what is compiled is, in the denoising loop alone."""
+        return self.execution == "graphs" or (self.execution == "compiled" and "denoise" in self.activations)
 
 
 @dataclass(frozen=True)

@@ -141,11 +141,13 @@ def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
 
 def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
     """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
+    # A graphed unit of the denoising loop has its graphs there; what it does in other phases is the pipeline's own.
+    launches = 0 if part.graphed and "denoise" not in part.work else 1
     share = COMPILED_PHASE if RUNTIMES[part.execution].compiles and "denoise" not in part.work else 1.0
     seconds = {
         phase: steps * step_seconds(part, rates)
         if phase == "denoise"
-        else share * work_seconds(work, part.format.dtype, rates)
+        else share * work_seconds(work, part.format.dtype, rates, launches=launches)
         for phase, work in part.work.items()
     }
     if not part.resident:

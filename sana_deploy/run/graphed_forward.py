@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class GraphedForward:
         graphs: the graphs of the component's device.
         on_eager: called with the reason whenever a call runs eagerly that is not the first of its form.
         lasting: copy results, so that the next replay does not write over them.
+        unfit: says why no graph may take a call of these arguments; None where one may.
         factors: named arguments that are numbers which the results are multiplied by: one graph serves all of them.
         caller: who calls now. Where results are not `lasting`, a call by another one runs eagerly until they were used.
     """
@@ -47,9 +48,11 @@ class GraphedForward:
         lasting: bool = True,
         caller: Callable[[], object] = threading.current_thread,
         factors: Collection[str] = (),
+        unfit: Callable[[Sequence[Any], Mapping[str, Any]], str | None] = lambda args, kwargs: None,
     ) -> None:
         self.name, self.module, self.forward, self.graphs = name, module, forward, graphs
         self.on_eager, self.lasting, self.caller, self.factors = on_eager, lasting, caller, factors
+        self.unfit = unfit
         self.state: ModuleState | None = None
         self.seen: Recent[Hashable, bool] = Recent(MOST_FORMS)
         self.refused: Recent[Hashable, str] = Recent(MOST_FORMS)
@@ -61,13 +64,20 @@ class GraphedForward:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         with self.graphs.lock:
             try:
-                return self._run(leaves, spec, tensors, lambda: self.forward(*args, **kwargs))
+                return self._run(leaves, spec, tensors, lambda: self.forward(*args, **kwargs), self.unfit(args, kwargs))
             finally:
                 self.graphs.release(tensors)
 
-    def _run(self, leaves: Sequence[Any], spec: Any, tensors: Sequence[torch.Tensor], eager: Callable[[], Any]) -> Any:
+    def _run(
+        self,
+        leaves: Sequence[Any],
+        spec: Any,
+        tensors: Sequence[torch.Tensor],
+        eager: Callable[[], Any],
+        reason: str | None,
+    ) -> Any:
         self._follow_changes()
-        reason = self._unfit(leaves)
+        reason = reason or self._unfit(leaves)
         form = None if reason else (spec, *map(_form, leaves))
         places = [self.graphs.place_of(one) for one in tensors]
         key = (self, form, *((i, id(place)) for i, place in enumerate(places) if place is not None))

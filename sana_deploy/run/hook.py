@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ from .graphed_forward import GraphedForward
 from .offload import OffloadedWeights
 from .prompt_cache import reading, remember_prompts
 from .traffic import move
+
+EAGER_ATTENTION = "eager"
+"""The attention of transformers that launches the same kernels whatever is masked: others take a shorter way where
+nothing is, and another one again while they are captured."""
 
 
 class BorderHook(ModelHook):  # type: ignore[misc]
@@ -119,10 +123,18 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         if graphs is None:
             return
         # Residuals of a ControlNet beside its denoiser go from its graph to the denoiser's where they are.
-        lasting = component_of(self.name) == border.pipeline.denoiser or self.device != self.target
+        lasting = self.part.role != "controlnet" or self.device != self.target
         eager, factors = vars(module)["_old_forward"], self.calls["forward"].factors
         self.graphed = GraphedForward(
-            self.name, module, eager, graphs, self._on_eager, lasting, lambda: border.state, factors
+            self.name,
+            module,
+            eager,
+            graphs,
+            self._on_eager,
+            lasting,
+            lambda: border.state,
+            factors,
+            functools.partial(self._unfit, module),
         )
         self._replace(module, self.graphed)
 
@@ -130,6 +142,16 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         """Give back the memory of graphs, if there are any."""
         if self.graphed is not None:
             self.graphed.reset()
+
+    def _unfit(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Why no graph may take a call: it gives more than the pipeline reads, or does what values tell it to."""
+        call = self.calls["forward"]
+        if call.reads and not call.is_pipelines_own(args, kwargs):
+            return "the call is not one that the pipeline makes"
+        attention = getattr(getattr(module, "config", None), "_attn_implementation", EAGER_ATTENTION)
+        if attention != EAGER_ATTENTION:
+            return f"{attention} attention goes by the values of the mask"
+        return None
 
     def _on_eager(self, reason: str) -> None:
         self.border.state.eager_calls[self.name, reason] += 1

@@ -204,7 +204,7 @@ def _hook(
 ) -> BorderHook:
     """Put the hook of a component, or of one of its further units, on a module: it executes as the plan says."""
     part, runtime = plan.pipeline.by_name[component_of(unit)], RUNTIMES[plan.runtime]
-    graphed = runtime.graphs and part.name in plan.pipeline.looped
+    graphed = runtime.graphs and part.graphed and not offloaded
     remembered = plan.spec.runtime.prompt_cache if part.role == "text_encoder" else 0
     return attach(module, unit, device, border, offloaded, graphed, runtime.compiles, remembered)
 

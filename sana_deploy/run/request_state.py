@@ -92,7 +92,7 @@ class RequestState(Listeners):
     def eager_sentences(self) -> list[str]:
         """Which components with graphs ran eagerly, how often and why."""
         return [
-            f"the {name} ran eagerly in {count} of {self.calls[name]} steps: {reason}"
+            f"the {name} ran eagerly in {count} of {self.calls[name]} calls: {reason}"
             for (name, reason), count in self.eager_calls.items()
         ]
 

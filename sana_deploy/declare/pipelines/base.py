@@ -82,6 +82,7 @@ class ComponentDescription:
         fragile: why float16 is documented not to be safe for it; empty where it is.
         layered: how its results can be had one by one, before the call ends; None where they cannot.
         compiled: attributes that `runtime=compiled` compiles: a module, or a list of alike blocks, each by itself.
+        graphed: whether its forward may be a CUDA graph: it launches the same kernels for all values of its inputs.
     """
 
     name: str
@@ -95,6 +96,7 @@ class ComponentDescription:
     fragile: str = ""
     layered: LayeredResults | None = None
     compiled: tuple[str, ...] = ()
+    graphed: bool = False
 
     def call(self, method: str) -> Call:
         """The call of this method."""

@@ -132,6 +132,7 @@ SANA_CONTROLNET = PipelineDescription(
                 ),
             ),
             fragile="Gemma 2's activations exceed float16's range",
+            graphed=True,
         ),
         ComponentDescription(
             name="vae",
@@ -156,6 +157,7 @@ SANA_CONTROLNET = PipelineDescription(
             config_keys=_DENOISER_KEYS,
             calls=(Call("forward", "denoise", output="noise_pred"),),
             compiled=("transformer_blocks",),
+            graphed=True,
         ),
         ComponentDescription(
             name="controlnet",
@@ -166,6 +168,7 @@ SANA_CONTROLNET = PipelineDescription(
             calls=(Call("forward", "denoise", output="controlnet_block_samples", factors=("conditioning_scale",)),),
             layered=LayeredResults("transformer_blocks", "controlnet_blocks", scale="conditioning_scale"),
             compiled=("transformer_blocks",),
+            graphed=True,
         ),
     ),
     scheduler=SchedulerDescription(
