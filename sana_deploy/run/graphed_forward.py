@@ -16,6 +16,7 @@ from .factor import Factor, Number, marked
 from .graphs import DeviceGraphs, Graph, Input
 from .module_state import ModuleState
 from .recent import Recent
+from .step_invariants import Prepared, StepInvariants, refresh
 
 log = logging.getLogger(__name__)
 Forward = Callable[..., Any]
@@ -33,6 +34,7 @@ class GraphedForward:
         graphs: the graphs of the component's device.
         on_eager: called with the reason whenever a call runs eagerly that is not the first of its form.
         lasting: copy results, so that the next replay does not write over them.
+        invariants: what a graph reads and does not compute, since it is the same in every step.
         unfit: says why no graph may take a call of these arguments; None where one may.
         factors: named arguments that are numbers which the results are multiplied by: one graph serves all of them.
         caller: who calls now. Where results are not `lasting`, a call by another one runs eagerly until they were used.
@@ -49,10 +51,11 @@ class GraphedForward:
         caller: Callable[[], object] = threading.current_thread,
         factors: Collection[str] = (),
         unfit: Callable[[Sequence[Any], Mapping[str, Any]], str | None] = lambda args, kwargs: None,
+        invariants: StepInvariants | None = None,
     ) -> None:
         self.name, self.module, self.forward, self.graphs = name, module, forward, graphs
         self.on_eager, self.lasting, self.caller, self.factors = on_eager, lasting, caller, factors
-        self.unfit = unfit
+        self.unfit, self.invariants = unfit, invariants
         self.state: ModuleState | None = None
         self.seen: Recent[Hashable, bool] = Recent(MOST_FORMS)
         self.refused: Recent[Hashable, str] = Recent(MOST_FORMS)
@@ -153,8 +156,9 @@ class GraphedForward:
             for leaf in leaves
         ]
         args, kwargs = pytree.tree_unflatten(own_leaves, spec)
+        prepared = self.invariants.prepared(kwargs) if self.invariants else []
         try:
-            replay, result = recorder.record(lambda: self.forward(*args, **kwargs))
+            replay, result = recorder.record(lambda: self._recorded(prepared, args, kwargs))
         except (RuntimeError, ValueError, TypeError) as problem:
             reason = f"its capture failed: {(str(problem) or type(problem).__name__).splitlines()[0]}"
             log.warning("%s stays eager: %s", self.name, reason)
@@ -162,9 +166,14 @@ class GraphedForward:
             self.on_eager(reason)
             return None
         reads = [place for place in places if place is not None]
-        graph = Graph(replay, inputs, result, reads, factors)
+        graph = Graph(replay, inputs, result, reads, factors, lambda: refresh(prepared))
         self.graphs.add(key, graph)
         return graph
+
+    def _recorded(self, prepared: Sequence[Prepared], args: Any, kwargs: Any) -> Any:
+        if self.invariants is None:
+            return self.forward(*args, **kwargs)
+        return self.invariants.recorded(prepared, args, kwargs)
 
 
 def _form(leaf: Any) -> Hashable:

@@ -166,7 +166,7 @@ class Input:
 
 
 def _nobody() -> None:
-    """Nobody holds a result."""
+    """Nobody holds a result; nothing has to be written anew."""
 
 
 @dataclass
@@ -180,6 +180,7 @@ class Graph:
         reads: results of other graphs, and what arrives, that it reads where they are; kept, so that no other tensor
             takes their identity.
         factors: numbers that it reads, in the order of the call's.
+        refresh: writes what else it reads anew, where its inputs changed.
         holder: whoever has the result and has not used it yet.
     """
 
@@ -188,6 +189,7 @@ class Graph:
     result: Any
     reads: Sequence[torch.Tensor] = ()
     factors: Sequence[Factor] = ()
+    refresh: Callable[[], object] = _nobody
     holder: Callable[[], object] = _nobody
 
     def run(self, tensors: Sequence[torch.Tensor], numbers: Sequence[float] = ()) -> Any:
@@ -197,6 +199,7 @@ class Graph:
                 own.take(tensor)
         for factor, number in zip(self.factors, numbers, strict=True):
             factor.take(number)
+        self.refresh()
         self.replay()
         return self.result
 

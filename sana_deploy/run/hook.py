@@ -28,6 +28,7 @@ from .decode_retry import Tile, attempt, one_at_a_time, retry_tile
 from .graphed_forward import GraphedForward
 from .offload import OffloadedWeights
 from .prompt_cache import reading, remember_prompts
+from .step_invariants import StepInvariants
 from .traffic import move
 
 EAGER_ATTENTION = "eager"
@@ -58,6 +59,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self.sender: Callable[[Any], Any] | None = None
         self.compiled: CompiledCalls | None = None
         self.plain: Callable[..., Any] | None = None
+        self.invariants: StepInvariants | None = None
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Pull the inputs; diffusers' `apply_forward_hook` calls this without any before `encode` and `decode`."""
@@ -70,7 +72,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         names = list(inspect.signature(type(module).forward).parameters)[1:] if args else []
         args, kwargs = self._pull(args, names), self._pull(kwargs)
         self.border.ready(self.name, "forward", args, kwargs)
-        return args, kwargs
+        return args, self.invariants.cast_once(args, kwargs) if self.invariants else kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Push the outputs to where they are needed."""
@@ -93,6 +95,8 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             module.__dict__.pop(method, None)
         if self.plain is not None:
             vars(module)["_old_forward"] = self.plain
+        if self.invariants is not None:
+            self.invariants.take_off()
         if self.graphed is not None:
             self.graphed.reset()
         if self.compiled is not None:
@@ -111,6 +115,11 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         most, compiling = border.most_graphs, lambda: border.state.compiling
         self.compiled = CompiledCalls(self.name, module, regions, backend, most, compiling)
         self._replace(module, self.compiled.around(vars(module)["_old_forward"]))
+
+    def compute_once(self, module: nn.Module) -> None:
+        """Compute once what is the same in every step."""
+        self.invariants = StepInvariants(module, self.part.chains, vars(module)["_old_forward"])
+        self._replace(module, self.invariants.eager)
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Have another forward work in the place of the module's own until the hook is taken off."""
@@ -135,6 +144,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             lambda: border.state,
             factors,
             functools.partial(self._unfit, module),
+            self.invariants,
         )
         self._replace(module, self.graphed)
 
@@ -243,7 +253,8 @@ def attach(
 
     Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works. Where it is `graphed`,
     its forward is replayed from graphs, if `device` has them. Where it is `compiled`, what its description names is
-    compiled, if `device` has a compiler. So many of a text encoder's results are `remembered`.
+    compiled, if `device` has a compiler. So many of a text encoder's results are `remembered`. What is the same in every
+    step is computed once, where tensors have values.
 
     Raises:
         RunError: there is no memory for graphs.
@@ -257,6 +268,8 @@ def attach(
         hook.use_compiler(module, part.compiled)
     if (graphed or remembered) and part.call("forward").reads:
         hook.read_only(module)
+    if part.chains:
+        hook.compute_once(module)
     if graphed:
         hook.use_graphs(module)
     if remembered:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import RunError
-from .module_state import ModuleState
+from .module_state import ModuleState, PlacedForward, foreign_forward
 from .quantize import like, map_parts, own_tensors, parts_of
 
 log = logging.getLogger(__name__)
@@ -130,6 +130,9 @@ def copied_to(module: nn.Module, device: torch.device) -> nn.Module:
     made = copy.deepcopy(module, memo)
     for name in _PLACING:
         vars(made).pop(name, None)
+    for layer in made.modules():
+        if isinstance(vars(layer).get("forward"), PlacedForward):
+            vars(layer).pop("forward")
     return made
 
 
@@ -161,7 +164,7 @@ def whole_only(module: nn.Module) -> str:
     for path, layer in module.named_modules():
         if path and any(getattr(layer, name) for name in _CALLED_AROUND):
             return f"{path} has hooks"
-        if path and "forward" in vars(layer):
+        if path and foreign_forward(layer) is not None:
             return f"{path} has another forward than its class"
         processor = vars(layer).get("processor")
         if processor is not None and not _takes_rows_alone(type(processor)):

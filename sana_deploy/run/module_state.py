@@ -8,6 +8,7 @@ runs before every call, so that it is made of comparisons of kept objects. Tenso
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,27 @@ _ADAPTER = ("scaling", "active_adapter", "_active_adapter", "_disable_adapters",
 """Attributes of peft's layers that are no tensors and change what a layer computes."""
 _ATTENTION = "_attn_implementation_internal"
 """Where a config of transformers says which attention its layers compute."""
+
+
+class PlacedForward:
+    """A forward that placing puts on a layer: it computes what the layer's own does, and belongs to that layer alone."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self.work = work
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Work as the layer does."""
+        return self.work(*args, **kwargs)
+
+    def __deepcopy__(self, _: object) -> PlacedForward:
+        """Stay with the layer: whoever copies one gives the copy its class's forward back."""
+        return self
+
+
+def foreign_forward(layer: nn.Module) -> Any:
+    """The forward that a layer has in the place of its class's, if it is none of placing's own; else None."""
+    found = vars(layer).get("forward")
+    return None if isinstance(found, PlacedForward) else found
 
 
 class ModuleState:
@@ -38,11 +60,12 @@ class ModuleState:
         self.sizes: list[tuple[Any, int]] = []
         self.objects: list[tuple[dict[str, Any], str, Any]] = []
         self.tensors: list[tuple[dict[str, Any], str, weakref.ref[torch.Tensor], tuple[Any, ...]]] = []
+        self.forwards: list[tuple[nn.Module, Any]] = []
         self.words: list[tuple[dict[str, Any], str, str]] = []
         for layer in module.modules():
             self._keep(layer)
             if layer is not module:  # whose forward is the border's
-                self.objects.append((layer.__dict__, "forward", layer.__dict__.get("forward")))
+                self.forwards.append((layer, foreign_forward(layer)))
 
     def _keep(self, layer: nn.Module) -> None:
         for held in (layer._modules, layer._parameters, layer._buffers, layer._forward_hooks, layer._forward_pre_hooks):
@@ -68,6 +91,7 @@ class ModuleState:
             all(len(held) == size for held, size in self.sizes)
             and all(named.get(key) is value for named, key, value in self.objects)
             and all(self._is(named.get(key), kept(), known) for named, key, kept, known in self.tensors)
+            and all(foreign_forward(layer) is forward for layer, forward in self.forwards)
             and all(values["training"] == training for values, training in self.layers)
             and all(repr(values.get(key)) == word for values, key, word in self.words)
         )

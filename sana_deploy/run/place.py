@@ -175,8 +175,7 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
     if "encode_once" in plan.knobs:
         _encode_once(pipeline, border)
     _refuse_group_offload(pipeline, border)
-    controlnet = plan.pipeline.find("controlnet")
-    if controlnet and (mirrors or resolved.device_map[controlnet] != resolved.home):
+    if controlnet := plan.pipeline.find("controlnet"):
         _cast_prompt_once(pipeline, controlnet, border)
     pipeline.hf_device_map = {**resolved.device_map, **resolved.unit_devices}
     return border
@@ -240,7 +239,8 @@ def _encode_once(pipeline: DiffusionPipeline, border: Border) -> None:
 def _cast_prompt_once(pipeline: DiffusionPipeline, controlnet: Component, border: Border) -> None:
     """Have `encode_prompt` return embeddings in the denoiser's dtype, where the pipeline would cast them in each step.
 
-    The values are the same; the tensor is too, in every step, so that it crosses to the ControlNet once.
+    The values are the same; the tensor is too, in every step, so that it crosses to a ControlNet elsewhere once, is
+    copied for graphs once, and what is made of it is made once.
     """
     encode = pipeline.encode_prompt
 

@@ -14,6 +14,7 @@ from .base import Phase as Phase
 from .base import PipelineDescription as PipelineDescription
 from .base import Role as Role
 from .base import SchedulerDescription as SchedulerDescription
+from .base import SteadyChain as SteadyChain
 from .sana_controlnet import SANA_CONTROLNET as SANA_CONTROLNET
 
 PIPELINES = {one.class_name: one for one in (SANA_CONTROLNET,)}

@@ -67,6 +67,21 @@ class LayeredResults:
 
 
 @dataclass(frozen=True)
+class SteadyChain:
+    """Two layers that compute the same in every step: `last` gets the result of `first`, and nothing else does.
+
+    Attributes:
+        argument: the named input of the call that `first` works on, cast to the dtype of the call.
+        first: name of the first layer in the component.
+        last: name of the second one; its result has the shape of the first one's.
+    """
+
+    argument: str
+    first: str
+    last: str
+
+
+@dataclass(frozen=True)
 class ComponentDescription:
     """One component of a pipeline.
 
@@ -82,6 +97,7 @@ class ComponentDescription:
         fragile: why float16 is documented not to be safe for it; empty where it is.
         layered: how its results can be had one by one, before the call ends; None where they cannot.
         compiled: attributes that `runtime=compiled` compiles: a module, or a list of alike blocks, each by itself.
+        chains: layers whose work depends on no step.
         graphed: whether its forward may be a CUDA graph: it launches the same kernels for all values of its inputs.
     """
 
@@ -97,6 +113,7 @@ class ComponentDescription:
     layered: LayeredResults | None = None
     compiled: tuple[str, ...] = ()
     graphed: bool = False
+    chains: tuple[SteadyChain, ...] = ()
 
     def call(self, method: str) -> Call:
         """The call of this method."""

@@ -15,6 +15,7 @@ from .base import (
     LayeredResults,
     PipelineDescription,
     SchedulerDescription,
+    SteadyChain,
 )
 
 MAX_TOKENS = 300
@@ -24,6 +25,8 @@ INSTRUCTION_TOKENS = 199
 INSTRUCTION_BYTES = 1058
 """The same for a byte-level vocabulary such as `tiny`'s."""
 _DENOISER_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "mlp_ratio", "sample_size", "patch_size")
+
+_CAPTION = SteadyChain("encoder_hidden_states", "caption_projection", "caption_norm")
 
 
 def _prompt_tokens(configs: Configs) -> int:
@@ -158,6 +161,7 @@ SANA_CONTROLNET = PipelineDescription(
             calls=(Call("forward", "denoise", output="noise_pred"),),
             compiled=("transformer_blocks",),
             graphed=True,
+            chains=(_CAPTION,),
         ),
         ComponentDescription(
             name="controlnet",
@@ -169,6 +173,7 @@ SANA_CONTROLNET = PipelineDescription(
             layered=LayeredResults("transformer_blocks", "controlnet_blocks", scale="conditioning_scale"),
             compiled=("transformer_blocks",),
             graphed=True,
+            chains=(_CAPTION, SteadyChain("controlnet_cond", "patch_embed", "input_block")),
         ),
     ),
     scheduler=SchedulerDescription(
