@@ -240,15 +240,15 @@ def test_graphs_of_both_units_have_the_bits_of_eager_halves(spec: DeploySpec, pi
     host, state = RepeatingHost(), RequestState()
     replayed = load_pipeline(resolved_plan(spec, runtime="graphs"), host=host)
     assert torch.equal(drawn(replayed, spec, state), drawn(pipeline, spec))
-    assert host.made.recorded == 4
+    assert host.made.recorded == 5, "two of either component, and the text encoder's"
     assert torch.equal(drawn(replayed, spec), drawn(pipeline, spec))
-    assert host.made.recorded == 4, "the second request captures nothing"
+    assert host.made.recorded == 5, "the second request captures nothing"
     assert state.eager_sentences() == []
     (graphs,) = border_of(replayed).graphs.values()
     assert graphs is not None
     reading = [sum(own is None for own in graph.inputs) for graph in graphs.graphs.values()]
     residuals = len(replayed.controlnet.controlnet_blocks)
-    assert sorted(reading) == [0, 0, residuals, residuals], "each denoiser reads its ControlNet's residuals in place"
+    assert sorted(reading) == [0, 0, 0, residuals, residuals], "each denoiser reads its ControlNet's residuals in place"
 
 
 def test_the_memory_of_graphs_comes_back_when_a_copy_is_made_anew(spec: DeploySpec) -> None:
@@ -260,7 +260,7 @@ def test_the_memory_of_graphs_comes_back_when_a_copy_is_made_anew(spec: DeploySp
     for _ in range(3):
         pipeline.transformer.proj_out.weight.data.mul_(0.9)
         drawn(pipeline, spec)
-        assert len(graphs.graphs) == 4
+        assert len(graphs.graphs) == 5, "four, and the text encoder's"
 
 
 def test_the_guard_names_the_unit_whose_result_is_nan(pipeline: DiffusionPipeline, spec: DeploySpec) -> None:

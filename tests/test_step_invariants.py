@@ -117,6 +117,7 @@ CHANGES: dict[str, Callable[[Any, Call], object]] = {
     "the last layer": lambda net, call: setattr(net, "caption_norm", nn.Identity()),
     "an adapter": lambda net, call: setattr(net, "input_block", Doubled(net.input_block)),
     "an inner layer": lambda net, call: setattr(net.caption_projection, "act_1", nn.Identity()),
+    "a forward": lambda net, call: setattr(net.caption_norm, "forward", nn.Identity()),
     "a hook": lambda net, call: net.caption_norm.register_forward_hook(lambda *found: found[-1] * 2),
 }
 

@@ -25,7 +25,7 @@ _ATTENTION = "_attn_implementation_internal"
 
 
 class PlacedForward:
-    """A forward that placing puts on a layer: it computes what the layer's own does, and belongs to that layer alone."""
+    """A forward that placing puts on a layer: it computes what the layer's own does, and belongs to no other layer."""
 
     def __init__(self, work: Callable[..., Any]) -> None:
         self.work = work

@@ -66,18 +66,23 @@ class Chain:
         self.inner: tuple[Forward, Forward] = (self.layers[0].forward, self.layers[1].forward)
         self._call = _OneCall()
         self.kept: Kept | None = None
-        for layer, forward in zip(self.layers, (self._first, self._last), strict=True):
-            layer.forward = PlacedForward(forward)
+        self.placed = (PlacedForward(self._first), PlacedForward(self._last))
+        for layer, forward in zip(self.layers, self.placed, strict=True):
+            layer.forward = forward
 
     def take_off(self) -> None:
         """Give the layers their own forward back."""
-        for layer in self.layers:
-            vars(layer).pop("forward", None)
+        for layer, forward in zip(self.layers, self.placed, strict=True):
+            if vars(layer).get("forward") is forward:
+                vars(layer).pop("forward")
         self.kept = None
 
     def belongs_to(self, component: nn.Module) -> bool:
-        """Whether the component has these layers still."""
-        return all(getattr(component, name, None) is layer for name, layer in zip(self.names, self.layers, strict=True))
+        """Whether the component has these layers still, and they this forward."""
+        return all(
+            getattr(component, name, None) is layer and vars(layer).get("forward") is forward
+            for name, layer, forward in zip(self.names, self.layers, self.placed, strict=True)
+        )
 
     def compute(self, value: torch.Tensor) -> torch.Tensor:
         """The result for `value`."""
