@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, SanaControlNetModel
+from diffusers import DiffusionPipeline
 from taped import LateCourier, TapedHost, TapeRecorder
-from test_compiled import Failing
 
 from sana_deploy.api import compile_spec
-from sana_deploy.declare.pipelines import DEFAULT, LayeredResults
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import RunError
-from sana_deploy.facts.tiny import ensure_tiny
-from sana_deploy.run import compiled
 from sana_deploy.run.arriving_tensor import ArrivingTensor
-from sana_deploy.run.compiled import CompiledCalls, Compiling
-from sana_deploy.run.early_results import EarlyResults
 from sana_deploy.run.generate import run_request
-from sana_deploy.run.graphed_forward import GraphedForward
 from sana_deploy.run.graphs import DeviceGraphs
 from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
@@ -243,98 +234,3 @@ class TestStream:
         }[odd]  # type: ignore[assignment]
         (sent,) = stream.send((tensors,))
         assert all(one is other for one, other in zip(sent, tensors, strict=True))
-
-
-class TestEarlyResults:
-    """A ControlNet whose residuals are made right after their blocks."""
-
-    @pytest.fixture
-    def net(self, tiny: Path) -> Iterator[SanaControlNetModel]:
-        net = SanaControlNetModel.from_pretrained(str(ensure_tiny() / "controlnet")).eval()
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for value in net.parameters():
-                value.normal_(std=0.2)
-            yield net
-
-    @staticmethod
-    def arguments(net: SanaControlNetModel) -> dict[str, Any]:
-        shape, made = (2, net.config.in_channels, 2, 3), torch.Generator().manual_seed(1)
-        return {
-            "hidden_states": torch.randn(shape, generator=made),
-            "controlnet_cond": torch.randn(shape, generator=made),
-            "encoder_hidden_states": torch.randn(2, 7, net.config.caption_channels, generator=made),
-            "timestep": torch.ones(2),
-            "conditioning_scale": 0.7,
-        }
-
-    @staticmethod
-    def early(net: Any, made: Callable[[int], object], **other: str) -> EarlyResults:
-        layered = DEFAULT.by_name["controlnet"].layered
-        assert layered is not None
-        names = {"blocks": layered.blocks, "projections": layered.projections, "scale": layered.scale, **other}
-        return EarlyResults(net, net.forward, LayeredResults(**names), made)
-
-    @pytest.mark.parametrize("return_dict", [True, False])
-    def test_results_have_the_bits_and_the_form_of_the_forward_s(
-        self, net: SanaControlNetModel, return_dict: bool
-    ) -> None:
-        order: list[str] = []
-        net.transformer_blocks[1].register_forward_pre_hook(lambda *_: order.append("second block"))
-        early = self.early(net, lambda number: order.append(f"made {number}"))
-        blocks, arguments = list(net.transformer_blocks), self.arguments(net)
-        found = early(**arguments, return_dict=return_dict)
-        assert order == ["made 0", "second block"]
-        assert list(net.transformer_blocks) == blocks
-        expected = net(**arguments, return_dict=return_dict)
-        assert type(found) is type(expected)
-        assert all(torch.equal(one, other) for one, other in zip(found[0], expected[0], strict=True))
-        assert found[0][0].abs().max() > 0
-        assert early.problem is None
-
-    @pytest.mark.parametrize("failing", [0, 1])
-    def test_blocks_are_compiled_where_they_belong(
-        self, net: SanaControlNetModel, failing: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """`failing` is the piece that the compiler gives up at, counted from 1."""
-        monkeypatch.setattr(compiled, "_backend", functools.cache(lambda _: Failing(failing)))
-        torch._dynamo.reset()
-        said, made = Compiling(), list[int]()
-        calls = CompiledCalls("controlnet", net, ("transformer_blocks",), "eager", 8, lambda: said)
-        source = GraphedForward("controlnet", net, calls.around(net.forward), DeviceGraphs(TapeRecorder()))
-        stream = ResidualStream("residuals", CPU, source.graphs, LateCourier(), RequestState)
-        plain, arguments = net.forward, self.arguments(net)
-        layered = DEFAULT.by_name["controlnet"].layered
-        assert layered is not None
-        stream.make_early(source, layered)
-        assert stream.early is not None
-        monkeypatch.setattr(stream.early, "on_made", made.append)
-        found, expected = (forward(**arguments, return_dict=False)[0] for forward in (source.forward, plain))
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-        assert made == [0], "said after each block but the last"
-        assert stream.early.problem is None
-        assert len(calls.blocks) == (0 if failing else len(net.transformer_blocks))
-        assert len(said.sentences()) == failing
-        stream.restore()
-        assert source.forward(**arguments, return_dict=False)[0][0].equal(expected[0])
-        assert made == [0]
-
-    def test_a_forward_that_is_unlike_its_description_runs_as_it_is(self, net: SanaControlNetModel) -> None:
-        class Other(SanaControlNetModel):  # type: ignore[misc]
-            def forward(self, *args: Any, conditioning_scale: float = 1.0, **kwargs: Any) -> Any:
-                return super().forward(*args, conditioning_scale=2 * conditioning_scale, **kwargs)
-
-        net.__class__ = Other
-        early = self.early(net, lambda number: None)
-        arguments = self.arguments(net)
-        found, expected = (forward(**arguments, return_dict=False)[0] for forward in (early, net))
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-        assert early.problem == "the forward scales results by something else than its argument"
-
-    def test_a_call_that_fails_fails_as_ever_and_leaves_the_layers(self, net: SanaControlNetModel) -> None:
-        blocks = list(net.transformer_blocks)
-        early = self.early(net, lambda number: None)
-        with pytest.raises(RuntimeError, match="to have 32 channels"):
-            early(**{**self.arguments(net), "controlnet_cond": torch.ones(2, 1, 2, 3)})
-        assert list(net.transformer_blocks) == blocks
-        assert early.problem is None
