@@ -183,3 +183,30 @@ def test_a_pytorch_without_the_interface_is_refused_by_name(monkeypatch: pytest.
     monkeypatch.delattr(torch._C, "_acc")
     with pytest.raises(RunError, match="lacks Python device backends"):
         register_device_type()
+
+
+@pytest.mark.parametrize("fidelity", ["numbers", "shapes"])
+def test_a_pool_of_graphs_is_whole_again_when_what_stood_in_its_place_is_gone(fidelity: Fidelity) -> None:
+    host, device = VirtualHost([64 * MIB], fidelity, pools={0: 8 * MIB}), torch.device("vgpu:0")
+    recorder = host.recorder(device)
+    assert recorder is not None
+
+    def work() -> torch.Tensor:
+        return torch.empty(MIB, dtype=torch.uint8, device=device)
+
+    with host:
+        first = recorder.warm_up(work)
+        assert host.ledger.activations == [8 * MIB], "it is in the place of the pool"
+        del first
+        gc.collect()
+        assert host.ledger.activations == [8 * MIB]
+        first = recorder.warm_up(work)
+        replay, result = recorder.record(work)
+        assert host.ledger.activations == [9 * MIB], "now the pool is there, with the result, and the first beside it"
+        del first
+        gc.collect()
+        assert host.ledger.activations == [8 * MIB]
+        del replay, result
+        gc.collect()
+        assert host.ledger.activations == [8 * MIB]
+        assert host.ledger.peaks[0].total_bytes == 9 * MIB

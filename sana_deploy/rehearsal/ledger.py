@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +79,7 @@ class Ledger:
         self.weights, self.activations = [0] * count, [0] * count
         self.peaks = [Peak() for _ in range(count)]
         self._held: dict[int, tuple[int, int, bool]] = {}
+        self._heirs: dict[int, int] = {}
         self._loading = False
         self._since = [0] * count
         self._lock = threading.RLock()
@@ -87,8 +88,11 @@ class Ledger:
         """Bytes held on `gpu` now."""
         return self.weights[gpu] + self.activations[gpu]
 
-    def claim(self, key: int, gpu: int, size: int) -> bool:
+    def claim(self, key: int, gpu: int, size: int, inherits: Collection[int] = ()) -> bool:
         """Take `size` bytes on `gpu` for the storage `key`; False if it holds them already.
+
+        Args:
+            inherits: other storages whose bytes become those of `key` if they are given back before it is.
 
         Raises:
             torch.OutOfMemoryError: the GPU is full.
@@ -104,14 +108,21 @@ class Ledger:
                     f"{human_bytes(self.weights[gpu])} are weights and {human_bytes(self.activations[gpu])} activations"
                 )
             self._held[key] = (gpu, taken, self._loading)
+            self._heirs |= dict.fromkeys(inherits, key)
             (self.weights if self._loading else self.activations)[gpu] += taken
             self._note(gpu)
             return True
 
     def release(self, key: int) -> None:
-        """Give back what the storage `key` held."""
+        """Give back what the storage `key` held, or leave it to its heir."""
         with self._lock:
             gpu, taken, is_weight = self._held.pop(key)
+            if key in self._heirs.values():
+                self._heirs = {one: heir for one, heir in self._heirs.items() if heir != key}
+            heir = self._heirs.pop(key, None)
+            if heir is not None:
+                self._held[heir] = (gpu, self._held[heir][1] + taken, False)
+                return
             (self.weights if is_weight else self.activations)[gpu] -= taken
 
     def hand_over(self, old: int, new: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .ledger import Ledger
-from .virtual_tensor import VirtualTensor
+from .virtual_tensor import VirtualTensor, storage_key
 
 _KEYS = itertools.count(-1, -1)
 """Keys of pools in the books; storages have positive ones."""
@@ -84,7 +84,7 @@ class PoolRecorder:
     @contextlib.contextmanager
     def _not_counted(self, result: Any) -> Iterator[None]:
         """Take `result` off the books while work makes it anew."""
-        self.ledger.claim(self._credit, self.gpu, -_bytes(_refs(result)))
+        self.ledger.claim(self._credit, self.gpu, -sum(_storages(_refs(result)).values()))
         try:
             yield
         finally:
@@ -97,8 +97,10 @@ class PoolRecorder:
 
     def _hold(self) -> None:
         self._give_back()
-        taken = _bytes([*self._parts, *self._first])
-        self._held = self.ledger.claim(self._key, self.gpu, max(0, self.pool_bytes - taken))
+        parts = _storages([*self._parts, *self._first])
+        left = max(0, self.pool_bytes - sum(parts.values()))
+        # Memory of a part that is gone is the pool's: a second request finds all of it.
+        self._held = self.ledger.claim(self._key, self.gpu, left, inherits=parts)
 
     def _give_back(self) -> None:
         if self._held:
@@ -111,9 +113,10 @@ def _copy(new: Any, into: Any) -> None:
         own.copy_(one)
 
 
-def _bytes(refs: Iterable[weakref.ref[VirtualTensor]]) -> int:
-    parts = [one.held.untyped_storage() for ref in refs if (one := ref()) is not None]
-    return sum({one._cdata: one.nbytes() for one in parts}.values())
+def _storages(refs: Iterable[weakref.ref[VirtualTensor]]) -> dict[int, int]:
+    """Keys in the books of tensors that are still there, and their bytes."""
+    parts = [one.held for ref in refs if (one := ref()) is not None]
+    return {storage_key(part): part.untyped_storage().nbytes() for part in parts}
 
 
 def _refs(result: Any) -> list[weakref.ref[VirtualTensor]]:
