@@ -102,15 +102,19 @@ class LateCourier:
         self.results: Sequence[torch.Tensor] = ()
         self.buffers: Sequence[torch.Tensor] = ()
         self.values: dict[int, torch.Tensor] = {}
+        self.made_since: set[int] = set()
 
     def made(self, number: int) -> None:
         self.events.append(f"made {number}")
+        self.made_since.add(number)
         if self.results:
             self.values[number] = self.results[number].clone()
 
     def send(self, results: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], early: bool) -> None:
         known = early and all(one is other for one, other in zip(results, self.results, strict=False))
         last = len(results) - 1
+        assert not early or self.made_since == set(range(last)), "each but the last was made since results were sent"
+        self.made_since.clear()
         whole = {i: result.clone() for i, result in enumerate(results) if i == last or not (known and i in self.values)}
         self.values |= whole
         self.events.append(f"sent {'early' if early else 'whole'}")

@@ -6,13 +6,15 @@ Each stream knows what must have happened before the next thing that it does, as
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from sana_deploy.run.courier import CudaCourier
+from sana_deploy.run.graphs import Chain, Graph
 
 NET, HOME = torch.device("cuda", 1), torch.device("cuda", 0)
 COUNT = 3
@@ -136,6 +138,48 @@ def test_results_of_an_eager_call_leave_when_all_are_made(courier: CudaCourier, 
     step(courier, streams, "first", early=False)
     made = {f"first: make {number}" for number in range(COUNT)}
     assert all(made <= before for before in streams.copies.values())
+
+
+class Written:
+    """Memory that graphs read, and the host's work on the current stream writes."""
+
+    def __init__(self, streams: Streams, name: str) -> None:
+        self.streams, self.name = streams, name
+
+    def take(self, step: str) -> None:
+        self.streams.current[NET].do(f"{step}: write {self.name}")
+
+
+def test_what_graphs_read_is_written_before_them_and_after_the_step_before(
+    courier: CudaCourier, streams: Streams
+) -> None:
+    """A graph is replayed on the current stream of its device, where its inputs are written too."""
+    known: dict[str, set[str]] = {}
+    pieces: list[Callable[[], object]] = []
+    turn = "none"
+
+    def do(work: str) -> None:
+        known[f"{turn}: {work}"] = streams.current[NET].do(f"{turn}: {work}")
+
+    for number in range(COUNT):
+        pieces.append(partial(do, f"make {number}"))
+        if number < COUNT - 1:
+            pieces.append(partial(courier.made, number))
+    written: Any = [Written(streams, name) for name in ("input", "factor")]
+    once = "write what a request computes once"
+    replay = Chain(pieces=pieces).replay
+    graph = Graph(replay, written[:1], None, factors=written[1:], refresh=partial(do, once))
+    for turn in ("first", "second"):
+        given: Any = [turn]
+        graph.run(given, given)
+        buffers: Any = [Buffer(streams, number) for number in range(COUNT)]
+        courier.send(given * COUNT, buffers, early=True)
+        inputs = {f"{turn}: write input", f"{turn}: write factor"}
+        assert inputs <= known[f"{turn}: {once}"], "it is made of inputs"
+        assert {*inputs, f"{turn}: {once}"} <= known[f"{turn}: make 0"]
+        assert all(known[f"{turn}: make 0"] <= streams.copies[f"copy {number} of {turn}"] for number in range(COUNT))
+    before = {work for number in range(COUNT) for work in (f"first: make {number}", f"copy {number} of first")}
+    assert before <= known[f"second: {once}"], "nothing of the first step reads it any more"
 
 
 def test_nothing_else_runs_on_another_stream_afterwards(courier: CudaCourier, streams: Streams) -> None:

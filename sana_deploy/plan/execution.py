@@ -25,7 +25,9 @@ def executed(profile: PipelineProfile, execution: Execution) -> PipelineProfile:
     }
 
     def changed(name: Component, part: ComponentProfile) -> ComponentProfile:
-        return replace(part, execution=executing.get(name, "eager"))
+        chosen = executing.get(name, "eager")
+        # Weights that travel are new memory in each request, which no graph can read.
+        return replace(part, execution="eager" if chosen == "graphs" and not part.resident else chosen)
 
     return replace(
         profile,

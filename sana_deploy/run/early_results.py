@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,15 +40,21 @@ class EarlyResults:
         module: whose forward it is.
         forward: its own.
         layered: how it makes its results.
-        on_made: called with a result's number when its kernels were launched, but for the last one's.
+        on_made: called with a result's number when its kernels were launched, but for the last one's; returns whether
+            work is recorded, whose repetitions will say so again.
     """
 
     def __init__(
-        self, module: nn.Module, forward: Callable[..., Any], layered: LayeredResults, on_made: Callable[[int], object]
+        self, module: nn.Module, forward: Callable[..., Any], layered: LayeredResults, on_made: Callable[[int], bool]
     ) -> None:
         self.module, self.forward, self.layered, self.on_made = module, forward, layered, on_made
         self.signature = inspect.signature(type(module).forward)
         self.problem: str | None = None
+        self._recorded: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+
+    def says_when(self, result: torch.Tensor) -> bool:
+        """Whether `result` is one of recorded work, whose repetitions say when they have made each."""
+        return self._recorded.get(id(result)) is result
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward; results are equal bit for bit."""
@@ -74,6 +81,8 @@ class EarlyResults:
         leaves = pytree.tree_leaves(result)
         if len(leaves) != len(run.made) or any(a is not b.result for a, b in zip(leaves, run.made, strict=True)):
             raise UnlikeDescriptionError("the forward returns something else than its projections, in their order")
+        if run.recorded:
+            self._recorded.update({id(leaf): leaf for leaf in leaves})
         return result
 
 
@@ -91,19 +100,20 @@ class _Made:
 
 @dataclass
 class _Run:
-    """One run of a forward: its scale, the projections as they are, and what was made so far."""
+    """One run of a forward: its scale, the projections as they are, what was made so far and whether it is recorded."""
 
     scale: Any
     projections: list[nn.Module]
-    on_made: Callable[[int], object]
+    on_made: Callable[[int], bool]
     made: list[_Made] = field(default_factory=list)
+    recorded: bool = True
 
     def after_block(self, number: int, hidden: torch.Tensor) -> None:
         """Make the result of a block, where it has one."""
         if number < len(self.projections):
             self.made.append(_Made(hidden, self.projections[number](hidden) * self.scale, self.scale))
         if number + 1 < len(self.projections):
-            self.on_made(number)
+            self.recorded &= self.on_made(number)
 
     def projected(self, number: int, hidden: object) -> _Made:
         """What stands for the projection of `hidden`."""

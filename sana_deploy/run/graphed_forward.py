@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .compiled import CompiledForward
 from .factor import Factor, Number, marked
 from .graphs import DeviceGraphs, Graph, Input
 from .module_state import ModuleState
@@ -105,6 +106,24 @@ class GraphedForward:
             return pytree.tree_map_only(torch.Tensor, torch.clone, result)
         graph.holder = weakref.ref(caller)
         return result
+
+    @property
+    def innermost(self) -> Forward:
+        """What computes at last, eagerly and in graphs: the module's own forward, unless another one was set.
+
+        One that is set must give the same bits; graphs that were captured stay. It works within what compiles layers or
+        computes them once, which look for them where they belong.
+        """
+        return self._around_innermost.forward
+
+    @innermost.setter
+    def innermost(self, forward: Forward) -> None:
+        self._around_innermost.forward = forward
+
+    @property
+    def _around_innermost(self) -> GraphedForward | StepInvariants | CompiledForward:
+        outer = self.invariants or self
+        return outer.forward if isinstance(outer.forward, CompiledForward) else outer
 
     def reset(self) -> None:
         """Forget what was captured."""

@@ -253,7 +253,7 @@ def attach(
 
     Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works. Where it is `graphed`,
     its forward is replayed from graphs, if `device` has them. Where it is `compiled`, what its description names is
-    compiled, if `device` has a compiler. So many of a text encoder's results are `remembered`. What is the same in every
+    compiled, if `device` has a compiler. So many of a text encoder's results are `remembered`. What is the same in each
     step is computed once, where tensors have values.
 
     Raises:

@@ -24,7 +24,6 @@ from ..declare.pipelines.base import LayeredResults
 from ..errors import RunError
 from .arriving_tensor import ArrivingTensor
 from .border import Border
-from .compiled import CompiledForward
 from .courier import Courier
 from .early_results import EarlyResults
 from .graphed_forward import GraphedForward
@@ -60,7 +59,6 @@ class ResidualStream:
         self.name, self.device, self.graphs, self.courier, self.state = name, device, graphs, courier, state
         self.source: GraphedForward | None = None
         self.early: EarlyResults | None = None
-        self._early_in: GraphedForward | CompiledForward | None = None
         self.sent = self._coming = 0
         self.holder: Callable[[], object] = _nobody
         self._memory: torch.Tensor | None = None
@@ -70,18 +68,17 @@ class ResidualStream:
         """Have the graphs of a ControlNet make each residual as soon as they can; see `EarlyResults`."""
         recorder = source.graphs.recorder
 
-        def on_made(number: int) -> object:
+        def on_made(number: int) -> bool:
             return recorder.cut(partial(self.courier.made, number))
 
-        # Within what compiles blocks, which looks for them where they belong.
-        self._early_in = source.forward if isinstance(source.forward, CompiledForward) else source
-        self.early = EarlyResults(source.module, self._early_in.forward, layered, on_made)
-        self.source, self._early_in.forward, source.lasting = source, self.early, False
+        self.source, source.lasting = source, False
+        self.early = EarlyResults(source.module, source.innermost, layered, on_made)
+        source.innermost = self.early
 
     def restore(self) -> None:
         """Give the ControlNet its own forward back."""
-        if self._early_in is not None and self.early is not None:
-            self._early_in.forward = self.early.forward
+        if self.source is not None and self.early is not None:
+            self.source.innermost = self.early.forward
 
     def send(self, output: Any) -> Any:
         """Send what the ControlNet returned; the result holds tensors that arrive on the denoiser's device."""
@@ -110,9 +107,7 @@ class ResidualStream:
 
     def _are_early(self, leaves: Sequence[torch.Tensor]) -> bool:
         """Whether a graph made them that says when each was."""
-        if self.source is None or self.early is None or self.early.problem is not None:
-            return False
-        return all(self.source.graphs.is_result(leaf) for leaf in leaves)
+        return self.early is not None and all(map(self.early.says_when, leaves))
 
     def _places_for(self, leaves: Sequence[torch.Tensor]) -> list[ArrivingTensor]:
         """Where residuals of this form arrive; those of all forms share the memory that the largest one takes."""
