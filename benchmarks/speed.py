@@ -1,6 +1,6 @@
 """Seconds of a whole image with each runtime and split, beside diffusers' own eager pipeline in the same process.
 
-    python benchmarks/speed.py FOLDER [--model sana_1600m_controlnet] [--turns 7] [--sides 512 1024]
+    python benchmarks/speed.py FOLDER [--model sana_1600m_controlnet] [--turns 7] [--sides 512 1024] [--batches 1]
     python benchmarks/speed.py FOLDER --endure 1000
 
 FOLDER gets a checkpoint with random weights, unless it is there (`make_checkpoint.py`). Each case is drawn by diffusers
@@ -161,7 +161,7 @@ def ways(only: list[str] | None) -> list[Way]:
 def compare(options: argparse.Namespace, pipeline: Any) -> None:
     """Print one JSON line per case and way."""
     for side, batch in CASES:
-        if options.sides and side not in options.sides:
+        if side not in (options.sides or [side]) or batch not in (options.batches or [batch]):
             continue
         turns = options.turns if side * side * batch < 2**21 else max(3, options.turns // 2)
         draw = drawer(pipeline, planned(options.folder, side, batch, Way("eager")))
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--model", default="sana_1600m_controlnet")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--sides", type=int, nargs="*")
+    parser.add_argument("--batches", type=int, nargs="*")
     parser.add_argument("--ways", nargs="*", help="e.g. graphs compiled graphs+guidance; all of them unless given")
     parser.add_argument("--endure", type=int, default=0)
     options = parser.parse_args()
