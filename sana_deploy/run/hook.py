@@ -31,7 +31,7 @@ from .prompt_cache import reading, remember_prompts
 from .step_invariants import StepInvariants
 from .traffic import move
 
-EAGER_ATTENTION = "eager"
+EAGER_ATTENTION, SDPA = "eager", "sdpa"
 """The attention of transformers that launches the same kernels whatever is masked: others take a shorter way where
 nothing is, and another one again while they are captured."""
 
@@ -159,7 +159,9 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         if call.reads and not call.is_pipelines_own(args, kwargs):
             return "the call is not one that the pipeline makes"
         attention = getattr(getattr(module, "config", None), "_attn_implementation", EAGER_ATTENTION)
-        if attention != EAGER_ATTENTION:
+        if attention == SDPA and any(bool(kwargs[name].all()) for name in call.besides):
+            return "without padding, sdpa attention is given no mask, and a graph would give it one"
+        if attention not in (EAGER_ATTENTION, SDPA):
             return f"{attention} attention goes by the values of the mask"
         return None
 
