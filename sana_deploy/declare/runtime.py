@@ -42,7 +42,7 @@ RUNTIMES: dict[Execution, RuntimeDescription] = {
 
 
 class Runtime(Declared):
-    """How components execute, and what is kept from request to request; `compiled` is of the VAE too.
+    """How components execute, and what is kept from request to request.
 
     Attributes:
         mode: `eager`, `graphs` (CUDA graphs), `compiled` (by Inductor, and in graphs), or `auto`: graphs where they pay

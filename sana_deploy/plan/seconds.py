@@ -52,11 +52,6 @@ COMPILED_BYTES, COMPILED_OPERATIONS = 0.5, 0.67
 in graphs on an H100: both SANA models, 512 to 2048 px, batch 1 and 4."""
 
 
-COMPILED_PHASE = 0.63
-"""Share of its seconds that a compiled VAE takes. Measured for decode at 1024 px on an H100; taken to be alike for
-encode, which has the same kinds of blocks."""
-
-
 LAUNCH_SECONDS = 40e-6
 """Host time to launch one kernel from eager PyTorch, its Python included; the floor for small images. Calibrated on
 an H200; the host decides it, and how busy that is."""
@@ -143,11 +138,10 @@ def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dic
     """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
     # A graphed unit of the denoising loop has its graphs there; what it does in other phases is the pipeline's own.
     launches = 0 if part.graphed and "denoise" not in part.work else 1
-    share = COMPILED_PHASE if RUNTIMES[part.execution].compiles and "denoise" not in part.work else 1.0
     seconds = {
         phase: steps * step_seconds(part, rates)
         if phase == "denoise"
-        else share * work_seconds(work, part.format.dtype, rates, launches=launches)
+        else work_seconds(work, part.format.dtype, rates, launches=launches)
         for phase, work in part.work.items()
     }
     if not part.resident:

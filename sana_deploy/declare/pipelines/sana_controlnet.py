@@ -150,7 +150,6 @@ SANA_CONTROLNET = PipelineDescription(
             ),
             unquantized="the vae is convolutions, quantization is of linear layers",
             fragile="the decoder's activations exceed float16's range",
-            compiled=("encoder", "decoder"),
         ),
         ComponentDescription(
             name="transformer",
