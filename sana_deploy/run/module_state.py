@@ -8,7 +8,9 @@ runs before every call, so that it is made of comparisons of kept objects. Tenso
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
+from operator import attrgetter, is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -55,55 +57,124 @@ class ModuleState:
     """
 
     def __init__(self, module: nn.Module, values: bool = False) -> None:
-        self.values = values
-        self.layers = [(layer.__dict__, layer.training) for layer in module.modules()]
-        self.sizes: list[tuple[Any, int]] = []
-        self.objects: list[tuple[dict[str, Any], str, Any]] = []
-        self.tensors: list[tuple[dict[str, Any], str, weakref.ref[torch.Tensor], tuple[Any, ...]]] = []
-        self.forwards: list[tuple[nn.Module, Any]] = []
-        self.words: list[tuple[dict[str, Any], str, str]] = []
-        for layer in module.modules():
-            self._keep(layer)
-            if layer is not module:  # whose forward is the border's
-                self.forwards.append((layer, foreign_forward(layer)))
-
-    def _keep(self, layer: nn.Module) -> None:
-        for held in (layer._modules, layer._parameters, layer._buffers, layer._forward_hooks, layer._forward_pre_hooks):
-            self.sizes.append((held, len(held)))
-        self.objects += [(layer._modules, key, value) for key, value in layer._modules.items()]
-        for named in (layer._parameters, layer._buffers):
-            for key, tensor in named.items():
-                if tensor is None:
-                    self.objects.append((named, key, None))
-                else:
-                    self.tensors.append((named, key, weakref.ref(tensor), self._memory(tensor)))
-        values = layer.__dict__
-        if "processor" in values:
-            self.objects.append((values, "processor", values["processor"]))
-        settings = getattr(values.get("config"), "__dict__", {})
-        if _ATTENTION in settings:
-            self.words.append((settings, _ATTENTION, repr(settings[_ATTENTION])))
-        self.words += [(values, key, repr(values[key])) for key in _ADAPTER if key in values]
+        layers = [*module.modules()]
+        self.own = [vars(layer) for layer in layers]
+        self.training = [layer.training for layer in layers]
+        inner = layers[1:]  # the forward of the module itself is the border's
+        self.forwards = [(layer, foreign_forward(layer)) for layer in inner]
+        self.placed = [vars(layer).get("forward") for layer in inner]
+        self.held = [held for layer in layers for held in _held(layer)]
+        self.sizes = [*map(len, self.held)]
+        self.objects = _Entries([entry for layer in layers for entry in _objects(layer)])
+        self.tensors = _Tensors(layers, values)
+        self.words = [word for layer in layers for word in _words(layer)]
 
     def holds(self) -> bool:
-        """Whether nothing changed since."""
+        """Whether nothing changed since. No loop of Python goes over what is compared: it is some thousand things."""
         return (
-            all(len(held) == size for held, size in self.sizes)
-            and all(named.get(key) is value for named, key, value in self.objects)
-            and all(self._is(named.get(key), kept(), known) for named, key, kept, known in self.tensors)
-            and all(foreign_forward(layer) is forward for layer, forward in self.forwards)
-            and all(values["training"] == training for values, training in self.layers)
+            [*map(len, self.held)] == self.sizes
+            and all(map(is_, self.objects.now(), self.objects.values))
+            and self.tensors.hold()
+            and self._forwards_hold()
+            and [*map(itemgetter("training"), self.own)] == self.training
             and all(repr(values.get(key)) == word for values, key, word in self.words)
         )
 
-    def _is(self, tensor: torch.Tensor | None, kept: torch.Tensor | None, known: tuple[Any, ...]) -> bool:
-        return tensor is not None and tensor is kept and self._memory(tensor) == known
+    def _forwards_hold(self) -> bool:
+        if all(map(is_, map(dict.get, self.own[1:], repeat("forward")), self.placed)):
+            return True
+        return all(foreign_forward(layer) is forward for layer, forward in self.forwards)
 
-    def _memory(self, tensor: torch.Tensor) -> tuple[Any, ...]:
-        """Where the values are; which they are, where that counts."""
-        if not self.values:
-            return _addresses(tensor)
-        return (*_addresses(tensor), version_of(tensor), *map(version_of, parts_of(tensor)))
+
+class _Entries:
+    """Entries of dictionaries, by column."""
+
+    def __init__(self, entries: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
+        self.owners = [owner for owner, _, _ in entries]
+        self.keys = [key for _, key, _ in entries]
+        self.values = [value for _, _, value in entries]
+
+    def now(self) -> Iterable[Any]:
+        """The values of today."""
+        return map(dict.get, self.owners, self.keys)
+
+
+class _Tensors:
+    """Parameters and buffers: which they are, their dtypes and addresses, and versions where values count."""
+
+    def __init__(self, layers: Iterable[nn.Module], values: bool) -> None:
+        found = [
+            (named, key, tensor)
+            for layer in layers
+            for named in (layer._parameters, layer._buffers)
+            for key, tensor in named.items()
+            if tensor is not None
+        ]
+        self.counted = values
+        self.plain = _Entries([(named, key, weakref.ref(one)) for named, key, one in found if _is_plain(one)])
+        now = [one for _, _, one in found if _is_plain(one)]
+        self.dtypes, self.addresses, self.versions = self._seen(now)
+        self.others = [
+            (named, key, weakref.ref(one), _memory(one, values)) for named, key, one in found if not _is_plain(one)
+        ]
+
+    def hold(self) -> bool:
+        """Whether they are what they were."""
+        now, kept = [*self.plain.now()], [*map(weakref.ref.__call__, self.plain.values)]
+        return (
+            all(map(is_, now, kept))
+            and all(map(is_not, now, repeat(None)))
+            and self._seen(now) == (self.dtypes, self.addresses, self.versions)
+            and all(self._is(named.get(key), ref(), known) for named, key, ref, known in self.others)
+        )
+
+    def _seen(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Any], list[int], list[int]]:
+        versions = [*map(attrgetter("_version"), tensors)] if self.counted else []
+        return [*map(attrgetter("dtype"), tensors)], [*map(torch.Tensor.data_ptr, tensors)], versions
+
+    def _is(self, tensor: torch.Tensor | None, kept: torch.Tensor | None, known: tuple[Any, ...]) -> bool:
+        return tensor is not None and tensor is kept and _memory(tensor, self.counted) == known
+
+
+def _held(layer: nn.Module) -> tuple[Any, ...]:
+    return layer._modules, layer._parameters, layer._buffers, layer._forward_hooks, layer._forward_pre_hooks
+
+
+def _objects(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Layers, parameters that are left out, and the attention processor."""
+    for key, inner in layer._modules.items():
+        yield layer._modules, key, inner
+    for named in (layer._parameters, layer._buffers):
+        yield from ((named, key, None) for key, tensor in named.items() if tensor is None)
+    if "processor" in vars(layer):
+        yield vars(layer), "processor", vars(layer)["processor"]
+
+
+def _words(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Settings of attention and adapters, in words."""
+    values = vars(layer)
+    settings = getattr(values.get("config"), "__dict__", {})
+    if _ATTENTION in settings:
+        yield settings, _ATTENTION, repr(settings[_ATTENTION])
+    yield from ((values, key, repr(values[key])) for key in _ADAPTER if key in values)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has one address and a version."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_inference():
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # one without values
+        return False
+    return True
+
+
+def _memory(tensor: torch.Tensor, values: bool) -> tuple[Any, ...]:
+    """Where the values are; which they are, where that counts."""
+    if not values:
+        return _addresses(tensor)
+    return (*_addresses(tensor), version_of(tensor), *map(version_of, parts_of(tensor)))
 
 
 def _addresses(tensor: torch.Tensor) -> tuple[Any, ...]:
