@@ -145,9 +145,9 @@ def test_quantised_copies_are_counted_as_they_are_stored(small: Small) -> None:
     pytest.importorskip("bitsandbytes")
     resolved = resolved_plan(small(*THREE, "precision=nf4", BESIDE), TOGETHER)
     host = open_host(resolved, "shapes")
-    load_pipeline(resolved, host=host)
     plain = open_host(resolved, "shapes")
-    load_pipeline(replace(resolved, unit_devices={}), host=plain)
+    kept = load_pipeline(resolved, host=host), load_pipeline(replace(resolved, unit_devices={}), host=plain)
+    assert all(kept), "what is gone is in no books"
     assert host.ledger.weights[1] - plain.ledger.weights[1] == plain.ledger.weights[0]
 
 

@@ -136,7 +136,7 @@ def test_the_text_encoder_s_graphs_share_the_pool_and_stay_eager_where_its_weigh
     assert slot_use(waiting, {"text_encoder": 0}, 0).pool_bytes == 0
     rates = KNOWN_GPUS["h100"]
     seconds = [component_phases(one.components["text_encoder"], one.steps, rates)["encode"] for one in (eager, graphed)]
-    assert seconds[1] < 0.5 * seconds[0], "no launches"
+    assert seconds[1] == seconds[0], "until a card has shown them"
 
 
 @pytest.mark.parametrize("execution", RUNTIMES)

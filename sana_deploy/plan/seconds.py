@@ -136,12 +136,9 @@ def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
 
 def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
     """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
-    # A graphed unit of the denoising loop has its graphs there; what it does in other phases is the pipeline's own.
-    launches = 0 if part.graphed and "denoise" not in part.work else 1
+    # A text encoder in graphs is priced as launched from Python: no card has shown its capture yet.
     seconds = {
-        phase: steps * step_seconds(part, rates)
-        if phase == "denoise"
-        else work_seconds(work, part.format.dtype, rates, launches=launches)
+        phase: steps * step_seconds(part, rates) if phase == "denoise" else work_seconds(work, part.format.dtype, rates)
         for phase, work in part.work.items()
     }
     if not part.resident:
