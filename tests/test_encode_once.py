@@ -179,7 +179,7 @@ def test_it_saves_memory_and_seconds_and_says_so(small: Small) -> None:
     assert price.bytes_saved == pytest.approx(1.75 * GIB, rel=0.02)
     assert price.seconds_per_image is not None
     assert price.seconds_per_image == pytest.approx(-plan.estimates.seconds["prepare"], rel=0.05)
-    assert knob_sentence(plan, "encode_once") == "encode_once saves ~1.76 GiB and ~0.54 s"
+    assert knob_sentence(plan, "encode_once") == "encode_once saves ~1.76 GiB and ~0.54 s (rounding)"
 
 
 WITHOUT_AND_WITH: tuple[tuple[Knob, ...], ...] = ((), ("vae_slicing",))

@@ -26,7 +26,7 @@ from sana_deploy.plan.digest import digest_of
 
 @pytest.fixture
 def plan(small: Callable[..., DeploySpec], machine: Callable[..., Machine]) -> Plan:
-    return compile_spec(small("model=sana_1600m_controlnet"), machine(5.6, 4.0, 4.0))
+    return compile_spec(small("model=sana_1600m_controlnet"), machine(5.8, 4.0, 4.0))
 
 
 def test_saving_and_loading_gives_the_same_plan(plan: Plan, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class KnobDescription:
         asked: whether it must be asked for: `hardware.allow` names it only where the user does.
         needs_gpu: whether it has something to do only where its component is on a GPU.
         apart: for a knob of placements, the roles that it puts on two devices: a placement is what turns it on.
+        of_copies: whether it acts on copies of one control image, so that different ones gain nothing from it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class KnobDescription:
     asked: bool = False
     needs_gpu: bool = False
     apart: tuple[Role, Role] | None = None
+    of_copies: bool = False
 
     @property
     def changes_pixels(self) -> str:
@@ -74,6 +76,7 @@ KNOBS: dict[str, KnobDescription] = {
             exactness="rounding",
             note="bits as with slicing, a batch of two may round otherwise",
             always=True,
+            of_copies=True,
         ),
         KnobDescription(
             name="vae_slicing",

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import NoReturn
 
 from .._units import human_bytes
+from ..declare.knobs import KNOBS
 from ..declare.pipelines import Phase
 from ..declare.workload import VAE_FACTOR, Workload
 from ..errors import InfeasibleError
@@ -26,8 +27,6 @@ from .seconds import phase_seconds
 
 _PAYS = 0.95
 """A larger batch is worth its wait where a picture of it takes at most this share of the seconds."""
-_SEPARATE = ("encode_once",)
-"""Knobs that a batch of different control images gains nothing from."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class Admission:
             profile = _different(profile, workload.batch)
         if split:
             profile = split_guidance(profile, self.checkpoint, workload, formats, _refuse_to_measure)
-        knobs = [knob for knob in plan.knobs if not (different and knob in _SEPARATE)]
+        knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]
         return executed(under(profile, knobs), plan.runtime)
 
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from ..declare.hardware import OnDecodeOom
 from ..declare.pipelines import DEFAULT, PipelineDescription
-from ..errors import RunError
 from .graphs import MOST_GRAPHS, DeviceGraphs
 from .host import Host, PresentHost
+from .not_copied import NotCopied
 from .offload import OffloadedWeights
 from .request_state import Event, Listeners, RequestState, States
 
 
 @dataclass(kw_only=True)
-class Border(Listeners):
+class Border(NotCopied, Listeners):
     """What all hooks of one pipeline share. What listens here hears of all calls.
 
     Attributes:
@@ -55,18 +55,6 @@ class Border(Listeners):
     def state(self) -> RequestState:
         """What the call at work in this thread gathers."""
         return self.states.current
-
-    def __reduce_ex__(self, _: object) -> NoReturn:
-        """Refuse `copy.deepcopy` and pickle: a copied module's methods would go on working on the original.
-
-        Raises:
-            RunError: always.
-        """
-        raise RunError(
-            "a placed pipeline cannot be copied or pickled, nor can its components: their borders belong to it",
-            where="pipeline",
-            hint="unplace(pipeline), copy it, then place(pipeline, resolved) the original and the copy",
-        )
 
     def enter(self, name: str, method: str, works: bool = True) -> None:
         """A component begins: offloaded weights of others leave, observers are called, its own weights arrive.

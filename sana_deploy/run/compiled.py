@@ -22,6 +22,7 @@ from torch import nn
 
 from .. import _interrupts
 from .._files import cache_root
+from .not_copied import NotCopied
 
 log = logging.getLogger(__name__)
 VARIANTS_PER_GRAPH = 32
@@ -48,7 +49,7 @@ class Compiling:
         return [f"the {name} ran uncompiled: {reason}" for name, reason in self.uncompiled.items()]
 
 
-class CompiledForward:
+class CompiledForward(NotCopied):
     """A forward of which blocks are compiled; what it is may be exchanged (`forward`), and blocks stay compiled."""
 
     def __init__(self, calls: CompiledCalls, forward: Callable[..., Any]) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..declare.pipelines.base import LayeredResults
+from .not_copied import NotCopied
 from .tensor_mark import TensorMark
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class UnlikeDescriptionError(Exception):
     """A forward does something else than its description says."""
 
 
-class EarlyResults:
+class EarlyResults(NotCopied):
     """A module's forward, with each result made right after its block.
 
     A forward that does something else with blocks or projections than `layered` says runs as it is from then on, and

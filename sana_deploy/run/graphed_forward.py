@@ -16,6 +16,7 @@ from .compiled import CompiledForward
 from .factor import Factor, Number, marked
 from .graphs import DeviceGraphs, Graph, Input
 from .module_state import ModuleState
+from .not_copied import NotCopied
 from .recent import Recent
 from .step_invariants import Prepared, StepInvariants, refresh
 
@@ -25,7 +26,7 @@ MOST_FORMS = 64
 """Forms of calls that a forward remembers to have seen, or to have failed at."""
 
 
-class GraphedForward:
+class GraphedForward(NotCopied):
     """A component's forward, replayed from graphs where it can be.
 
     Args:

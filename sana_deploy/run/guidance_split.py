@@ -26,6 +26,7 @@ from .border import Border
 from .halves import Halves, UncutError
 from .hook import BorderHook
 from .mirror import Mirror
+from .not_copied import NotCopied
 from .split_tensor import SplitTensor, as_whole
 from .traffic import move
 
@@ -35,7 +36,7 @@ _GUIDED = "do_classifier_free_guidance"
 """The argument of a pipeline's `encode_prompt` that says whether the call is with guidance."""
 
 
-class SplitForward:
+class SplitForward(NotCopied):
     """A module's forward, by halves where the pipeline's call is with guidance.
 
     Args:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import RunError
+from .not_copied import NotCopied
 from .quantize import parts_of
 from .tensor_mark import version_of
 
@@ -26,7 +27,13 @@ _ATTENTION = "_attn_implementation_internal"
 """Where a config of transformers says which attention its layers compute."""
 
 
-class PlacedForward:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What `torch.autocast` computes in on devices of a type; None where it is off, or there is none for them."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
+
+
+class PlacedForward(NotCopied):
     """A forward that placing puts on a layer: it computes what the layer's own does, and belongs to no other layer."""
 
     def __init__(self, work: Callable[..., Any]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..declare.pipelines import Call, ComponentDescription
 from .border import Border
-from .module_state import ModuleState
+from .module_state import ModuleState, PlacedForward, autocast_dtype
 from .offload import OffloadedWeights
 from .recent import Recent
 from .traffic import move
@@ -125,7 +125,7 @@ def remember_prompts(module: nn.Module, part: ComponentDescription, border: Bord
         border.state.prompt_cache_hits += 1
         return move(found, border.home, border.state.traffic, call.output)
 
-    module.forward = forward
+    module.forward = functools.update_wrapper(PlacedForward(forward), through)
 
 
 def reading(forward: Forward, call: Call) -> Forward:
@@ -141,7 +141,7 @@ def reading(forward: Forward, call: Call) -> Forward:
             return result
         return type(result)(**{name: result[name] for name in call.reads})
 
-    return reduced
+    return functools.update_wrapper(PlacedForward(reduced), forward)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -150,7 +150,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def _settings(device: str) -> tuple[Hashable, ...]:
     """Settings of PyTorch that choose how numbers are computed."""
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = autocast_dtype(device)
     matmul = torch.backends.cuda.matmul
     return (
         autocast,

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from ..declare.pipelines import SteadyChain
-from .module_state import ModuleState, PlacedForward
+from .module_state import ModuleState, PlacedForward, autocast_dtype
+from .not_copied import NotCopied
 from .tensor_mark import TensorMark
 
 Forward = Callable[..., Any]
@@ -147,7 +148,7 @@ class _OneCall(threading.local):
         self.between: torch.Tensor | None = None
 
 
-class StepInvariants:
+class StepInvariants(NotCopied):
     """The chains of one component, around its forward.
 
     Args:
@@ -158,7 +159,9 @@ class StepInvariants:
 
     def __init__(self, module: nn.Module, chains: Sequence[SteadyChain], forward: Forward) -> None:
         self.module, self.forward = module, forward
-        self.chains = [Chain(module, one) for one in chains]
+        # A module of another class may lack them.
+        there = [one for one in chains if hasattr(module, one.first) and hasattr(module, one.last)]
+        self.chains = [Chain(module, one) for one in there]
         self._casts: dict[str, tuple[TensorMark, torch.Tensor]] = {}
 
     def take_off(self) -> None:
@@ -241,7 +244,7 @@ def _steady(value: Any) -> TypeGuard[torch.Tensor]:
     """Whether results of `value` can be kept: a plain tensor that counts what is written to it, without gradients."""
     if type(value) is not torch.Tensor or value.is_inference() or torch.is_grad_enabled():
         return False
-    return not torch.is_autocast_enabled(value.device.type)
+    return autocast_dtype(value.device.type) is None
 
 
 def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
