@@ -166,8 +166,7 @@ def test_auto_takes_graphs_where_a_step_waits_for_python(pixels: int) -> None:
     assert "auto chose graphs: ~" in remark_of(plan)
     assert "ms launched from Python; graphs keep ~" in remark_of(plan)
     assert plan.estimates.seconds["denoise"] < 0.95 * eager.estimates.seconds["denoise"]
-    assert plan.estimates.seconds["encode"] < 0.5 * eager.estimates.seconds["encode"], "two calls of 26 layers"
-    others = ("prepare", "decode")
+    others = ("encode", "prepare", "decode")
     assert [plan.estimates.seconds[phase] for phase in others] == [eager.estimates.seconds[phase] for phase in others]
     assert (plan.knobs, plan.device_map) == (eager.knobs, eager.device_map)
     assert plan.slots[0].peak_bytes - eager.slots[0].peak_bytes == plan.slots[0].pool_bytes > 0
