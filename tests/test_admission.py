@@ -160,3 +160,20 @@ def test_no_size_may_fit_beside_a_plan_that_was_forced() -> None:
     with pytest.raises(InfeasibleError) as caught:
         admit.check(shape(plan, height=1056))
     assert caught.value.hint == "no size of these proportions fits"
+
+
+def test_a_request_is_taken_where_every_replica_can_draw_it() -> None:
+    unlike = (BIG, "machine=virtual", "machine.gpus='rtx4090,h100'", "hardware=multi_gpu_balanced", "precision=bf16")
+    plan, both = admission(*unlike, "hardware.replicas=2")
+    each = [Admission(one, open_checkpoint(plan.spec.model)) for one in both.resolved.each()]
+    smaller, larger = sorted(each, key=lambda one: one.need(shape(plan)).available_bytes)
+    wanted = shape(plan, height=4096, width=4096)
+    larger.check(wanted)
+    with pytest.raises(InfeasibleError, match=r"4096x4096 needs \d+\.\d+ GiB on GPU 0 in \w+, 23.65 GiB are") as caught:
+        both.check(wanted)
+    assert both.largest(wanted) == smaller.largest(wanted)
+    assert caught.value.hint == f"{both.largest(wanted).width}x{both.largest(wanted).height} fits"  # type: ignore[union-attr]
+    slow, fast = (one.seconds(shape(plan)) or 0 for one in (smaller, larger))
+    assert both.seconds(shape(plan)) == slow > fast > 0
+    assert both.batch(wanted, 8, forced=True) == 1
+    assert both.batch(shape(plan), 8, forced=True) == smaller.batch(shape(plan), 8, forced=True)

@@ -28,6 +28,7 @@ from sana_deploy.serve.engine import (
     Observer,
     OnStep,
     Order,
+    Preview,
     Progress,
     QueueFullError,
     Replica,
@@ -52,7 +53,13 @@ class Loaded:
     """A replica whose pipeline is loaded already, for many engines."""
 
     def __init__(self, replica: PipelineReplica) -> None:
-        self.draw, self.recover = replica.draw, replica.recover
+        self.replica = replica
+
+    def draw(self, settings: Settings, contents: Sequence[Content], on_step: OnStep) -> Made:
+        return self.replica.draw(settings, contents, on_step)
+
+    def recover(self) -> bool:
+        return self.replica.recover()
 
     def load(self) -> None:
         pass
@@ -367,6 +374,51 @@ def test_a_lost_replica_leaves_the_others_serving() -> None:
         assert (engine.standing.ready, engine.standing.replicas) == (1, 2)
 
     using(work, Dying(), Sleeping())
+
+
+def test_a_pipeline_lost_in_the_middle_has_its_order_drawn_by_another_with_the_same_bits(real: PipelineReplica) -> None:
+    broke, noted = threading.Event(), Noted()
+
+    class Breaking(Loaded):
+        """The real pipeline, whose GPU falls off the bus after a step."""
+
+        def recover(self) -> bool:
+            return False
+
+        def draw(self, settings: Settings, contents: Sequence[Content], on_step: OnStep) -> Made:
+            def breaks(done: int, of: int, preview: Preview) -> None:
+                on_step(done, of, preview)
+                broke.set()
+                raise RunError("the request failed: CUDA error: device-side assert")
+
+            return super().draw(settings, contents, breaks)
+
+    class Other(Loaded):
+        """The same on another GPU, which draws once the first one is lost: one pipeline stands for both."""
+
+        def draw(self, settings: Settings, contents: Sequence[Content], on_step: OnStep) -> Made:
+            assert broke.wait(30)
+            while engines[0].standing.ready > 1:
+                time.sleep(0.001)
+            return super().draw(settings, contents, on_step)
+
+    engines: list[LocalEngine] = []
+
+    async def lose(engine: LocalEngine) -> None:
+        engines.append(engine)
+        drawn = await asyncio.gather(*(engine.draw(order(seed)) for seed in range(4)))
+        assert (engine.standing.ready, engine.standing.replicas) == (1, 2)
+        pictures.append([one.picture.tobytes() for (one,) in drawn])
+
+    async def alone(engine: LocalEngine) -> None:
+        pictures.append([(await engine.draw(order(seed)))[0].picture.tobytes() for seed in range(4)])
+
+    pictures: list[list[bytes]] = []
+    using(lose, Breaking(real), Other(real), observer=noted)
+    using(alone, Loaded(real))
+    assert pictures[0] == pictures[1]
+    assert len(set(pictures[0])) == 4
+    assert noted.again == 1
 
 
 def test_two_replicas_draw_at_the_same_time() -> None:

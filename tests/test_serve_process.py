@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
@@ -21,12 +22,16 @@ from typing import Any
 import httpx2
 import pytest
 from PIL import Image
-from serving import running
+from serving import Sleeping, running
 
 from sana_deploy.api import compile_spec
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.serving import Serving
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import UsageError
-from sana_deploy.serve import command, server
+from sana_deploy.plan.artifact import ResolvedPlan
+from sana_deploy.serve import command, replica, server
+from sana_deploy.serve.engine import QueueFullError
 from sana_deploy.serve.replica import PipelineReplica
 
 TESTS = Path(__file__).parent
@@ -179,6 +184,40 @@ def test_the_log_has_a_line_for_each_request_with_its_id_and_none_for_probes(tmp
         assert re.search(rf"ERROR drawing failed for {defect}\nTraceback", one.said), (
             "the log has what the client has not"
         )
+
+
+def test_every_replica_of_a_plan_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = compose_spec(["machine=virtual", "machine.gpus=4xrtx4090", "hardware.replicas=2", "hardware.split=guidance",
+                         "workload.guidance_scale=4.5"])  # fmt: skip
+    plan = compile_spec(spec)
+    resolved = plan.resolve()
+    given: list[ResolvedPlan] = []
+
+    class Noting(Sleeping):
+        def __init__(self, one: ResolvedPlan) -> None:
+            super().__init__(0)
+            given.append(one)
+
+    monkeypatch.setattr(replica, "PipelineReplica", Noting)
+    service = command._service(resolved, spec, Serving(), ())
+    assert [one.plan.digest for one in given] == [one.digest for one in plan.each()]
+    assert [set(one.slot_devices.values()) for one in given] == [{"vgpu:0", "vgpu:1"}, {"vgpu:2", "vgpu:3"}]
+    line = command._ready_line("http://x", resolved, service)
+    assert line.endswith("on 2 replicas: vgpu:0, vgpu:1; vgpu:2, vgpu:3")
+    planned = re.findall(r'sana_gpu_planned_bytes{device="vgpu:(\d)"} (\S+)', service.metrics.text().decode())
+    wanted = {slot.index: slot.weights_bytes + slot.activation_bytes for slot in plan.all_slots}
+    assert {int(index): float(size) for index, size in planned} == wanted
+    assert len(wanted) == 4
+
+    async def start() -> float:
+        await service.engine.start()
+        assert service.engine.standing.ready == 2
+        with pytest.raises(QueueFullError) as caught:
+            service.engine.admit(65)
+        await service.engine.close()
+        return caught.value.seconds
+
+    assert asyncio.run(start()) == 0, "nothing is drawn or waits"
 
 
 @pytest.mark.usefixtures("short_prompts")

@@ -6,6 +6,7 @@ takes there is costed as a candidate of the search would be.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NoReturn
@@ -50,7 +51,7 @@ class Need:
 
 
 class Admission:
-    """Costs workloads on the placement of a resolved plan.
+    """Costs workloads on the placement of a resolved plan; of several replicas, on each, for any may draw a request.
 
     Args:
         resolved: the plan where it is bound; GPUs have what was free when it was bound, less `hardware.keep_free`.
@@ -59,16 +60,8 @@ class Admission:
     """
 
     def __init__(self, resolved: ResolvedPlan, checkpoint: Checkpoint, other_shapes: bool = True) -> None:
-        self.resolved, self.checkpoint = resolved, checkpoint
-        plan, kept = resolved.plan, resolved.plan.spec.hardware.keep_free_bytes
-        slots = {slot: _place_of(device) for slot, device in resolved.slot_devices.items()}
-        self._other_shapes = other_shapes
-        self._gpus = {gpu.index: replace(gpu, free_bytes=gpu.free_bytes - kept) for gpu in resolved.machine.gpus}
-        further = {name: "cpu" if unit.slot == "cpu" else slots[unit.slot] for name, unit in plan.units.items()}
-        first = {name: _place_of(device) for name, device in resolved.device_map.items()}
-        self._placement: dict[str, Place] = {**first, **further}
-        self._pools = {slots.get(slot.index): slot.pool_bytes for slot in plan.slots}
-        self._profile = lru_cache(512)(self._profiled)
+        self.resolved, self._other_shapes = resolved, other_shapes
+        self._each = [_Replica(one, checkpoint) for one in resolved.each()]
 
     def check(self, workload: Workload) -> None:
         """Take a workload, or refuse it.
@@ -107,24 +100,20 @@ class Admission:
         Raises:
             InfeasibleError: it would have to be measured first.
         """
-        profile, needs = self._profile(workload, different), list[Need]()
-        for place in dict.fromkeys(self._placement.values()):
-            if place == "cpu":
-                peak, there = host_bytes(profile, self._placement), self.resolved.machine.host_bytes
-                needs.append(Need("cpu", None, peak, there))
-                continue
-            use = slot_use(profile, self._placement, place, self._gpus[place])
-            # Graphs of the planned workload keep their pool beside those of another one.
-            peak = use.peak_bytes + (0 if self.planned(workload) else self._pools.get(place, 0))
-            needs.append(Need(place, use.phase, peak, self._gpus[place].free_bytes))
+        planned = self.planned(workload)
+        needs = [need for one in self._each for need in one.needs(workload, different, planned)]
         return max(needs, key=lambda need: need.lacking_bytes)
 
     def seconds(self, workload: Workload, different: bool = False) -> float | None:
-        """Seconds of a workload, estimated; None where a component is on the CPU or nothing is known of its needs."""
+        """Seconds of a workload on the slowest replica, estimated.
+
+        None where a component is on the CPU or nothing is known of its needs.
+        """
         if not self._costs(workload):
             return None
-        phases = phase_seconds(self._profile(workload, different), self._placement, self._gpus)
-        return None if phases is None else sum(phases.values())
+        each = [one.seconds(workload, different) for one in self._each]
+        known = [seconds for seconds in each if seconds is not None]
+        return max(known) if len(known) == len(each) else None
 
     def batch(self, workload: Workload, most: int, forced: bool = False) -> int:
         """Pictures of one size and different content that are best drawn at once, at most `most`.
@@ -157,22 +146,55 @@ class Admission:
     def _costs(self, workload: Workload) -> bool:
         """Whether a workload beyond the planned one can be costed: a form that was not measured cannot."""
         try:
-            self._profile(workload, False)
+            for one in self._each:
+                one.profile(workload, False)
         except InfeasibleError:
             return False
         return True
 
+
+class _Replica:
+    """Costs workloads on the placement of one replica."""
+
+    def __init__(self, resolved: ResolvedPlan, checkpoint: Checkpoint) -> None:
+        self._plan, self._machine, self._checkpoint = resolved.plan, resolved.machine, checkpoint
+        plan, kept = resolved.plan, resolved.plan.spec.hardware.keep_free_bytes
+        slots = {slot: _place_of(device) for slot, device in resolved.slot_devices.items()}
+        self._gpus = {gpu.index: replace(gpu, free_bytes=gpu.free_bytes - kept) for gpu in resolved.machine.gpus}
+        further = {name: "cpu" if unit.slot == "cpu" else slots[unit.slot] for name, unit in plan.units.items()}
+        first = {name: _place_of(device) for name, device in resolved.device_map.items()}
+        self._placement: dict[str, Place] = {**first, **further}
+        self._pools = {slots.get(slot.index): slot.pool_bytes for slot in plan.slots}
+        self.profile = lru_cache(512)(self._profiled)
+
+    def needs(self, workload: Workload, different: bool, planned: bool) -> Iterator[Need]:
+        """What a workload takes on each place; `planned` ones run in the graphs that the plan has room for."""
+        profile = self.profile(workload, different)
+        for place in dict.fromkeys(self._placement.values()):
+            if place == "cpu":
+                yield Need("cpu", None, host_bytes(profile, self._placement), self._machine.host_bytes)
+                continue
+            use = slot_use(profile, self._placement, place, self._gpus[place])
+            # Graphs of the planned workload keep their pool beside those of another one.
+            peak = use.peak_bytes + (0 if planned else self._pools.get(place, 0))
+            yield Need(place, use.phase, peak, self._gpus[place].free_bytes)
+
+    def seconds(self, workload: Workload, different: bool) -> float | None:
+        """Seconds of a workload, estimated; None where a component is on the CPU."""
+        phases = phase_seconds(self.profile(workload, different), self._placement, self._gpus)
+        return None if phases is None else sum(phases.values())
+
     def _profiled(self, workload: Workload, different: bool) -> PipelineProfile:
-        plan = self.resolved.plan
+        plan = self._plan
         formats = {name: part.format for name, part in plan.components.items()}
         split = plan.split == "guidance"
         if split:  # a call without guidance is drawn by the first units, with as many rows as they take of one with it
             workload = workload.model_copy(update={"guided": True})
-        profile = profile_pipeline(self.checkpoint, workload, formats, _refuse_to_measure)
+        profile = profile_pipeline(self._checkpoint, workload, formats, _refuse_to_measure)
         if different:
             profile = _different(profile, workload.batch)
         if split:
-            profile = split_guidance(profile, self.checkpoint, workload, formats, _refuse_to_measure)
+            profile = split_guidance(profile, self._checkpoint, workload, formats, _refuse_to_measure)
         knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]
         return executed(under(profile, knobs), plan.runtime)
 

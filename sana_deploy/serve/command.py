@@ -145,20 +145,22 @@ def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) ->
 def _service(resolved: ResolvedPlan, spec: DeploySpec, options: Serving, keys: Sequence[str]) -> Any:
     from ..facts.checkpoint import open_checkpoint
     from ..plan.admission import Admission
+    from ..plan.records import total_rate
     from .local import LocalEngine
     from .metrics import Metrics
     from .orders import Orders
     from .replica import PipelineReplica
     from .service import Service
 
-    plan, metrics = resolved.plan, Metrics(resolved)
+    plan, metrics, each = resolved.plan, Metrics(resolved), resolved.each()
     admission = Admission(resolved, open_checkpoint(plan.spec.model), options.admit == "fitting")
+    rate = total_rate(one.plan.estimates for one in each)
     engine = LocalEngine(
-        [PipelineReplica(resolved)],
+        [PipelineReplica(one) for one in each],
         queue=options.queue,
         timeout=options.timeout,
-        pace=plan.estimates.seconds_per_image or 1.0,
-        few_sizes=plan.runtime != "eager",
+        pace=len(each) / rate if rate else 1.0,
+        few_sizes=any(one.plan.runtime != "eager" for one in each),
         observer=metrics,
     )
     metrics.watch(lambda: engine.standing)
@@ -166,10 +168,12 @@ def _service(resolved: ResolvedPlan, spec: DeploySpec, options: Serving, keys: S
 
 
 def _ready_line(url: str, resolved: ResolvedPlan, service: Any) -> str:
-    work, devices = service.orders.defaults, sorted(set(resolved.device_map.values()))
+    work, each = service.orders.defaults, resolved.each()
+    places = [", ".join(sorted({*one.device_map.values(), *one.unit_devices.values()})) for one in each]
+    where = places[0] if len(each) == 1 else f"{len(each)} replicas: {'; '.join(places)}"
     asks = ", a key is asked for" if service.keys else ""
     shape = f"{work.width}x{work.height} px, {work.steps} steps"
-    return f"ready: {url}  model {service.orders.model}, {shape}, on {', '.join(devices)}{asks}"
+    return f"ready: {url}  model {service.orders.model}, {shape}, on {where}{asks}"
 
 
 def _say(text: str) -> None:

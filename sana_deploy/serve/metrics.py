@@ -50,9 +50,10 @@ class Metrics(Observer):
         planned = Gauge(
             "sana_gpu_planned_bytes", "Bytes of tensors that the plan expects there at most.", ["device"], registry=here
         )
-        for slot in resolved.plan.slots:
-            if device := resolved.slot_devices.get(slot.index):
-                planned.labels(device).set(slot.weights_bytes + slot.activation_bytes)
+        for replica in resolved.each():
+            for slot in replica.plan.slots:
+                if device := replica.slot_devices.get(slot.index):
+                    planned.labels(device).set(slot.weights_bytes + slot.activation_bytes)
 
     def watch(self, standing: Callable[[], Standing]) -> None:
         """Read the engine's standing whenever the metrics are read."""
