@@ -386,12 +386,15 @@ def test_a_pipeline_lost_in_the_middle_has_its_order_drawn_by_another_with_the_s
             return False
 
         def draw(self, settings: Settings, contents: Sequence[Content], on_step: OnStep) -> Made:
-            def breaks(done: int, of: int, preview: Preview) -> None:
-                on_step(done, of, preview)
-                broke.set()
-                raise RunError("the request failed: CUDA error: device-side assert")
+            class Breaks:
+                shown, check = on_step.shown, on_step.check
 
-            return super().draw(settings, contents, breaks)
+                def __call__(self, done: int, of: int, preview: Preview) -> None:
+                    on_step(done, of, preview)
+                    broke.set()
+                    raise RunError("the request failed: CUDA error: device-side assert")
+
+            return super().draw(settings, contents, Breaks())
 
     class Other(Loaded):
         """The same on another GPU, which draws once the first one is lost: one pipeline stands for both."""

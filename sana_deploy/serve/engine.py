@@ -6,7 +6,7 @@ replicas. Every accepted order ends in its pictures or in one of the errors here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -124,8 +124,21 @@ class Made:
 
 Preview = Callable[[], "Sequence[Image] | None"]
 """Makes pictures of what a batch looks like so far; None where that cannot be seen."""
-OnStep = Callable[[int, int, Preview], None]
-"""Called after every step with the steps done and in all; raises `StoppedError` to end the drawing."""
+
+
+class OnStep(Protocol):
+    """What a replica tells of a drawing."""
+
+    @property
+    def shown(self) -> Collection[int]:
+        """The steps after which `preview` may be called."""
+        ...
+
+    def __call__(self, done: int, of: int, preview: Preview) -> None:
+        """Say after every step how many are done; raises `StoppedError` to end the drawing."""
+
+    def check(self) -> None:
+        """Raise `StoppedError` where nobody waits any more; for replicas that hear of steps from elsewhere."""
 
 
 class Observer:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import RunError, SanaDeployError
@@ -18,7 +18,6 @@ from .engine import (
     NotServingError,
     Observer,
     OnProgress,
-    OnStep,
     Order,
     Preview,
     Progress,
@@ -64,7 +63,7 @@ class LocalEngine:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._ready = self._working = 0
-        self._draining = False
+        self._draining = self._started = False
         self._loop: asyncio.AbstractEventLoop
         self._lost: asyncio.Future[SanaDeployError]
 
@@ -75,7 +74,7 @@ class LocalEngine:
 
     async def start(self) -> None:
         """See `Engine`."""
-        self._loop = asyncio.get_running_loop()
+        self._started, self._loop = True, asyncio.get_running_loop()
         self._lost = self._loop.create_future()
         loaded = [self._loop.create_future() for _ in self._replicas]
         for number, (replica, done) in enumerate(zip(self._replicas, loaded, strict=True)):
@@ -111,7 +110,7 @@ class LocalEngine:
         if self._draining:
             raise NotServingError("the service is stopping and takes no more requests")
         if not self._ready:
-            raise NotServingError("the model is still loading" if len(self._threads) else "the engine was not started")
+            raise NotServingError("the model is still loading" if self._started else "the engine was not started")
         waiting = len(self._queue)
         if waiting + pictures > self._most:
             seconds = (waiting + self._working) * self._pace / self._ready
@@ -171,7 +170,7 @@ class LocalEngine:
             self._working += len(tickets)
         try:
             contents = [ticket.content for ticket in tickets]
-            made = replica.draw(tickets[0].job.order.settings, contents, self._watch(tickets))
+            made = replica.draw(tickets[0].job.order.settings, contents, _Watch(tickets, self._in_loop))
         except StoppedError:
             return True
         except BaseException as problem:
@@ -219,26 +218,13 @@ class LocalEngine:
             self._ready -= 1
         log.error("a replica was lost, %d are left", self._ready)
         if not self._ready:
-            problem = RunError("the last replica was lost: its GPU does not compute any more", where="serve")
-            self._draining = True
-            self._in_loop(self._fail_all, NotServingError("the service lost its last GPU"))
-            self._in_loop(_set_result, self._lost, problem)
+            self._end(RunError("the last replica was lost: its GPU does not compute any more", where="serve"))
 
-    def _watch(self, tickets: Sequence[Ticket]) -> OnStep:
-        """What a replica calls after every step: it ends drawings that nobody waits for, and tells the others."""
-
-        def on_step(done: int, of: int, preview: Preview) -> None:
-            heard = [ticket for ticket in tickets if not ticket.job.over]
-            if not heard:
-                raise StoppedError
-            curious = [one for one in heard if one.job.on_progress and done in _shown_after(one.job.order.previews, of)]
-            pictures = preview() if curious else None
-            for place, ticket in enumerate(tickets):
-                if ticket.job.on_progress and not ticket.job.over:
-                    picture = pictures[place] if pictures and ticket in curious else None
-                    self._in_loop(ticket.job.on_progress, Progress(ticket.number, done, of, picture))
-
-        return on_step
+    def _end(self, problem: SanaDeployError) -> None:
+        """Nothing can be drawn any more."""
+        self._draining = True
+        self._in_loop(self._fail_all, NotServingError("the service lost its last GPU"))
+        self._in_loop(_set_result, self._lost, problem)
 
     def _hand_out(self, tickets: Sequence[Ticket], waited: Sequence[float], made: Made) -> None:
         remarks = made.remarks or [()] * len(tickets)
@@ -254,6 +240,32 @@ class LocalEngine:
         """Call in the loop's thread; once the loop is closed nobody waits for it."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *arguments)  # type: ignore[arg-type]
+
+
+class _Watch:
+    """Ends drawings that nobody waits for, and tells the others of their steps; see `OnStep`."""
+
+    def __init__(self, tickets: Sequence[Ticket], in_loop: Callable[..., None]) -> None:
+        self._tickets, self._in_loop = tickets, in_loop
+        self._told = [ticket for ticket in tickets if ticket.job.on_progress]
+        previews = {ticket.job.order.previews for ticket in self._told}
+        steps = tickets[0].job.order.settings.steps
+        self.shown = frozenset[int]().union(*(_shown_after(count, steps) for count in previews))
+
+    def check(self) -> None:
+        """See `OnStep`."""
+        if all(ticket.job.over for ticket in self._tickets):
+            raise StoppedError
+
+    def __call__(self, done: int, of: int, preview: Preview) -> None:
+        """See `OnStep`."""
+        self.check()
+        told = [ticket for ticket in self._told if not ticket.job.over]
+        curious = [ticket for ticket in told if done in _shown_after(ticket.job.order.previews, of)]
+        pictures = preview() if curious else None
+        for ticket in told:
+            picture = pictures[self._tickets.index(ticket)] if pictures and ticket in curious else None
+            self._in_loop(ticket.job.on_progress, Progress(ticket.number, done, of, picture))
 
 
 def _finish(ticket: Ticket, drawn: Drawn) -> None:
