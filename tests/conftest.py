@@ -6,7 +6,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +91,14 @@ def short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
         return call(self, *arguments, **{**options, **short})
 
     monkeypatch.setattr(SanaControlNetPipeline, "__call__", shortly)
+
+
+@pytest.fixture(scope="session")
+def ray_pair(cache: Path) -> Iterator[Any]:
+    """Two replicas that sleep on Ray Serve, started once for all tests."""
+    pytest.importorskip("ray.serve", reason="the extra serve-ray is not installed")
+    from on_ray import Shared
+
+    shared = Shared()
+    yield shared
+    shared.remove()

@@ -67,6 +67,20 @@ def _marked(content: Content) -> Image.Image:
     return picture
 
 
+def asleep(resolved: ResolvedPlan) -> Sleeping:
+    """A replica that sleeps, for processes that import this."""
+    return Sleeping()
+
+
+def engine_over(replicas: Sequence[Any], **given: Any) -> LocalEngine:
+    """The engine of this process over replicas, or the one on Ray over a deployment."""
+    if not hasattr(replicas[0], "deploy"):
+        return LocalEngine(replicas, **given)
+    from sana_deploy.serve.ray_engine import RayEngine
+
+    return RayEngine(replicas[0], startup=60, **given)
+
+
 def two_small_gpus(*overrides: str) -> ResolvedPlan:
     """SANA 1.6B on two cards of 8 GiB: 1024 px, which leave little room for more."""
     plan: Plan = compile_spec(compose_spec(["model=sana_1600m_controlnet", "machine=2x8gb", *overrides]))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Sleeping
+from serving import Sleeping, engine_over
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
@@ -65,9 +65,16 @@ class Loaded:
         pass
 
 
-@pytest.fixture(params=["sleeping", "pipeline"])
-def replica(request: pytest.FixtureRequest) -> Replica:
-    return Sleeping() if request.param == "sleeping" else Loaded(request.getfixturevalue("real"))
+@pytest.fixture(params=["sleeping", "pipeline", "ray"])
+def replica(request: pytest.FixtureRequest) -> Any:
+    """A replica for an engine of this process, or what an engine on Ray has instead."""
+    match request.param:
+        case "sleeping":
+            return Sleeping()
+        case "pipeline":
+            return Loaded(request.getfixturevalue("real"))
+        case _:
+            return request.getfixturevalue("ray_pair").seen_as(1)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +118,7 @@ def using(
     """Run `work` with an engine that has started, and end it."""
 
     async def run() -> None:
-        engine = LocalEngine(replicas, queue=queue, timeout=timeout, **given)
+        engine = engine_over(replicas, queue=queue, timeout=timeout, **given)
         await engine.start()
         try:
             await asyncio.wait_for(work(engine), 60)

@@ -26,6 +26,9 @@ class Serving(Declared):
         host: address or name to listen on.
         port: TCP port; 0 takes a free one.
         keys: path of a file with one bearer key a line; None asks for no key.
+        engine: replicas in threads of this process, or in processes of Ray Serve.
+        replicas: of `engine=ray`; None takes the plan's.
+        startup: seconds that replicas of `engine=ray` may take until they can draw.
         name: the served model's name in the API; None takes that of the planned model.
         queue: pictures that may wait.
         most_images: pictures of one request.
@@ -42,6 +45,9 @@ class Serving(Declared):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     keys: str | None = None
+    engine: Literal["local", "ray"] = "local"
+    replicas: Annotated[int, Field(ge=1, le=1024)] | None = None
+    startup: Seconds = 900.0
     name: Annotated[str, Field(pattern=r"^[\w./:-]{1,128}$")] | None = None
     queue: Count = 64
     most_images: Annotated[int, Field(ge=1, le=256)] = 10
@@ -68,6 +74,12 @@ class Serving(Declared):
     def _queue_holds_a_request(self) -> Self:
         if self.most_images > self.queue:
             raise ValueError(f"most_images={self.most_images} must not exceed queue={self.queue}")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_are_of_ray(self) -> Self:
+        if self.replicas is not None and self.engine != "ray":
+            raise ValueError("replicas is of engine=ray; engine=local has those that hardware.replicas planned")
         return self
 
     @classmethod

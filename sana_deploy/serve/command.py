@@ -30,6 +30,8 @@ _NEEDED: Mapping[str, str] = {
     "python_multipart": "python-multipart",
 }
 """Module -> package of the extra."""
+_NEEDED_FOR_RAY: Mapping[str, str] = {"ray": "ray[serve]", "watchfiles": "ray[serve]", "aiohttp_cors": "ray[serve]"}
+"""The same of the extra for `engine=ray`; ray alone comes with Hydra's launcher too."""
 _OF_A_RUN = ("until", "output", "sweep", "hydra")
 """Keys that a service has no use for."""
 USAGE = """\
@@ -66,8 +68,10 @@ def main(arguments: Sequence[str], compile_spec: Compile) -> int:
     if {"--help", "-h"} & set(arguments):
         sys.stdout.write(USAGE + (conf_dir() / "serve" / "default.yaml").read_text(encoding="utf-8"))
         return 0
-    _check_extra()
+    _check_extra("serve", _NEEDED)
     spec, options = _declared(arguments)
+    if options.engine == "ray":
+        _check_extra("serve-ray", _NEEDED_FOR_RAY)
     if spec.plan_file:
         plan, spec = saved_plan(spec, arguments)
     else:
@@ -77,14 +81,14 @@ def main(arguments: Sequence[str], compile_spec: Compile) -> int:
     return 0
 
 
-def _check_extra() -> None:
-    missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
+def _check_extra(extra: str, needed: Mapping[str, str]) -> None:
+    missing = list(dict.fromkeys(package for module, package in needed.items() if find_spec(module) is None))
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise UsageError(
             f"{', '.join(missing)} {verb} needed to serve and {verb} not installed",
             where="serve",
-            hint='the extra serve has what is needed: pip install "sana-deploy[serve]"',
+            hint=f'the extra {extra} has what is needed: pip install "sana-deploy[{extra}]"',
         )
 
 
@@ -125,12 +129,14 @@ def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) ->
     from ..facts.machine import probe_torch
     from . import server
     from .app import build
+    from .engines import machine_for_ray
     from .gate import is_local
 
     wanted = spec.resolve
     opened = server.listen(options.host, options.port)
     report.show_plan(plan)
-    resolved = plan.resolve(probe_torch(), allow=wanted.allow, bind=wanted.bind, verify=wanted.verify)
+    machine = probe_torch() if options.engine == "local" else machine_for_ray(probe_torch())
+    resolved = plan.resolve(machine, allow=wanted.allow, bind=wanted.bind, verify=wanted.verify)
     report.show_resolved(resolved)
     service = _service(resolved, spec, options, keys)
     server.log_to_stderr()
@@ -145,24 +151,14 @@ def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) ->
 def _service(resolved: ResolvedPlan, spec: DeploySpec, options: Serving, keys: Sequence[str]) -> Any:
     from ..facts.checkpoint import open_checkpoint
     from ..plan.admission import Admission
-    from ..plan.records import total_rate
-    from .local import LocalEngine
+    from .engines import engine_of
     from .metrics import Metrics
     from .orders import Orders
-    from .replica import PipelineReplica
     from .service import Service
 
-    plan, metrics, each = resolved.plan, Metrics(resolved), resolved.each()
+    plan, metrics = resolved.plan, Metrics(resolved)
     admission = Admission(resolved, open_checkpoint(plan.spec.model), options.admit == "fitting")
-    rate = total_rate(one.plan.estimates for one in each)
-    engine = LocalEngine(
-        [PipelineReplica(one) for one in each],
-        queue=options.queue,
-        timeout=options.timeout,
-        pace=len(each) / rate if rate else 1.0,
-        few_sizes=any(one.plan.runtime != "eager" for one in each),
-        observer=metrics,
-    )
+    engine = engine_of(resolved, options, spec.resolve, metrics)
     metrics.watch(lambda: engine.standing)
     return Service(plan, Orders(plan, spec.workload, admission, options), engine, options, metrics, keys)
 
@@ -171,6 +167,8 @@ def _ready_line(url: str, resolved: ResolvedPlan, service: Any) -> str:
     work, each = service.orders.defaults, resolved.each()
     places = [", ".join(sorted({*one.device_map.values(), *one.unit_devices.values()})) for one in each]
     where = places[0] if len(each) == 1 else f"{len(each)} replicas: {'; '.join(places)}"
+    if service.options.engine == "ray":
+        where = f"{service.engine.standing.replicas} replicas of Ray Serve"
     asks = ", a key is asked for" if service.keys else ""
     shape = f"{work.width}x{work.height} px, {work.steps} steps"
     return f"ready: {url}  model {service.orders.model}, {shape}, on {where}{asks}"

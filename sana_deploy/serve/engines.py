@@ -1,0 +1,73 @@
+"""The engine that `serve.engine` names, for a plan on its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..declare.serving import Serving
+from ..declare.spec import Resolve
+from ..errors import UsageError
+from ..facts.machine import Machine
+from ..plan.artifact import Plan, ResolvedPlan
+from ..plan.records import total_rate
+from ..plan.replicas import alike
+from .engine import Observer
+from .local import LocalEngine
+from .replica import PipelineReplica
+
+
+def engine_of(resolved: ResolvedPlan, options: Serving, wanted: Resolve, observer: Observer) -> LocalEngine:
+    """Make the engine of a plan; its replicas are loaded when it is started.
+
+    Raises:
+        UsageError: `engine=ray` cannot serve this plan.
+    """
+    each = resolved.each()
+    rate = total_rate(one.plan.estimates for one in each)
+    common: Mapping[str, Any] = {
+        "queue": options.queue,
+        "timeout": options.timeout,
+        "pace": len(each) / rate if rate else 1.0,
+        "few_sizes": any(one.plan.runtime != "eager" for one in each),
+        "observer": observer,
+    }
+    if options.engine == "local":
+        return LocalEngine([PipelineReplica(one) for one in each], **common)
+    check_for_ray(resolved.plan, wanted)
+    from .ray_cluster import Cluster
+    from .ray_engine import RayEngine
+
+    replicas = options.replicas or len(resolved.plan.each())
+    one = resolved.plan.each()[0]
+    cluster = Cluster(one, replicas, drain=options.drain, allow=wanted.allow, verify=wanted.verify)
+    return RayEngine(cluster, startup=options.startup, **common)
+
+
+def check_for_ray(plan: Plan, wanted: Resolve) -> None:
+    """Refuse what Ray cannot keep: it starts replicas that are all the same, on GPUs that it chooses.
+
+    Raises:
+        UsageError: naming what the plan or the command asks for.
+    """
+    if len(alike(plan.each())) > 1:
+        raise UsageError(
+            "replicas of engine=ray are all alike, those of this plan differ",
+            where="serve.engine",
+            hint="serve.engine=local serves replicas that differ",
+        )
+    if wanted.bind:
+        raise UsageError(
+            "resolve.bind chooses GPUs, and with engine=ray Ray does",
+            where="resolve.bind",
+            hint="leave it out; CUDA_VISIBLE_DEVICES limits what Ray sees",
+        )
+
+
+def machine_for_ray(machine: Machine) -> Machine:
+    """The machine for replicas that may get any of its GPUs: each has what is free on the fullest one of its size."""
+    free: dict[int, int] = {}
+    for gpu in machine.gpus:
+        free[gpu.total_bytes] = min(gpu.free_bytes, free.get(gpu.total_bytes, gpu.free_bytes))
+    return replace(machine, gpus=tuple(replace(gpu, free_bytes=free[gpu.total_bytes]) for gpu in machine.gpus))

@@ -1,0 +1,135 @@
+"""Ray, and the deployment of a plan on it: started, watched, and ended. Imports Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import ProxyLocation
+from ray.serve.schema import LoggingConfig
+
+from ..errors import RunError, UsageError
+from ..plan.artifact import Plan
+from .ray_replica import Make, deployment
+
+log = logging.getLogger(__name__)
+_STORE_BYTES = 512 * 1024**2
+"""Ray's store of objects: a picture passes through it once."""
+_POLL_SECONDS = 0.1
+_QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
+
+
+class Cluster:
+    """One deployment of a plan on a Ray of this host, or on the one that this process is in already.
+
+    Args:
+        plan: of a single replica.
+        replicas: how many of it.
+        drain: seconds that replicas have to end what they draw.
+        allow, verify: see `Plan.resolve`.
+        name: of the application, one of its own among those of a cluster.
+        make: makes a replica; see `RayReplica`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        replicas: int,
+        *,
+        drain: float,
+        allow: Sequence[str] = (),
+        verify: bool = False,
+        name: str = "sana",
+        make: Make | None = None,
+    ) -> None:
+        self.plan, self.replicas, self.name = plan, replicas, name
+        self._drain, self._arguments = drain, (list(allow), verify, make)
+        self._ours = self._deployed = False
+        self.handle: Any = None
+
+    def deploy(self, seconds: float, stopped: Callable[[], bool]) -> None:
+        """Start Ray where none is running, deploy, and wait until every replica can draw.
+
+        Args:
+            seconds: how long that may take.
+            stopped: whether to give it up; asked now and then.
+
+        Raises:
+            UsageError: the cluster has fewer GPUs than the replicas take.
+            RunError: a replica could not be started, with its reason, or not in time.
+        """
+        until = time.monotonic() + seconds
+        self._start()
+        self._check_resources()
+        serve.start(proxy_location=ProxyLocation.Disabled, logging_config=_QUIET)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # which starting Serve sets; replicas are watched by us
+        made = deployment(self.replicas, len(self.plan.slots), self._drain)
+        target = serve.RunTarget(
+            made.bind(self.plan.to_json(), *self._arguments), name=self.name, route_prefix=None, logging_config=_QUIET
+        )
+        self._deployed = True
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        while (status := self._status()) != "RUNNING" and not stopped():
+            if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise RunError(f"a replica could not be started{self.why()}", where="serve.engine")
+            if time.monotonic() > until:
+                lived = f"{self.living()} of {self.replicas} replicas were ready"
+                hint = "serve.startup gives it more time"
+                raise RunError(f"{lived} within {seconds:g} s{self.why()}", where="serve.startup", hint=hint)
+            time.sleep(_POLL_SECONDS)
+        if not stopped():
+            self.handle = serve.get_app_handle(self.name)
+
+    def living(self) -> int:
+        """Replicas that can draw now."""
+        application = serve.status().applications.get(self.name)
+        if application is None:
+            return 0
+        return sum(int(one.replica_states.get("RUNNING", 0)) for one in application.deployments.values())
+
+    def why(self) -> str:
+        """The last line of what Ray says of the deployment, after a colon; nothing where it says nothing."""
+        application = serve.status().applications.get(self.name)
+        said = [one.message for one in application.deployments.values()] if application else []
+        lines = [line.strip() for line in "\n".join(said).splitlines() if line.strip()]
+        return f": {lines[-1]}" if lines else ""
+
+    def remove(self) -> None:
+        """Remove the deployment, and end Ray where it was started here."""
+        if self._deployed:
+            serve.delete(self.name)
+        if self._ours:
+            serve.shutdown()
+            ray.shutdown()
+
+    def _status(self) -> str:
+        application = serve.status().applications.get(self.name)
+        return str(application.status.value) if application else ""
+
+    def _start(self) -> None:
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._ours = True
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, self.replicas),  # replicas wait for GPUs, cores are not what is scarce
+            object_store_memory=_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+
+    def _check_resources(self) -> None:
+        needed, there = self.replicas * len(self.plan.slots), int(ray.cluster_resources().get("GPU", 0))
+        if needed > there:
+            raise UsageError(
+                f"{self.replicas} replicas of {len(self.plan.slots)} GPUs take {needed}, Ray has {there}",
+                where="serve.replicas",
+                hint=f"serve.replicas={max(1, there // len(self.plan.slots))}" if there >= len(self.plan.slots) else "",
+            )

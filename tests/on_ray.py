@@ -1,0 +1,45 @@
+"""A deployment on Ray Serve that tests share: two replicas that sleep, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from serving import asleep
+
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.serve.ray_cluster import Cluster
+
+TESTS = Path(__file__).parent
+
+
+class Shared(Cluster):
+    """Sleeping replicas that outlive the engines over them."""
+
+    def __init__(self) -> None:
+        plan = compile_spec(compose_spec(["precision=fp32"]))
+        super().__init__(plan, 2, drain=5, make=asleep)
+        with pytest.MonkeyPatch.context() as patch:  # where processes of Ray find what tests import
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+            super().deploy(120, lambda: False)
+
+    def seen_as(self, replicas: int) -> Seen:
+        """The deployment for an engine that has so many drawings at a time."""
+        return Seen(self, replicas)
+
+
+class Seen(Cluster):
+    """A deployment that is there already, and stays."""
+
+    def __init__(self, shared: Shared, replicas: int) -> None:
+        super().__init__(shared.plan, replicas, drain=5)
+        self.handle = shared.handle
+
+    def deploy(self, seconds: float, stopped: Callable[[], bool]) -> None:
+        """It is there."""
+
+    def remove(self) -> None:
+        """It stays."""
