@@ -101,4 +101,4 @@ def ray_pair(cache: Path) -> Iterator[Any]:
 
     shared = Shared()
     yield shared
-    shared.remove()
+    shared.end()

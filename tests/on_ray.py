@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
+from ray import serve
 from serving import asleep
 
 from sana_deploy.api import compile_spec
@@ -24,7 +26,14 @@ class Shared(Cluster):
         super().__init__(plan, 2, drain=5, make=asleep)
         with pytest.MonkeyPatch.context() as patch:  # where processes of Ray find what tests import
             patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
-            super().deploy(120, lambda: False)
+            ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        super().deploy(120, lambda: False)
+
+    def end(self) -> None:
+        """End the replicas, and Ray."""
+        super().remove()
+        serve.shutdown()
+        ray.shutdown()
 
     def seen_as(self, replicas: int) -> Seen:
         """The deployment for an engine that has so many drawings at a time."""

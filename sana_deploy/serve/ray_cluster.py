@@ -52,8 +52,23 @@ class Cluster:
         self._ours = self._deployed = False
         self.handle: Any = None
 
+    def open(self) -> None:
+        """Start Ray, unless this process is in one already. Ray takes SIGTERM from the process."""
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._ours = True
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, self.replicas),  # a replica counts as one, and none waits for cores
+            object_store_memory=_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+
     def deploy(self, seconds: float, stopped: Callable[[], bool]) -> None:
-        """Start Ray where none is running, deploy, and wait until every replica can draw.
+        """Deploy, and wait until every replica can draw.
 
         Args:
             seconds: how long that may take.
@@ -64,10 +79,9 @@ class Cluster:
             RunError: a replica could not be started, with its reason, or not in time.
         """
         until = time.monotonic() + seconds
-        self._start()
         self._check_resources()
+        logging.getLogger("ray.serve").disabled = True  # replicas are watched by us
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=_QUIET)
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # which starting Serve sets; replicas are watched by us
         made = deployment(self.replicas, len(self.plan.slots), self._drain)
         target = serve.RunTarget(
             made.bind(self.plan.to_json(), *self._arguments), name=self.name, route_prefix=None, logging_config=_QUIET
@@ -110,20 +124,6 @@ class Cluster:
     def _status(self) -> str:
         application = serve.status().applications.get(self.name)
         return str(application.status.value) if application else ""
-
-    def _start(self) -> None:
-        if ray.is_initialized():
-            return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        self._ours = True
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, self.replicas),  # replicas wait for GPUs, cores are not what is scarce
-            object_store_memory=_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
 
     def _check_resources(self) -> None:
         needed, there = self.replicas * len(self.plan.slots), int(ray.cluster_resources().get("GPU", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -57,9 +58,10 @@ class RayEngine(LocalEngine):
     async def start(self) -> None:
         """See `Engine`."""
         self._started = True
-        deploy = asyncio.to_thread(self._cluster.deploy, self._startup, self._stopped.is_set)
-        self._deploying = asyncio.ensure_future(deploy)
-        await asyncio.shield(self._deploying)
+        for step in (self._cluster.open, lambda: self._cluster.deploy(self._startup, self._stopped.is_set)):
+            self._deploying = asyncio.ensure_future(asyncio.to_thread(step))
+            await asyncio.shield(self._deploying)
+            _take_back_signals()
         self._living = self._cluster.replicas
         await super().start()
         self._watching = asyncio.create_task(self._watch())
@@ -89,6 +91,12 @@ class RayEngine(LocalEngine):
                 why = await asyncio.to_thread(self._cluster.why)
                 self._end(RunError(f"no replica has lived for {self._startup:g} s{why}", where="serve"))
                 return
+
+
+def _take_back_signals() -> None:
+    """Have SIGTERM do again what this process set; Ray's own handler aborts it three seconds later."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 class _Remote:

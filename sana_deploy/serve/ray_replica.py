@@ -21,6 +21,8 @@ from .engine import Content, Made, Preview, Replica, Settings, StoppedError
 log = logging.getLogger(__name__)
 _HEALTH_SECONDS = 2.0
 """How often Ray asks a replica whether it lives."""
+_STARTS = 2
+"""How often Ray tries to start replicas before it gives up with the reason."""
 Make = Callable[[ResolvedPlan], Replica]
 
 
@@ -131,6 +133,7 @@ def deployment(replicas: int, gpus: int, drain: float) -> serve.Deployment:
         name="replica",
         num_replicas=replicas,
         max_ongoing_requests=1,
+        max_constructor_retry_count=_STARTS,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         health_check_period_s=_HEALTH_SECONDS,
         graceful_shutdown_timeout_s=drain,

@@ -1,0 +1,220 @@
+"""Replicas on Ray Serve: one that is killed, one that cannot start, and a plan that is served from end to end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from PIL import Image
+from serving import Sleeping, two_small_gpus
+from test_serve_engine import Noted, order, using
+from test_serve_process import Process, wait_for
+
+from sana_deploy.api import compile_spec
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.spec import DeploySpec, Resolve
+from sana_deploy.errors import RunError, UsageError
+from sana_deploy.facts.machine import Machine
+from sana_deploy.plan.artifact import ResolvedPlan
+from sana_deploy.serve.engine import OnProgress
+from sana_deploy.serve.engines import check_for_ray, machine_for_ray
+from sana_deploy.serve.local import LocalEngine
+
+
+class Slow(Sleeping):
+    def load(self) -> None:
+        time.sleep(300)
+
+
+class Broken(Sleeping):
+    def load(self) -> None:
+        raise RunError("out of memory on cuda:0, 9.00 GiB are needed")
+
+
+def slow(resolved: ResolvedPlan) -> Sleeping:
+    return Slow()
+
+
+def broken(resolved: ResolvedPlan) -> Sleeping:
+    return Broken()
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """The processes that a process has started, and theirs: by id, with their command lines."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])  # behind its name
+        except OSError:  # it has ended
+            continue
+    found: dict[int, str] = {}
+    for one in parents:
+        above = one
+        while above in parents and above != pid:
+            above = parents[above]
+        if above == pid and one != pid:
+            with contextlib.suppress(OSError):
+                found[one] = Path(f"/proc/{one}/cmdline").read_bytes().decode(errors="replace")
+    return found
+
+
+def replicas_of(pid: int) -> list[int]:
+    return sorted(one for one, command in descendants(pid).items() if command.startswith("ray::ServeReplica"))
+
+
+def marks(event: asyncio.Event) -> OnProgress:
+    return lambda _: event.set()
+
+
+async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
+def test_a_replica_that_is_killed_has_its_picture_drawn_by_another_and_is_started_again(ray_pair: Any) -> None:
+    noted = Noted()
+
+    async def work(engine: LocalEngine) -> None:
+        begun = [asyncio.Event(), asyncio.Event()]
+        drawing = [asyncio.create_task(engine.draw(order(seed, steps=30), marks(begun[seed]))) for seed in range(2)]
+        await asyncio.gather(*(one.wait() for one in begun))
+        waiting = [asyncio.create_task(engine.draw(order(seed))) for seed in range(2, 6)]
+        os.kill(replicas_of(os.getpid())[0], signal.SIGKILL)
+        drawn = await asyncio.gather(*drawing, *waiting)
+        assert [one.picture.getpixel((0, 0))[0] for (one,) in drawn] == list(range(6))  # type: ignore[index]
+        await until(lambda: engine.standing.ready == 1)
+        await until(lambda: engine.standing.ready == 2)
+
+    using(work, ray_pair.seen_as(2), observer=noted)
+    assert noted.again == 1
+
+
+def test_a_picture_that_kills_replicas_is_given_up_after_two_and_the_others_are_drawn(ray_pair: Any) -> None:
+    async def work(engine: LocalEngine) -> None:
+        with pytest.raises(RunError, match="two replicas were lost while they drew this"):
+            await engine.draw(order(1, prompt="deadly"))
+        (drawn,) = await engine.draw(order(2))  # waits for a replica that is started again
+        assert drawn.picture.getpixel((0, 0)) == (2, 0, 0)
+        await until(lambda: engine.standing.ready == 2)
+
+    using(work, ray_pair.seen_as(2))
+
+
+def test_failures_come_back_as_they_were_raised(ray_pair: Any) -> None:
+    noted = Noted()
+
+    async def work(engine: LocalEngine) -> None:
+        orders = [order(1, batch=3), order(2, prompt="too large", batch=3), order(3, batch=3)]
+        before, bad, after = await asyncio.gather(*map(engine.draw, orders), return_exceptions=True)
+        assert isinstance(bad, RunError)
+        assert bad.facts == {"out_of_memory": True}
+        assert isinstance(before, list)
+        assert isinstance(after, list)
+        with pytest.raises(ZeroDivisionError):
+            await engine.draw(order(4, prompt="defect"))
+
+    using(work, ray_pair.seen_as(1), observer=noted)
+    assert noted.batches == [3, 1, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_what_hinders_a_start_is_said_in_time(ray_pair: Any) -> None:
+    from sana_deploy.serve.ray_cluster import Cluster
+
+    fails = Cluster(ray_pair.plan, 1, drain=1, name="broken", make=broken)
+    with pytest.raises(RunError, match=r"a replica could not be started: .*out of memory on cuda:0, 9\.00 GiB are"):
+        fails.deploy(60, lambda: False)
+    fails.remove()
+    late = Cluster(ray_pair.plan, 1, drain=1, name="late", make=slow)
+    with pytest.raises(RunError, match="0 of 1 replicas were ready within 3 s") as caught:
+        late.deploy(3, lambda: False)
+    assert caught.value.hint == "serve.startup gives it more time"
+    late.remove()
+    resolved = two_small_gpus()
+    with pytest.raises(UsageError, match="3 replicas of 2 GPUs take 6, Ray has 0"):
+        Cluster(resolved.plan, 3, drain=1).deploy(60, lambda: False)
+
+
+def test_a_start_can_be_given_up(ray_pair: Any) -> None:
+    from sana_deploy.serve.ray_cluster import Cluster
+    from sana_deploy.serve.ray_engine import RayEngine
+
+    async def run() -> None:
+        cluster = Cluster(ray_pair.plan, 1, drain=1, name="given up", make=slow)
+        engine = RayEngine(cluster, startup=60, queue=1, timeout=1)
+        loading = asyncio.create_task(engine.start())
+        await asyncio.sleep(2)
+        loading.cancel()
+        await asyncio.wait_for(engine.close(), 20)
+        assert cluster.living() == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_pair")
+def test_the_command_serves_a_plan_on_ray_with_the_bits_of_the_engine_of_one_process(
+    small: Callable[..., DeploySpec], tiny: Path, tmp_path: Path
+) -> None:
+    plan = compile_spec(small("precision=fp32", "workload.guidance_scale=1")).save(tmp_path / "plan.json")
+    pictures = []
+    for options in (["serve.engine=ray", "serve.replicas=2"], []):
+        command = ["-m", "sana_deploy", "serve", f"plan_file={plan}", "serve.port=0", "serve.most_steps=60", *options]
+        one = Process([sys.executable, *command], tmp_path)
+        try:
+            url = one.url()
+            with ThreadPoolExecutor(4) as pool:
+                asked = [pool.submit(ask, url, seed=seed, steps=30) for seed in range(4)]
+                if options:
+                    assert "on 2 replicas of Ray Serve" in one.said
+                    wait_for(url, "sana_working", 2.0)
+                    os.kill(replicas_of(one.process.pid)[0], signal.SIGKILL)
+                pictures.append([answer.result() for answer in asked])
+            one.process.send_signal(signal.SIGTERM)
+            assert one.ended() == 0, one.said
+            assert one.said.rstrip().endswith("stopped")
+        finally:
+            one.process.kill()
+            one.process.wait()
+    assert pictures[0] == pictures[1]
+    assert len(set(pictures[0])) == 4
+
+
+def ask(url: str, **body: Any) -> bytes:
+    answer = httpx2.post(f"{url}/v1/images/generations", json={"prompt": "x", "size": "64x32", **body}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    picture = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
+    return picture.tobytes()
+
+
+def test_plans_that_ray_cannot_keep_are_refused() -> None:
+    unlike = compile_spec(compose_spec(["model=sana_1600m_controlnet", "machine=virtual", "hardware.replicas=2",
+                                        "machine.gpus='rtx4090,h100'", "hardware=multi_gpu_balanced"]))  # fmt: skip
+    with pytest.raises(UsageError, match="are all alike, those of this plan differ") as caught:
+        check_for_ray(unlike, unlike.spec.resolve)
+    assert caught.value.hint == "serve.engine=local serves replicas that differ"
+    one = unlike.each()[0]
+    check_for_ray(one, one.spec.resolve)
+    with pytest.raises(UsageError, match="chooses GPUs, and with engine=ray Ray does"):
+        check_for_ray(one, Resolve(bind={"0": "GPU-1"}))
+
+
+def test_a_request_is_admitted_for_the_fullest_gpu_that_ray_may_give(machine: Callable[..., Machine]) -> None:
+    first, second, other = machine(24, 24, 80).gpus
+    busy = Machine("present", (first, replace(second, free_bytes=5), other), 1)
+    assert [gpu.free_bytes for gpu in machine_for_ray(busy).gpus] == [5, 5, other.free_bytes]
