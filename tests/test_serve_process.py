@@ -268,6 +268,11 @@ def test_the_command_serves_a_saved_plan_from_end_to_end(
         (["serve", "plan.json"], 2, "'plan.json' is no override"),
         (["serve", "until=compile"], 2, "until is of a single run, a service has no use for it"),
         (["serve", "serve.queue=1"], 3, "most_images=10 must not exceed queue=1"),
+        (
+            ["serve", "serve.replicas=2"],
+            3,
+            "replicas is of engine=ray; engine=local has those that hardware.replicas planned",
+        ),
         (["serve", "serve.keys=nothing.txt"], 3, "nothing.txt cannot be read: No such file"),
         (["serve", "serve.host=203.0.113.7"], 2, "203.0.113.7:8000 cannot be listened on"),
         (["serve", "plan_file=nothing.json"], 5, "there is no plan file nothing.json"),
@@ -313,3 +318,13 @@ def test_without_the_extra_it_is_named(here: Run, monkeypatch: pytest.MonkeyPatc
     said = " ".join(ended.stderr.split())
     assert "fastapi, uvicorn are needed to serve and are not installed" in said
     assert 'pip install "sana-deploy[serve]"' in said
+
+
+def test_without_ray_serve_its_extra_is_named(here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = ("watchfiles", "aiohttp_cors")  # ray alone comes with another extra
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name in hidden else True)
+    ended = here("serve", "serve.engine=ray")
+    assert ended.returncode == 2
+    said = " ".join(ended.stderr.split())
+    assert "ray[serve] is needed to serve and is not installed" in said
+    assert 'pip install "sana-deploy[serve-ray]"' in said
