@@ -133,6 +133,7 @@ def test_calls_that_the_pipeline_does_not_make_get_everything_each_time(
 
 CHANGES: dict[str, Callable[[Any], object]] = {
     "values": lambda model: model.layers[0].mlp.down_proj.weight.mul_(2),
+    "values past PyTorch's count": lambda model: model.layers[0].mlp.down_proj.weight.data.mul_(2),
     "weights": lambda model: setattr(
         model.norm, "weight", torch.nn.Parameter(model.norm.weight + 1, requires_grad=False)
     ),

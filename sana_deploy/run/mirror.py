@@ -94,7 +94,7 @@ class Mirror:
             gc.collect()  # a hooked module refers to itself
 
     def _make(self) -> None:
-        state, weights = ModuleState(self.module, values=True), self._digest(_stored(self.module))
+        state, weights = ModuleState(self.module, values=True), self._digest(stored(self.module))
         self.refusal = whole_only(self.module)
         if not self.refusal:
             try:
@@ -106,7 +106,7 @@ class Mirror:
         self._state, self._weights = state, weights  # last: where the copy failed, the next call tries again
 
     def _same_weights(self) -> bool:
-        found = self._digest(_stored(self.module))
+        found = self._digest(stored(self.module))
         if found is None or self._weights is None:
             return True
         return found.device == self._weights.device and torch.equal(found, self._weights)
@@ -169,7 +169,7 @@ def whole_only(module: nn.Module) -> str:
         processor = vars(layer).get("processor")
         if processor is not None and not _takes_rows_alone(type(processor)):
             return f"{path} has the attention processor {type(processor).__name__}, which may look at rows together"
-    if any(part.is_inference() for part in _stored(module)):
+    if any(part.is_inference() for part in stored(module)):
         return "its weights were made in inference mode, which hides what is written to them"
     return ""
 
@@ -179,6 +179,6 @@ def _takes_rows_alone(kind: type) -> bool:
     return kind.__module__.startswith("diffusers.") and "PAG" not in kind.__name__
 
 
-def _stored(module: nn.Module) -> list[torch.Tensor]:
+def stored(module: nn.Module) -> list[torch.Tensor]:
     """The ordinary tensors that hold a module's weights and buffers."""
     return [part for _, _, value in own_tensors(module) for part in parts_of(value)]

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..declare.pipelines import Call, ComponentDescription
 from .border import Border
+from .mirror import Digest, stored
 from .module_state import ModuleState, PlacedForward, autocast_dtype
 from .offload import OffloadedWeights
 from .recent import Recent
@@ -28,10 +29,11 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Kept:
-    """A result: its class, and the fields that the pipeline reads, on the CPU."""
+    """A result: its class, the fields that the pipeline reads, on the CPU, and the digest of the weights it is of."""
 
     kind: Callable[..., Any]
     fields: Mapping[str, torch.Tensor]
+    weights: bytes | None
 
     def made_anew(self) -> Any:
         """A result on the CPU that nobody else has."""
@@ -45,11 +47,15 @@ class PromptCache:
         module: the text encoder.
         call: how the pipeline calls it.
         most: results that are kept.
-        weights: what moves its weights, where they wait on the CPU between its turns.
+        digest: what to recognise weights by: writing through `tensor.data` leaves no trace on a tensor.
+        weights: what moves its weights, where they wait on the CPU between its turns. Their digest is not taken, since
+            the CPU would read them for longer than a GPU encodes a prompt.
     """
 
-    def __init__(self, module: nn.Module, call: Call, most: int, weights: OffloadedWeights | None = None) -> None:
-        self.module, self.call, self.weights = module, call, weights
+    def __init__(
+        self, module: nn.Module, call: Call, most: int, digest: Digest, weights: OffloadedWeights | None = None
+    ) -> None:
+        self.module, self.call, self.weights, self._digest = module, call, weights, digest
         self.kept: Recent[Hashable, Kept] = Recent(most)
         self._lock = threading.Lock()
         self._resting: ModuleState | None = None
@@ -73,6 +79,9 @@ class PromptCache:
         with self._lock:
             self._follow_changes()
             kept = self.kept.get(key)
+            if kept is not None and kept.weights != self._weights():
+                self.kept.clear()
+                kept = None
         return kept.made_anew() if kept else None
 
     def keep(self, key: Hashable, result: Any) -> None:
@@ -81,7 +90,12 @@ class PromptCache:
         with self._lock:
             if self._there and self._arrived is None:
                 self._arrived = ModuleState(self.module, values=True)
-            self.kept.put(key, Kept(type(result), fields))
+            self.kept.put(key, Kept(type(result), fields, self._weights()))
+
+    def _weights(self) -> bytes | None:
+        """The digest of the weights; None where it is not taken."""
+        found = self._digest(stored(self.module)) if self.weights is None else None
+        return None if found is None else _bytes(found)
 
     @property
     def _there(self) -> bool:
@@ -107,7 +121,7 @@ def remember_prompts(module: nn.Module, part: ComponentDescription, border: Bord
     Observers hear of such a call as of any other. Offloaded weights stay where they are.
     """
     call, through = part.call("forward"), module.forward
-    cache = PromptCache(module, call, most, border.offloaded.get(part.name))
+    cache = PromptCache(module, call, most, border.host.digest, border.offloaded.get(part.name))
 
     @functools.wraps(through)
     def forward(*args: Any, **kwargs: Any) -> Any:
