@@ -30,7 +30,7 @@ from sana_deploy.declare.serving import Serving
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import UsageError
 from sana_deploy.plan.artifact import ResolvedPlan
-from sana_deploy.serve import command, replica, server
+from sana_deploy.serve import command, engines, server
 from sana_deploy.serve.engine import QueueFullError
 from sana_deploy.serve.replica import PipelineReplica
 
@@ -198,7 +198,7 @@ def test_every_replica_of_a_plan_is_served(monkeypatch: pytest.MonkeyPatch) -> N
             super().__init__(0)
             given.append(one)
 
-    monkeypatch.setattr(replica, "PipelineReplica", Noting)
+    monkeypatch.setattr(engines, "PipelineReplica", Noting)
     service = command._service(resolved, spec, Serving(), ())
     assert [one.plan.digest for one in given] == [one.digest for one in plan.each()]
     assert [set(one.slot_devices.values()) for one in given] == [{"vgpu:0", "vgpu:1"}, {"vgpu:2", "vgpu:3"}]
