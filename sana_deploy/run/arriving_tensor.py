@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch.utils import _pytree as pytree
+
+from .stand_in_tensor import StandInTensor
 
 
 class Arrival(Protocol):
@@ -33,7 +34,7 @@ class Arrival(Protocol):
         ...
 
 
-class ArrivingTensor(torch.Tensor):
+class ArrivingTensor(StandInTensor):
     """What will stand in `buffer`: any operation that reads it waits for it first, and sees an ordinary tensor.
 
     A graph of a call that is given one is cut where the call reads it. What changes it, or looks at part of it, works
@@ -94,27 +95,7 @@ class ArrivingTensor(torch.Tensor):
             raise RuntimeError("a tensor that arrives from another device is changed in place")
         return self.arrived().clone()
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"ArrivingTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, _: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        parts = func.decompose(*args, **kwargs)  # inference mode leaves it to a subclass to take operations apart
-        if parts is not NotImplemented:
-            return parts
+    def plain(self, func: Any) -> torch.Tensor:
+        """A copy for what changes it or looks at part of it, else what arrived."""
         changing = func._schema.is_mutable
-        owners: dict[int, ArrivingTensor] = {}  # operations in place return what they were given
-
-        def plain(value: ArrivingTensor) -> torch.Tensor:
-            found = value.copied(changing) if changing or func.is_view else value.arrived()
-            owners[id(found)] = value
-            return found
-
-        args, kwargs = pytree.tree_map_only(cls, plain, (args, kwargs))
-        result = func(*args, **kwargs)
-        return pytree.tree_map_only(torch.Tensor, lambda made: owners.get(id(made), made), result)
+        return self.copied(changing) if changing or func.is_view else self.arrived()

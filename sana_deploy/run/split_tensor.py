@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .stand_in_tensor import StandInTensor
+
 Fetch = Callable[[torch.Tensor], torch.Tensor]
 
 
-class SplitTensor(torch.Tensor):
+class SplitTensor(StandInTensor):
     """The rows of two tensors, one after the other, each where it was made.
 
     It has the shape of the whole and the device of its first half. A cast casts both halves; any other operation puts
@@ -42,32 +44,18 @@ class SplitTensor(torch.Tensor):
         assert self._whole is not None
         return self._whole
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"SplitTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    def plain(self, func: Any) -> torch.Tensor:
+        """The whole, whatever is done with it."""
+        return self.whole()
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, _: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        parts = func.decompose(*args, **kwargs)  # inference mode leaves it to a subclass to take operations apart
-        if parts is not NotImplemented:
-            return parts
+    def instead(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        """A cast, of both halves."""
         source = args[0]
-        if func is torch.ops.aten._to_copy.default and source.halves is not None and set(kwargs) == {"dtype"}:
-            first, second = (half.to(**kwargs) for half in source.halves)
-            return cls(first, second, source._fetch)
-        owners: dict[int, SplitTensor] = {}  # operations in place return what they were given
-
-        def plain(value: SplitTensor) -> torch.Tensor:
-            owners[id(value.whole())] = value
-            return value.whole()
-
-        args, kwargs = pytree.tree_map_only(cls, plain, (args, kwargs))
-        result = func(*args, **kwargs)
-        return pytree.tree_map_only(torch.Tensor, lambda made: owners.get(id(made), made), result)
+        if func is not torch.ops.aten._to_copy.default or source.halves is None or set(kwargs) != {"dtype"}:
+            return NotImplemented
+        first, second = (half.to(**kwargs) for half in source.halves)
+        return cls(first, second, source._fetch)
 
 
 def as_whole(value: Any) -> Any:
