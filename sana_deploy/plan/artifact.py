@@ -14,12 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from .._files import write_text
-from .._models import Diagnostic, Record
+from .._models import Diagnostic
 from .._version import __version__
-from ..declare.hardware import Split
-from ..declare.knobs import Exactness
 from ..declare.pipelines import PIPELINES, SANA_CONTROLNET, Component, PipelineDescription
-from ..declare.runtime import Execution
 from ..declare.spec import DeploySpec
 from ..errors import PlanError
 from ..facts.libraries import library_versions
@@ -29,18 +26,9 @@ from .bind import Binding, bind_slots, planned_machine, staleness_of
 from .digest import digest_of
 from .records import (
     CheckpointRecord,
-    Considered,
-    Estimates,
-    Faster,
-    KnobPrice,
-    Place,
     PlacedComponent,
-    PlacedUnit,
-    RejectionCount,
     Replica,
     Slot,
-    Tile,
-    Transfer,
     total_rate,
 )
 from .units import component_of
@@ -49,7 +37,7 @@ SCHEMA_VERSION = "1.4"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
 
 
-class Plan(Record):
+class Plan(Replica):
     """An explicit device and dtype for every component, with the reasons. See the module docstring.
 
     A plan that is not `feasible` shows the closest miss: it can be read, not applied. `units` are those beyond the
@@ -68,27 +56,10 @@ class Plan(Record):
     digest: str
     spec: DeploySpec
     checkpoint: CheckpointRecord
-    slots: list[Slot]
-    home: Place
-    device_map: dict[Component, Place]
-    components: dict[Component, PlacedComponent]
-    knobs: list[str]
-    transfers: list[Transfer]
-    estimates: Estimates
-    considered: Considered
-    rejections: list[RejectionCount]
-    diagnostics: list[Diagnostic]
     basis: dict[str, str]
     feasible: bool = True
-    knob_prices: dict[str, KnobPrice] = {}
-    vae_tile: Tile | None = None
     libraries: dict[str, str] = {}
     pipeline_class: str = SANA_CONTROLNET.class_name
-    units: dict[str, PlacedUnit] = {}
-    runtime: Execution = "eager"
-    split: Split = "none"
-    exactness: Exactness | None = None
-    faster: list[Faster] = []
     replicas: list[Replica] = []
     images_per_second: float | None = None
 
@@ -115,7 +86,7 @@ class Plan(Record):
         return max((slot.fullness for slot in self.all_slots), default=None)
 
     @property
-    def _parts(self) -> tuple[Plan | Replica, ...]:
+    def _parts(self) -> tuple[Replica, ...]:
         """What says where each replica is: the plan itself for the first one."""
         return (self, *self.replicas)
 

@@ -228,7 +228,7 @@ class RejectionCount(Record):
 class Replica(Record):
     """One pipeline of several beside each other: what of a plan is its own. Slots are those of the machine.
 
-    The plan's keys of the same names are those of the first replica.
+    A plan is the first one, with what all of them share.
     """
 
     slots: list[Slot]
