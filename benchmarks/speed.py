@@ -1,6 +1,7 @@
 """Seconds of a whole image with each runtime and split, beside diffusers' own eager pipeline in the same process.
 
     python benchmarks/speed.py FOLDER [--model sana_1600m_controlnet] [--turns 7] [--sides 512 1024] [--batches 1]
+                              [--allow encode_once]
     python benchmarks/speed.py FOLDER --endure 1000
 
 FOLDER gets a checkpoint with random weights, unless it is there (`make_checkpoint.py`). Each case is drawn by diffusers
@@ -10,6 +11,9 @@ the ratio of medians to diffusers; the seconds of the first picture, in which sh
 the plan's seconds over those measured; for each GPU what PyTorch's allocator had at most over what the plan counts;
 whether all pictures have the same bits, and how far they are apart; the seconds of each phase; and a step over the
 FLOPs of its matrix products at the card's rate. A busy host makes diffusers slower, and ratios better.
+
+The control image is encoded once, as by default: at some sizes that rounds otherwise than two at once. `--allow`
+without a knob compares what keeps the bits.
 
 `--endure` draws that many requests in turn with graphs, and prints what memory and eager calls grew by.
 """
@@ -53,6 +57,7 @@ class Way:
 
     runtime: str
     split: str = "none"
+    allow: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -61,11 +66,12 @@ class Way:
 
     @property
     def hardware(self) -> tuple[str, ...]:
-        """Overrides: without knobs, as diffusers has it."""
+        """Overrides: everything on the first GPU, but for the second half of guidance."""
+        allow = f"hardware.allow=[{','.join(self.allow)}]"
         if self.split == "none":
-            return ("hardware=single_gpu", "hardware.allow=[]", "hardware.use=[0]")
+            return ("hardware=single_gpu", allow, "hardware.use=[0]")
         return ("hardware=multi_gpu_balanced", f"hardware.split={self.split}", "hardware.objective=latency",
-                "hardware.allow=[]", "hardware.pin.transformer=0", "hardware.pin.text_encoder=0",
+                allow, "hardware.pin.transformer=0", "hardware.pin.text_encoder=0",
                 "hardware.pin.vae=0", "hardware.pin.controlnet=0")  # fmt: skip
 
 
@@ -143,6 +149,7 @@ def measure(
     pairs = list(zip(pictures, reference, strict=True))
     yield "same_bits", all(torch.equal(one, other) for one, other in pairs)
     yield "largest_difference", round(max(float((one - other).abs().max()) for one, other in pairs), 5)
+    generate(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)  # imports what it needs
     phases = generate(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)[1].seconds
     yield "phases", {name: round(value, 4) for name, value in phases.items()}
     yield "planned_phases", plan.estimates.seconds
@@ -150,11 +157,11 @@ def measure(
     unplace(pipeline)
 
 
-def ways(only: list[str] | None) -> list[Way]:
+def ways(only: list[str] | None, allow: list[str]) -> list[Way]:
     """What is compared: every runtime on one GPU, and where there are two, each with graphs on both; `only` those."""
-    found = [Way(name) for name in RUNTIMES]
+    found = [Way(name, allow=(*allow,)) for name in RUNTIMES]
     if torch.cuda.device_count() > 1:
-        found += [Way(name, "guidance") for name in RUNTIMES if name != "eager"]
+        found += [Way(name, "guidance", (*allow,)) for name in RUNTIMES if name != "eager"]
     return [way for way in found if not only or way.name in only]
 
 
@@ -168,7 +175,7 @@ def compare(options: argparse.Namespace, pipeline: Any) -> None:
         reference, seconds = drawn(draw, turns, WARM)
         base = median(seconds[WARM:])
         print(json.dumps({"side": side, "batch": batch, "way": "diffusers", "seconds": round(base, 4)}), flush=True)
-        for way in ways(options.ways):
+        for way in ways(options.ways, options.allow):
             row = {"side": side, "batch": batch, "split": way.split}
             try:
                 plan = planned(options.folder, side, batch, way)
@@ -207,6 +214,7 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="*")
     parser.add_argument("--batches", type=int, nargs="*")
     parser.add_argument("--ways", nargs="*", help="e.g. graphs compiled graphs+guidance; all of them unless given")
+    parser.add_argument("--allow", nargs="*", default=["encode_once"], help="knobs; none for the bits of diffusers")
     parser.add_argument("--endure", type=int, default=0)
     options = parser.parse_args()
     if not (options.folder / "model_index.json").is_file():

@@ -101,3 +101,19 @@ def test_a_rehearsal_finds_the_memory_that_is_planned_and_compiles_nothing(small
     drawn = [rehearse(compile_spec(small(*one, "precision=fp32", f"runtime={mode}"))) for mode in ("eager", "compiled")]
     assert drawn[0].images[0].tobytes() == drawn[1].images[0].tobytes()
     assert "compile" not in drawn[1].measured.seconds
+
+
+@pytest.mark.parametrize("gpu", ["p100", "v100"])
+def test_gpus_that_inductor_refuses_run_eagerly_and_are_not_offered_it(gpu: str) -> None:
+    older = gpu == "p100"
+    machine = ("machine=virtual", f"machine.gpus={gpu}", "hardware=single_gpu")
+    asked = compile_plan(["model=sana_600m_controlnet", *machine, *side(1024), "runtime=compiled", "precision=auto"])
+    said = [one for one in asked.diagnostics if one.type == "old_gpu"]
+    assert asked.runtime == ("eager" if older else "compiled")
+    assert [one.message.partition(", it")[0].split(",")[0] for one in said] == older * [
+        "runtime=compiled needs compute capability 7.0"
+    ]
+    offered = compile_plan(
+        ["model=sana_600m_controlnet", *machine, *side(1024), "runtime=eager", "precision=auto"]
+    ).faster
+    assert any(one.runtime == "compiled" for one in offered) is not older

@@ -136,7 +136,7 @@ def test_the_text_encoder_s_graphs_share_the_pool_and_stay_eager_where_its_weigh
     assert slot_use(waiting, {"text_encoder": 0}, 0).pool_bytes == 0
     rates = KNOWN_GPUS["h100"]
     seconds = [component_phases(one.components["text_encoder"], one.steps, rates)["encode"] for one in (eager, graphed)]
-    assert seconds[1] == seconds[0], "until a card has shown them"
+    assert seconds[1] < 0.5 * seconds[0], "two calls of 26 layers that Python need not launch"
 
 
 @pytest.mark.parametrize("execution", RUNTIMES)
@@ -166,7 +166,8 @@ def test_auto_takes_graphs_where_a_step_waits_for_python(pixels: int) -> None:
     assert "auto chose graphs: ~" in remark_of(plan)
     assert "ms launched from Python; graphs keep ~" in remark_of(plan)
     assert plan.estimates.seconds["denoise"] < 0.95 * eager.estimates.seconds["denoise"]
-    others = ("encode", "prepare", "decode")
+    assert plan.estimates.seconds["encode"] < 0.5 * eager.estimates.seconds["encode"], "two calls of 26 layers"
+    others = ("prepare", "decode")
     assert [plan.estimates.seconds[phase] for phase in others] == [eager.estimates.seconds[phase] for phase in others]
     assert (plan.knobs, plan.device_map) == (eager.knobs, eager.device_map)
     assert plan.slots[0].peak_bytes - eager.slots[0].peak_bytes == plan.slots[0].pool_bytes > 0

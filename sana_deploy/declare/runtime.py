@@ -23,12 +23,14 @@ class RuntimeDescription:
         exactness: against diffusers in eager mode.
         graphs: whether the calls of a step are launched from CUDA graphs, which keep memory.
         compiles: whether what the pipeline description names of a component is compiled.
+        capability: the least compute capability of GPUs that it works on.
     """
 
     help: str
     exactness: Exactness
     graphs: bool = False
     compiles: bool = False
+    capability: tuple[int, int] = (0, 0)
 
 
 RUNTIMES: dict[Execution, RuntimeDescription] = {
@@ -36,7 +38,9 @@ RUNTIMES: dict[Execution, RuntimeDescription] = {
     "graphs": RuntimeDescription(
         "the kernels of a call are captured once and launched at once", "bitwise", graphs=True
     ),
-    "compiled": RuntimeDescription("compiled blocks, in graphs", "rounding", graphs=True, compiles=True),
+    "compiled": RuntimeDescription(
+        "compiled blocks, in graphs", "rounding", graphs=True, compiles=True, capability=(7, 0)
+    ),
 }
 """By name, the plainest first."""
 

@@ -34,6 +34,8 @@ def _offer(spec: DeploySpec, choice: Choice, way: Way, ways: Ways) -> Faster | N
     chosen, other = choice.search.best, ways.search(way).best
     if chosen is None or other is None or not chosen.seconds or not other.seconds or ways.short_of(other):
         return None
+    if ways.older_than(way.runtime, other):
+        return None
     now, then = (sum(seconds.values()) / spec.workload.batch for seconds in (chosen.seconds, other.seconds))
     if then > WORTH * now:
         return None

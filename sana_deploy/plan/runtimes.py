@@ -26,15 +26,20 @@ def choose_runtime(mode: Execution | Literal["auto"], split: Split, ways: Ways) 
     """Choose the runtime of a split.
 
     `auto` takes one that keeps every bit, makes the denoising loop faster by 5 % and fits under the same knobs, but for
-    those of placements. A denoiser on the CPU has the plainest one: the others are of GPUs.
+    those of placements. A denoiser on the CPU has the plainest one: the others are of GPUs. So have GPUs that are older
+    than what was asked for.
     """
     plainest = Way(PLAINEST, split)
     if mode != "auto" and mode != PLAINEST:
         asked = Way(mode, split)
         best = ways.search(asked).best
-        if best is None or _on_gpu(best, ways.profile(asked)):
+        if best is None:
             return ways.choice(asked)
-        return ways.choice(plainest, _not_on_cpu(mode, ways.profile(plainest)))
+        if not _on_gpu(best, ways.profile(asked)):
+            return ways.choice(plainest, _not_on_cpu(mode, ways.profile(plainest)))
+        if older := ways.older_than(mode, best):
+            return ways.choice(plainest, _too_old(mode, older[0]))
+        return ways.choice(asked)
     best = ways.search(plainest).best
     if best is None or mode == PLAINEST or not _on_gpu(best, ways.profile(plainest)):
         return ways.choice(plainest)
@@ -119,3 +124,12 @@ def _remark(execution: Execution, reason: str) -> Diagnostic:
 def _not_on_cpu(execution: Execution, profile: PipelineProfile) -> Diagnostic:
     message = f"the {profile.pipeline.denoiser} is on the CPU, runtime={execution} is of GPUs: it runs eagerly"
     return Diagnostic(type="no_graphs", severity="warning", message=message, where="runtime.mode")
+
+
+def _too_old(execution: Execution, gpu: Gpu) -> Diagnostic:
+    need, has = (".".join(map(str, one)) for one in (RUNTIMES[execution].capability, gpu.capability))
+    message = f"runtime={execution} needs compute capability {need}, {place_words(gpu.index)} ({gpu.name}) has {has}: "
+    return Diagnostic(
+        type="old_gpu", severity="warning", message=f"{message}it runs eagerly", where="runtime.mode",
+        hint="runtime=auto",
+    )  # fmt: skip

@@ -87,3 +87,8 @@ class Ways:
     def short_of(self, candidate: Candidate) -> list[int]:
         """GPUs that a candidate does not fit, which is so where it is forced."""
         return [i for i, use in candidate.uses.items() if use.peak_bytes > self.gpus[i].free_bytes]
+
+    def older_than(self, runtime: Execution, candidate: Candidate) -> list[Gpu]:
+        """GPUs of a candidate that a runtime does not work on."""
+        used = sorted({place for place in candidate.placement.values() if place != "cpu"})
+        return [self.gpus[i] for i in used if self.gpus[i].capability < RUNTIMES[runtime].capability]

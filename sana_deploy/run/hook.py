@@ -268,7 +268,7 @@ def attach(
     add_hook_to_module(module, hook)
     if compiled:
         hook.use_compiler(module, part.compiled)
-    if (graphed or remembered) and part.call("forward").reads:
+    if part.call("forward").reads:
         hook.read_only(module)
     if part.chains:
         hook.compute_once(module)

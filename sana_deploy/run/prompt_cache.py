@@ -145,14 +145,15 @@ def remember_prompts(module: nn.Module, part: ComponentDescription, border: Bord
 def reading(forward: Forward, call: Call) -> Forward:
     """Return `forward` with results that hold what the pipeline reads of them, and nothing else, in its own calls.
 
-    The keys and values that a text encoder would go on from are not read, and larger than what is.
+    The keys and values that a text encoder would go on from are not read, and larger than what is. A graph could not
+    take the call that keeps them: their cache copies a number from the CPU.
     """
 
     @functools.wraps(forward)
     def reduced(*args: Any, **kwargs: Any) -> Any:
-        result = forward(*args, **kwargs)
         if not call.is_pipelines_own(args, kwargs):
-            return result
+            return forward(*args, **kwargs)
+        result = forward(*args, **kwargs, **dict(call.spares))
         return type(result)(**{name: result[name] for name in call.reads})
 
     return functools.update_wrapper(PlacedForward(reduced), forward)

@@ -35,6 +35,7 @@ class Call:
         factors: named arguments that are numbers which do nothing but multiply the results.
         besides: named inputs that the pipeline gives besides the first one, where it gives no others.
         reads: fields of the result that the pipeline reads, where it reads no others.
+        spares: named arguments, and their values, with which the call does not make what is not read.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Call:
     factors: tuple[str, ...] = ()
     besides: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    spares: tuple[tuple[str, Any], ...] = ()
 
     def is_pipelines_own(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether these are the arguments of a call that the pipeline itself makes, which needs `reads` alone."""

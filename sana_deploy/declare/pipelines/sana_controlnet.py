@@ -132,6 +132,7 @@ SANA_CONTROLNET = PipelineDescription(
                     input="input_ids",
                     besides=("attention_mask",),
                     reads=("last_hidden_state",),
+                    spares=(("use_cache", False),),
                 ),
             ),
             fragile="Gemma 2's activations exceed float16's range",
