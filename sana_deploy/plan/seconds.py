@@ -40,7 +40,7 @@ class Efficiency:
 
 
 PHASE_EFFICIENCY = Efficiency(0.5, 0.3, 0.3)
-"""Of text encoder and VAE. Calibrated on an H200 (docs/measured.md); a text encoder in graphs is 5 % faster on an H100."""
+"""Of text encoder and VAE. Calibrated on an H200 (docs/measured.md); in graphs, a text encoder takes 5 % less."""
 
 
 STEP_EFFICIENCY = Efficiency(0.84, 1.0, 0.33, 2.6e-6)
