@@ -56,7 +56,7 @@ def test_a_batch_of_four_is_counted_too(small: Small) -> None:
              if phase in eager.phase_activations}  # fmt: skip
     pool = plan.slots[0].pool_bytes
     assert saved["prepare"] == pytest.approx(pool, abs=1024)
-    assert pool / 2 < saved["encode"] < pool, "the text encoder works in it"
+    assert pool / 2 < saved["encode"] <= pool + 1024, "the text encoder works in it, the batch's prompts are beside it"
     assert pool / 2 < saved["decode"] < pool, "residuals that wait for nothing are in the pool"
     assert abs(saved["denoise"]) < pool, "it stands in the place of a step's activations"
 
