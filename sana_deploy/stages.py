@@ -20,6 +20,7 @@ from .declare.control_image import check_control_image, drawn_seed
 from .declare.policies import fragile_components
 from .declare.spec import STAGES, DeploySpec, Stage, VirtualMachine
 from .errors import InfeasibleError, RunError, SanaDeployError
+from .facts.checkpoint import settled
 from .facts.headers import weight_files
 from .facts.virtual_machine import describe_machine
 from .plan.artifact import Plan, ResolvedPlan
@@ -137,9 +138,10 @@ def reject(problem: SanaDeployError, folder: Path, overrides: Sequence[str] = ()
 
 
 def _compile(run: Run) -> None:
+    run.spec = settled(run.spec)
     asked = run.spec.workload
     run.remarks += drawn_seed(asked, run.overrides)
-    if run.spec.pipeline.takes_control_image:
+    if run.spec.pipeline.image:
         run.remarks += check_control_image(asked, asked.bounds)
     if run.plan is None:
         with progress("profiling", run.brief) as advance:

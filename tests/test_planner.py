@@ -89,7 +89,7 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
         knobs = {knob for knob, on in zip(TRIED, chosen, strict=True) if on}
         if (tiling and not slicing) or not knobs <= allowed | ({"vae_slicing"} if "vae_tiling" in allowed else set()):
             continue
-        if profile.control_rows > 1 and "encode_once" in allowed:
+        if profile.image_rows > 1 and "encode_once" in allowed:
             knobs.add("encode_once")
         changed = under(profile, knobs)
         for places in itertools.product(by_index, repeat=len(profile.units)):

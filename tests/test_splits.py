@@ -131,13 +131,22 @@ def test_latency_stays_whole_where_the_halves_do_not_fit() -> None:
     assert not [one for one in plan.faster if one.split == "guidance"]
 
 
-def test_a_pipeline_whose_guidance_is_no_row_has_nothing_to_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    embedded = replace(SANA_CONTROLNET, second_half=None)
-    assert embedded.second_units == ()
-    monkeypatch.setattr(DeploySpec, "pipeline", embedded)
-    plan = compile_plan([LARGE, *TWO, GUIDANCE])
-    assert plan.split == "none"
-    assert remarks(plan, "no_split")[0].message.startswith("a SANA ControlNet pipeline has no guidance to split")
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("tiny_sprint", "a SANA-Sprint pipeline embeds guidance, so that a step has no rows to split"),
+        ("tiny_pag", "a SANA PAG pipeline computes the rows of a step together in perturbed attention"),
+    ],
+)
+def test_a_pipeline_whose_guidance_is_no_row_of_its_own_has_nothing_to_split(model: str, why: str) -> None:
+    plan = compile_plan([f"model={model}", *TWO, GUIDANCE])
+    assert (plan.split, dict(plan.units)) == ("none", {})
+    assert remarks(plan, "no_split")[0].message == f"{why}: one GPU computes whole steps"
+    with pytest.raises(InvalidSpecError, match=why) as caught:
+        compile_plan(
+            [f"model={model}", "machine=2x8gb", "hardware=custom_map", "hardware.device_map={transformer.1: 1}"]
+        )
+    assert caught.value.where == "hardware"
 
 
 @pytest.mark.parametrize(

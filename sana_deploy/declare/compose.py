@@ -98,6 +98,8 @@ def _settle_request(workload: dict[str, Any], overrides: Sequence[str]) -> None:
         )
     if path is not None:
         workload["prompt"] = prompt_of(str(path))
+    if workload.get("steps", 0) is None:
+        del workload["steps"]  # the pipeline's own, once it is known
     if workload.get("seed") == "random":
         workload["seed"] = secrets.randbelow(2**32)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from .._models import Declared
 from .._units import parse_bytes
+from ..errors import InvalidSpecError
 from .knobs import KNOBS, Exactness, Knob, MapKnob, clash, ordered
-from .pipelines import DEFAULT, UnitName
+from .pipelines import ALWAYS, DEFAULT, HALVES, PipelineDescription, UnitName
 from .sizes import Size
 
 Objective = Literal["balance", "latency", "fit", "throughput"]
@@ -68,6 +69,14 @@ class Placed(Declared):
         """GPUs that may be taken; None means all."""
         return None
 
+    def of(self, pipeline: PipelineDescription) -> Self:
+        """What it says of the units of `pipeline`.
+
+        Raises:
+            InvalidSpecError: it lacks one of them, or asks for what this pipeline cannot do.
+        """
+        return self
+
 
 class Planned(Placed):
     """What strategies share that choose places themselves.
@@ -123,7 +132,7 @@ def _without_unnamed_units(value: Any) -> Any:
     """Leave out units of the second half of guidance whose place is null."""
     if not isinstance(value, Mapping):
         return value
-    return {key: place for key, place in value.items() if place is not None or key not in DEFAULT.second_units}
+    return {key: place for key, place in value.items() if place is not None or key not in HALVES.values()}
 
 
 class MultiGpuBalanced(Planned):
@@ -141,9 +150,14 @@ class MultiGpuBalanced(Planned):
 
     _named = field_validator("pin", mode="before")(_without_unnamed_units)
 
+    def of(self, pipeline: PipelineDescription) -> MultiGpuBalanced:
+        """The pins of the units of `pipeline`; see `Placed`."""
+        units = (*pipeline.names, *pipeline.second_units)
+        return self.model_copy(update={"pin": {name: place for name, place in self.pin.items() if name in units}})
+
     @model_validator(mode="after")
     def _halves_apart(self) -> MultiGpuBalanced:
-        for first, second in zip(DEFAULT.looped, DEFAULT.second_units, strict=True):
+        for first, second in HALVES.items():
             if self.pin.get(first) is not None and self.pin.get(first) == self.pin.get(second):
                 raise ValueError(
                     f"the halves of guidance work at the same time, pin has {first} and {second} on one GPU"
@@ -178,20 +192,33 @@ class CustomMap(Placed):
     @property
     def split(self) -> Split:
         """`guidance` where the map names units of its second half."""
-        return "guidance" if any(name in self.device_map for name in DEFAULT.second_units) else "none"
+        return "guidance" if any(name in self.device_map for name in HALVES.values()) else "none"
 
     @property
     def gpu_indices(self) -> frozenset[int] | None:
         """Those of the map."""
         return frozenset(place for place in self.device_map.values() if place != "cpu")
 
+    def of(self, pipeline: PipelineDescription) -> CustomMap:
+        """The places of the components of `pipeline`; see `Placed`."""
+        try:
+            self._check_complete(pipeline.names)
+            if self.split == "guidance":
+                self._check_second_half(pipeline)
+        except ValueError as problem:
+            raise InvalidSpecError(str(problem), where="hardware") from None
+        units = (*pipeline.names, *pipeline.second_units)
+        return self.model_copy(
+            update={"device_map": {name: place for name, place in self.device_map.items() if name in units}}
+        )
+
+    def _check_complete(self, names: Sequence[UnitName]) -> None:
+        if missing := [name for name in names if name not in self.device_map]:
+            raise ValueError(f"device_map has no entry for {', '.join(missing)}; every component needs one")
+
     @model_validator(mode="after")
     def _complete(self) -> CustomMap:
-        missing = [name for name in DEFAULT.names if name not in self.device_map]
-        if missing:
-            raise ValueError(f"device_map has no entry for {', '.join(missing)}; every component needs one")
-        if self.split == "guidance":
-            self._check_second_half()
+        self._check_complete(ALWAYS)
         for name in ordered(self.knobs):
             role = KNOBS[name].role
             if KNOBS[name].needs_gpu and self.device_map[DEFAULT.of(role)] == "cpu":
@@ -201,15 +228,17 @@ class CustomMap(Placed):
             raise ValueError(f"{pair[0]} and {pair[1]} exclude each other")
         return self
 
-    def _check_second_half(self) -> None:
+    def _check_second_half(self, pipeline: PipelineDescription) -> None:
         """Refuse a second half of guidance that is not whole, not on GPUs, or on the first one's."""
-        second = DEFAULT.second_units
+        second = pipeline.second_units
+        if pipeline.second_half is None:
+            raise ValueError(f"{pipeline.undivided}; leave {', '.join(HALVES.values())} out of device_map")
         if missing := [name for name in second if name not in self.device_map]:
             there = next(name for name in second if name in self.device_map)
             raise ValueError(f"device_map has {there} and no entry for {', '.join(missing)}: half a step needs both")
-        if on_host := [name for name in (*DEFAULT.looped, *second) if self.device_map[name] == "cpu"]:
+        if on_host := [name for name in (*pipeline.looped, *second) if self.device_map[name] == "cpu"]:
             raise ValueError(f"guidance is split between GPUs, device_map keeps {on_host[0]} on the CPU")
-        for first, other in zip(DEFAULT.looped, second, strict=True):
+        for first, other in zip(pipeline.looped, second, strict=True):
             if self.device_map[first] == self.device_map[other]:
                 raise ValueError(
                     f"the halves of guidance work at the same time, device_map has {first} and {other} on one GPU"

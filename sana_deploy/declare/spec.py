@@ -6,7 +6,7 @@ Sizes are pixels, counts are counts, times are not declared here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -14,10 +14,11 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from .._models import Declared
 from .._units import parse_bytes
+from ..errors import InvalidSpecError
 from .explain import first_error
 from .formats import Dtype, Format, Quantization
 from .hardware import Hardware
-from .pipelines import DEFAULT, Component, PipelineDescription, UnitName
+from .pipelines import ALWAYS, DEFAULT, PIPELINES, Component, PipelineDescription, PipelineName, UnitName
 from .runtime import Runtime
 from .sizes import Size, Sizes
 from .workload import DeclaredWorkload, Side
@@ -41,10 +42,12 @@ class Overrides(Declared):
 class TinyModel(Declared):
     """The generated checkpoint: same architecture, small seeded random weights.
 
-    `resolution`, here and below, is the side in pixels that the workload defaults to.
+    `resolution`, here and below, is the side in pixels that the workload defaults to. `pipeline` is the class in
+    diffusers; None takes the one that the checkpoint names.
     """
 
     kind: Literal["tiny"]
+    pipeline: PipelineName | None = None
     cache_dir: str | None = None
     resolution: Side = 1024
     components: Overrides = Overrides()
@@ -54,6 +57,7 @@ class CatalogueModel(Declared):
     """A published architecture whose configs ship with this package; `source` says where the weights are."""
 
     kind: Literal["catalogue"]
+    pipeline: PipelineName | None = None
     name: Literal["sana_600m_controlnet", "sana_1600m_controlnet"]
     source: str | None = None
     revision: str | None = None
@@ -64,9 +68,10 @@ class CatalogueModel(Declared):
 
 
 class CheckpointModel(Declared):
-    """Any diffusers folder or hub repository with the components of a SANA ControlNet pipeline."""
+    """Any diffusers folder or hub repository with the components of a pipeline of the SANA family."""
 
     kind: Literal["checkpoint"]
+    pipeline: PipelineName | None = None
     source: str
     revision: str | None = None
     variant: str | None = None
@@ -99,13 +104,32 @@ class Precision(Declared):
 
     @model_validator(mode="after")
     def _complete(self) -> Precision:
-        missing = [name for name in DEFAULT.names if name not in self.components]
-        if missing and self.name != "auto":
-            raise ValueError(f"components has no dtype for {', '.join(missing)}; every component needs one")
-        for part in DEFAULT.components:
+        if lack := self._lack(ALWAYS):
+            raise ValueError(lack)
+        for part in (part for one in PIPELINES.values() for part in one.components):
             if part.unquantized and self.quantization.get(part.name):
                 raise ValueError(f"{part.unquantized}: leave quantization.{part.name} out")
         return self
+
+    def of(self, pipeline: PipelineDescription) -> Precision:
+        """What it says of the components of `pipeline`.
+
+        Raises:
+            InvalidSpecError: it has no dtype for one of them.
+        """
+        if lack := self._lack(pipeline.names):
+            raise InvalidSpecError(lack, where="precision")
+        parts = {
+            key: {name: value for name, value in getattr(self, key).items() if name in pipeline.names}
+            for key in ("components", "quantization")
+        }
+        return Precision.model_validate({**self.model_dump(), **parts})
+
+    def _lack(self, names: Sequence[Component]) -> str:
+        missing = [name for name in names if name not in self.components]
+        if not missing or self.name == "auto":
+            return ""
+        return f"components has no dtype for {', '.join(missing)}; every component needs one"
 
     @property
     def formats(self) -> dict[Component, Format]:
@@ -189,8 +213,25 @@ class DeploySpec(Declared):
 
     @property
     def pipeline(self) -> PipelineDescription:
-        """Which pipeline is declared."""
-        return DEFAULT
+        """Which pipeline is declared; `of` settles it where the checkpoint says so."""
+        return PIPELINES[self.model.pipeline] if self.model.pipeline else DEFAULT
+
+    def of(self, pipeline: PipelineDescription) -> DeploySpec:
+        """Return the declaration for a pipeline: what it says of components that this one has, and its own steps.
+
+        Raises:
+            InvalidSpecError: it says nothing of a component that this one has.
+        """
+        workload = self.workload
+        if "steps" not in workload.model_fields_set:
+            workload = workload.model_copy(update={"steps": pipeline.steps})
+        settled = {
+            "model": self.model.model_copy(update={"pipeline": pipeline.class_name}),
+            "hardware": self.hardware.of(pipeline),
+            "precision": self.precision.of(pipeline),
+            "workload": workload,
+        }
+        return self.model_copy(update=settled)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DeploySpec:
@@ -200,9 +241,11 @@ class DeploySpec(Declared):
             InvalidSpecError: naming the first offending key, the rule it breaks, and the nearest known word.
         """
         try:
-            return cls.model_validate(values)
+            spec = cls.model_validate(values)
         except ValidationError as problem:
             raise first_error(problem) from None
+        spec.of(spec.pipeline)
+        return spec
 
 
 @cache

@@ -14,12 +14,14 @@ Side = Annotated[int, Field(ge=VAE_FACTOR, le=8192, multiple_of=VAE_FACTOR)]
 """Height or width in pixels."""
 Batch = Annotated[int, Field(ge=1, le=256)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
+Strength = Annotated[float, Field(gt=0, le=1)]
 
 
 class Workload(Declared):
     """The shape of a request: what it takes in bytes and seconds. Height and width are pixels.
 
-    `guided` says whether classifier-free guidance doubles the batch of the denoiser.
+    `guided` says whether guidance is on; the pipeline says how many rows a step has then. `strength` is the share of
+    the steps that run, where a pipeline starts from an image.
     """
 
     height: Side
@@ -27,18 +29,14 @@ class Workload(Declared):
     batch: Batch = 1
     steps: Steps
     guided: bool
-
-    @property
-    def rows(self) -> int:
-        """Images that the denoiser takes, and copies of the control image: the batch, doubled by guidance."""
-        return self.batch * (2 if self.guided else 1)
+    strength: Strength = 1.0
 
 
 class Request(Declared):
-    """The content of one call, which changes neither bytes nor seconds within a workload.
+    """The content of one call, which changes neither bytes nor, but for `strength`, seconds within a workload.
 
     `control_fit` says what becomes of a control image of other proportions: stretch it, crop its middle, or pad it with
-    black, which is empty in an edge map.
+    black, which is empty in an edge map. Each pipeline's description says which of these keys it reads.
     """
 
     prompt: str
@@ -46,6 +44,8 @@ class Request(Declared):
     control_image: str | None = None
     control_fit: Literal["stretch", "crop", "pad"] = "stretch"
     conditioning_scale: Annotated[float, Field(ge=0, le=10)] = 1.0
+    strength: Strength = 0.6
+    pag_scale: Annotated[float, Field(gt=0, le=100)] = 3.0
     guidance_scale: Annotated[float, Field(ge=0, le=100)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
@@ -58,18 +58,19 @@ class Request(Declared):
 class DeclaredWorkload(Request):
     """The group `workload`: one request, and the shape that its plan is for.
 
-    Height and width are pixels and multiples of the VAE's factor, 32.
+    Height and width are pixels and multiples of the VAE's factor, 32. Steps that are not given are the pipeline's own.
     """
 
     height: Side
     width: Side
     batch: Batch = 1
-    steps: Steps
+    steps: Steps = 20
 
     @property
     def bounds(self) -> Workload:
         """The shape alone."""
-        return Workload(height=self.height, width=self.width, batch=self.batch, steps=self.steps, guided=self.guided)
+        shape = {name: getattr(self, name) for name in Workload.model_fields}
+        return Workload(**shape)
 
     @property
     def request(self) -> Request:

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..declare.pipelines import DEFAULT, Component, ComponentDescription, PipelineDescription
-from ..declare.spec import CatalogueModel, Model, TinyModel
+from ..declare.pipelines import DEFAULT, PIPELINES, Component, ComponentDescription, PipelineDescription
+from ..declare.spec import CatalogueModel, CheckpointModel, DeploySpec, Model, TinyModel
 from ..errors import CheckpointError
 from . import catalogue, hub
-from .component import ComponentFacts, component_facts, read_json
+from .component import ComponentFacts, check_demands, component_facts, read_json
 from .shapes import Linears, digest
 from .tiny import ensure_tiny
 
@@ -62,10 +62,12 @@ def open_checkpoint(model: Model, *, weights: bool = False) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, damaged, or not a pipeline that is known.
     """
+    pipeline = pipeline_of(model)
     if isinstance(model, TinyModel):
-        return _from_folder("tiny", "tiny", ensure_tiny(model.cache_dir), None, None, model, weights)
+        folder = ensure_tiny(model.cache_dir, pipeline)
+        return _from_folder("tiny", "tiny", folder, None, None, model, pipeline, weights)
     if isinstance(model, CatalogueModel) and not _is_local(model.source) and not weights:
-        return _with_overrides(_from_catalogue(model), model, weights)
+        return _with_overrides(_from_catalogue(model, pipeline), model, weights)
     if model.source is None:
         raise CheckpointError(
             f"no weights of {getattr(model, 'name', 'this model')} are published in diffusers' format",
@@ -76,15 +78,55 @@ def open_checkpoint(model: Model, *, weights: bool = False) -> Checkpoint:
     folder, revision = hub.locate(
         model.source, model.revision, model.variant, "model.source", weights=weights, pickles=model.allow_pickle
     )
-    return _from_folder("checkpoint", model.source, folder, revision, model.variant, model, weights)
+    return _from_folder("checkpoint", model.source, folder, revision, model.variant, model, pipeline, weights)
+
+
+def settled(spec: DeploySpec) -> DeploySpec:
+    """Return a declaration for the pipeline of its model, which a checkpoint's own index may name.
+
+    Raises:
+        CheckpointError: see `pipeline_of`.
+        InvalidSpecError: see `DeploySpec.of`.
+    """
+    return spec.of(pipeline_of(spec.model))
+
+
+def pipeline_of(model: Model) -> PipelineDescription:
+    """Which pipeline the `model` group names: by `model.pipeline`, else what a checkpoint's index says.
+
+    A component published apart turns a pipeline without it into the one with it.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, or of a pipeline that is not known; or no pipeline of its kind has
+            the component published apart.
+    """
+    pipeline = DEFAULT if model.pipeline is None else PIPELINES[model.pipeline]
+    if model.pipeline is None and isinstance(model, CheckpointModel):
+        folder, _ = hub.locate(model.source, model.revision, model.variant, "model.source", weights=False)
+        named = str(read_json(folder / "model_index.json", "model.source").get("_class_name"))
+        if named not in PIPELINES:
+            message = f"{folder} holds a {named}, which is not supported: {', '.join(PIPELINES)} are"
+            hint = "model.pipeline=CLASS reads its components as those of another class"
+            raise CheckpointError(message, where="model.source", hint=hint)
+        pipeline = PIPELINES[named]
+    for name in model.components.given():
+        if name not in pipeline.names:
+            wider = dict(pipeline.extended).get(name)
+            if wider is None:
+                message = f"a {pipeline.title} has no {name}"
+                raise CheckpointError(message, where=f"model.components.{name}", hint="leave it out")
+            pipeline = PIPELINES[wider]
+    return pipeline
 
 
 def _is_local(source: str | None) -> bool:
     return source is not None and Path(source).expanduser().is_dir()
 
 
-def _from_catalogue(model: CatalogueModel) -> Checkpoint:
+def _from_catalogue(model: CatalogueModel, pipeline: PipelineDescription) -> Checkpoint:
     entry = catalogue.load(model.name)
+    own = [part for part in pipeline.components if part.name not in model.components.given()]
+    _check_entry(pipeline, model.name, own, entry)
     components = {
         name: ComponentFacts(
             name=name,
@@ -94,25 +136,46 @@ def _from_catalogue(model: CatalogueModel) -> Checkpoint:
             fixed_bytes=part["fixed_bytes"],
             shapes_digest=part["shapes_digest"],
             linears=Linears(**part["linears"]),
-            library=DEFAULT.by_name[name].library,
+            library=pipeline.by_name[name].library,
         )
-        for name, part in ((name, entry[name]) for name in DEFAULT.names)
+        for name, part in ((one.name, entry[one.name]) for one in own)
     }
-    return Checkpoint("catalogue", model.name, model.revision, components, None)
+    return Checkpoint("catalogue", model.name, model.revision, components, None, pipeline=pipeline)
+
+
+def _check_entry(
+    pipeline: PipelineDescription, model: str, own: Iterable[ComponentDescription], entry: Mapping[str, Any]
+) -> None:
+    """Refuse a catalogued model that lacks what the pipeline needs."""
+    for part in own:
+        where = f"model.source ({part.name})"
+        if part.name not in entry:
+            hint = f"model.components.{part.name}=FOLDER_OR_REPO" if part.name in pipeline.apart else ""
+            raise CheckpointError(f"{model} has no {part.name}, a {pipeline.title} needs one", where=where, hint=hint)
+        check_demands(entry[part.name]["config"], part, model, pipeline.title, where)
 
 
 def _with_overrides(checkpoint: Checkpoint, model: Model, weights: bool) -> Checkpoint:
     components, apart = dict(checkpoint.components), {}
     for name, named in model.components.given().items():
         components[name], apart[name] = _override(checkpoint.pipeline, name, named, weights)
-    return replace(checkpoint, components=components, apart=apart) if apart else checkpoint
+    # In the order of the description, wherever each comes from.
+    ordered = {name: components[name] for name in checkpoint.pipeline.names}
+    return replace(checkpoint, components=ordered, apart=apart) if apart else checkpoint
 
 
 def _from_folder(
-    kind: str, source: str, folder: Path, revision: str | None, variant: str | None, model: Model, weights: bool
+    kind: str,
+    source: str,
+    folder: Path,
+    revision: str | None,
+    variant: str | None,
+    model: Model,
+    pipeline: PipelineDescription,
+    weights: bool,
 ) -> Checkpoint:
-    components = _own_parts(DEFAULT, source, folder, revision, variant, model, weights)
-    return _with_overrides(Checkpoint(kind, source, revision, components, folder), model, weights)
+    components = _own_parts(pipeline, source, folder, revision, variant, model, weights)
+    return _with_overrides(Checkpoint(kind, source, revision, components, folder, pipeline=pipeline), model, weights)
 
 
 def _own_parts(
@@ -157,14 +220,14 @@ def folder_parts(
     Raises:
         CheckpointError: a folder is missing or damaged.
     """
-    folder, found = None, {}
+    folder, found, pipeline = None, {}, pipeline_of(model)
     if main and not isinstance(model, TinyModel):
         folder = _existing(str(model.source), "model.source")
-        found = _own_parts(DEFAULT, str(model.source), folder, None, model.variant, model, weights=False)
+        found = _own_parts(pipeline, str(model.source), folder, None, model.variant, model, weights=False)
     for name in apart:
         named = model.components.given()[name]
         _existing(named, f"model.components.{name}")
-        found[name] = _override(DEFAULT, name, named, weights=False)[0]
+        found[name] = _override(pipeline, name, named, weights=False)[0]
     return folder, found
 
 
@@ -194,7 +257,7 @@ def _check_index(
         entry = index.get(part.name)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found != part.class_name:
-            apart = f"a base SANA checkpoint takes model.components.{part.name}=FOLDER_OR_REPO"
+            apart = f"a plain SANA checkpoint takes model.components.{part.name}=FOLDER_OR_REPO"
             raise CheckpointError(
                 f"{folder} is no {pipeline.title}: its {part.name} is {found or 'missing'}, "
                 f"expected {part.class_name} (its model_index.json names {index.get('_class_name')})",
@@ -204,3 +267,8 @@ def _check_index(
     for helper in ("tokenizer", "scheduler"):
         if not isinstance(index.get(helper), list) or not (folder / helper).is_dir():
             raise CheckpointError(f"{folder} has no {helper}", where="model.source")
+    scheduler = index["scheduler"][-1]
+    if pipeline.scheduler.only and scheduler != pipeline.scheduler.class_name:
+        wanted = pipeline.scheduler.class_name
+        message = f"the scheduler of {folder} is {scheduler}, a {pipeline.title} works with {wanted}"
+        raise CheckpointError(message, where="model.source")

@@ -98,7 +98,7 @@ def component_facts(
     config = read_json(folder / "config.json", where)
     class_name = _class_of(config, part, folder, title, where)
     headers = _headers(folder, variant, where, remote, allow_pickle)
-    _check_complete(config, part, folder, where)
+    _check_complete(config, part, folder, title, where)
     tensors = taken(class_name, config, headers, part.name, str(folder), where)
     stored = _stored(tensors)
     cast, kept = buffers(class_name, config)
@@ -128,8 +128,10 @@ def _class_of(config: Mapping[str, Any], part: ComponentDescription, folder: Pat
     return part.class_name
 
 
-def _check_complete(config: Mapping[str, Any], part: ComponentDescription, folder: Path, where: str) -> None:
-    """Refuse a config without a key that planning reads."""
+def _check_complete(
+    config: Mapping[str, Any], part: ComponentDescription, folder: Path, title: str, where: str
+) -> None:
+    """Refuse a config without a key that planning reads, or that the pipeline cannot work with."""
     missing = [key for key in part.config_keys if config.get(key) is None]
     if missing:
         raise CheckpointError(
@@ -137,6 +139,24 @@ def _check_complete(config: Mapping[str, Any], part: ComponentDescription, folde
             where=where,
             hint="save the component anew with save_pretrained, which writes every key",
         )
+    check_demands(config, part, str(folder), title, where)
+
+
+def check_demands(config: Mapping[str, Any], part: ComponentDescription, origin: str, title: str, where: str) -> None:
+    """Refuse a config that the pipeline cannot work with.
+
+    Args:
+        origin: what has the config.
+        title: what messages call the pipeline.
+
+    Raises:
+        CheckpointError: naming the key, its value, and the one that is needed.
+    """
+    for key, wanted in part.demands:
+        if (found := config.get(key, False)) != wanted:
+            message = f"the {part.name} of {origin} has {key}={found}, a {title} needs {key}={wanted}"
+            hint = "model.pipeline names another class, for which it was made"
+            raise CheckpointError(message, where=where, hint=hint)
 
 
 def _stored(tensors: Mapping[str, TensorFacts]) -> dict[str, int]:

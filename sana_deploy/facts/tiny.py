@@ -1,4 +1,4 @@
-"""The `tiny` checkpoint: SANA ControlNet's architecture with small seeded random weights, made on first use.
+"""The `tiny` checkpoints: each pipeline's architecture with small seeded random weights, made on first use.
 
 Everything a published checkpoint holds is there (model_index, configs, safetensors, tokenizer, scheduler), so
 the real loading code runs on it. Finding it imports nothing heavy; only making it needs torch.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import cache_root
-from ..declare.pipelines import SANA_CONTROLNET
+from ..declare.pipelines import DEFAULT, PipelineDescription, Role
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -66,15 +67,16 @@ _VAE: dict[str, Any] = {
 }
 
 
-def ensure_tiny(cache_dir: str | None = None) -> Path:
-    """Return the folder of the tiny checkpoint, making it first if it is not there.
+def ensure_tiny(cache_dir: str | None = None, pipeline: PipelineDescription = DEFAULT) -> Path:
+    """Return the folder of a pipeline's tiny checkpoint, making it first if it is not there.
 
     It is written under a temporary name and renamed, so that two processes can race and none sees half of it.
 
     Raises:
         InputError: the cache folder cannot be written.
     """
-    folder = cache_root(cache_dir) / f"tiny-{RECIPE}"
+    own = "" if pipeline is DEFAULT else f"{pipeline.class_name}-"
+    folder = cache_root(cache_dir) / f"tiny-{own}{RECIPE}"
     if (folder / "model_index.json").is_file():
         return folder
     try:
@@ -87,7 +89,7 @@ def ensure_tiny(cache_dir: str | None = None) -> Path:
             hint="name a folder you can write: model.cache_dir=FOLDER",
         ) from problem
     try:
-        _write(draft)
+        _write(pipeline, draft)
         draft.chmod(0o755)
         draft.rename(folder)
     except OSError:
@@ -98,25 +100,54 @@ def ensure_tiny(cache_dir: str | None = None) -> Path:
     return folder
 
 
-def _write(folder: Path) -> None:
+def _write(description: PipelineDescription, folder: Path) -> None:
     import diffusers
     import torch
-    from diffusers import AutoencoderDC, SanaControlNetModel, SanaControlNetPipeline, SanaTransformer2DModel
-    from transformers import Gemma2Config, Gemma2Model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        controlnet = SanaControlNetModel(**_DENOISER, num_layers=2)
-        _open_zero_layers(controlnet)
-        pipeline = SanaControlNetPipeline(
-            tokenizer=byte_tokenizer(),
-            text_encoder=Gemma2Model(Gemma2Config(**_TEXT_ENCODER)),
-            vae=AutoencoderDC(**_VAE),
-            transformer=SanaTransformer2DModel(**_DENOISER, num_layers=5),
-            controlnet=controlnet,
-            scheduler=SANA_CONTROLNET.scheduler.make(diffusers),
+        # A ControlNet comes first: the order decides which random numbers each gets.
+        roles: list[Role] = ["controlnet", "text_encoder", "vae", "denoiser"]
+        parts = {name: _MAKERS[role](description) for role in roles if (name := description.find(role))}
+        pipeline = getattr(diffusers, description.class_name)(
+            tokenizer=byte_tokenizer(), scheduler=description.scheduler.make(diffusers), **parts
         )
     pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _controlnet(_: PipelineDescription) -> Any:
+    from diffusers import SanaControlNetModel
+
+    controlnet = SanaControlNetModel(**_DENOISER, num_layers=2)
+    _open_zero_layers(controlnet)
+    return controlnet
+
+
+def _text_encoder(_: PipelineDescription) -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(Gemma2Config(**_TEXT_ENCODER))
+
+
+def _vae(_: PipelineDescription) -> Any:
+    from diffusers import AutoencoderDC
+
+    return AutoencoderDC(**_VAE)
+
+
+def _denoiser(description: PipelineDescription) -> Any:
+    from diffusers import SanaTransformer2DModel
+
+    own = dict(description.by_name[description.denoiser].demands)
+    return SanaTransformer2DModel(**_DENOISER, num_layers=5, **own)
+
+
+_MAKERS: dict[Role, Callable[[PipelineDescription], Any]] = {
+    "controlnet": _controlnet,
+    "text_encoder": _text_encoder,
+    "vae": _vae,
+    "denoiser": _denoiser,
+}
 
 
 def _open_zero_layers(controlnet: nn.Module) -> None:

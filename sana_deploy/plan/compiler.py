@@ -12,7 +12,7 @@ from ..declare.hardware import CustomMap, MultiGpuBalanced, SingleGpu
 from ..declare.spec import DeploySpec, Overrides, VirtualMachine
 from ..errors import InfeasibleError
 from ..facts import machine as machines
-from ..facts.checkpoint import Checkpoint, open_checkpoint
+from ..facts.checkpoint import Checkpoint, open_checkpoint, settled
 from ..facts.machine import Machine
 from ..facts.virtual_machine import describe_machine
 from .artifact import Plan
@@ -46,7 +46,7 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     Raises:
         CheckpointError, InfeasibleError: see `sana_deploy.errors`.
     """
-    fits = partial(_fits, measure)
+    fits, spec = partial(_fits, measure), settled(spec)
     checkpoint = open_checkpoint(spec.model)
     spec = _pinned(spec, checkpoint)
     machine = machine or machine_of(spec)

@@ -4,8 +4,8 @@ Equal decisions have equal digests, whatever minor version wrote them. From 1.4 
 number, and a key that a later version added only where it says something: it is left out where it is empty, and
 `pipeline_class` where it names the one pipeline that earlier versions knew, `runtime` where it is eager, `split` where
 it is none. What was declared of runtime, split and replicas is left out: these keys of the plan are what was decided.
-So are `exactness`, which follows from them, images per second, which follow from seconds, and `faster`, which was not
-taken. Digests of 1.0 to 1.3 cover their number; 1.3 goes on to stand in its place.
+So are `exactness`, which follows from them, images per second, which follow from seconds, `faster`, which was not
+taken, and keys of a request that the pipeline does not read. Digests of 1.0 to 1.3 cover their number; 1.3 goes on to stand in its place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import re
 from typing import Any
 
-from ..declare.pipelines import SANA_CONTROLNET
+from ..declare.pipelines import PIPELINES, SANA_CONTROLNET
 from ..facts.shapes import digest
 
 _OUTSIDE_DIGEST = ("digest", "tool_version", "libraries", "exactness", "faster", "images_per_second")
@@ -28,6 +28,7 @@ _PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 """A hub repository at a commit, which the digest covers; any other ControlNet published apart is a folder of a host."""
 _HOST_PATHS = (
     ("model", "cache_dir"),
+    ("model", "pipeline"),
     ("workload", "control_image"),
     ("workload", "control_fit"),
     ("plan_file",),
@@ -55,6 +56,14 @@ def _drop_folders(named: dict[str, Any]) -> None:
     for name, source in list(named.items()):
         if isinstance(source, str) and not _PINNED.fullmatch(source):
             del named[name]
+
+
+def _drop_unread(pipeline_class: object, workload: dict[str, Any]) -> None:
+    """Leave out keys of a request that only other pipelines read."""
+    own = PIPELINES.get(str(pipeline_class))
+    for key in {key for one in PIPELINES.values() for key in one.reads} if own else ():
+        if own and key not in own.reads:
+            workload.pop(key, None)
 
 
 def _drop_empty(key: str, records: list[Any]) -> None:
@@ -120,6 +129,9 @@ def digest_of(values: dict[str, Any]) -> str:
         case {"considered": {"runners_up": list(runners), **others}}:
             _drop_empty("units", [*runners, others.get("closest")])
     _drop_what_follows(content)
+    match spec:
+        case {"workload": dict(workload)}:
+            _drop_unread(values.get("pipeline_class", SANA_CONTROLNET.class_name), workload)
     match spec:
         case {"model": {"components": dict(named)}}:
             _drop_folders(named)

@@ -32,7 +32,7 @@ def split_guidance(
     pipeline = profile.pipeline
     needs = needs_of(checkpoint, formats, workload.guided, measure)
     halves = {
-        name: profile_component(checkpoint.components[name], formats[name], needs[name], workload, share=0.5)
+        name: profile_component(pipeline, checkpoint.components[name], formats[name], needs[name], workload, share=0.5)
         for name in pipeline.looped
     }
     configs = {name: one.config for name, one in checkpoint.components.items()}

@@ -36,7 +36,7 @@ class Effect:
 def _encode_once(profile: PipelineProfile) -> PipelineProfile:
     """One control image passes the VAE, and crosses to it, in place of its copies."""
     crossings = tuple(
-        replace(one, bytes_each=one.bytes_each // profile.control_rows)
+        replace(one, bytes_each=one.bytes_each // profile.image_rows)
         if one.tensor in profile.pipeline.repeated
         else one
         for one in profile.crossings
@@ -56,7 +56,7 @@ def _offloaded(role: Role) -> Callable[[PipelineProfile], PipelineProfile]:
 
 
 EFFECTS: dict[Knob, Effect] = {
-    "encode_once": Effect(_encode_once, useful=lambda profile: profile.control_rows > 1),
+    "encode_once": Effect(_encode_once, useful=lambda profile: profile.image_rows > 1),
     "vae_slicing": Effect(lambda profile: profile.with_vae(sliced=True)),
     "split_controlnet": Effect(),
     "text_encoder_offload": Effect(_offloaded(role="text_encoder")),

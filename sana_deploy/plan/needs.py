@@ -41,7 +41,7 @@ def measured_as(form: Format) -> Format:
 
 
 def needs_of(checkpoint: Checkpoint, formats: Mapping[Component, Format], guided: bool, measure: Measure) -> Measured:
-    """Return each component's needs by phase for its format, with or without guidance.
+    """Return each component's needs by phase for its format, with or without guidance, where that makes a difference.
 
     `rehearsal/calibrate.py` says which quantities these are. `measure` is called where they are neither shipped nor
     kept.
@@ -50,6 +50,7 @@ def needs_of(checkpoint: Checkpoint, formats: Mapping[Component, Format], guided
         CheckpointError: a checkpoint that must be measured has an incomplete config.
         RunError: it must be measured, and this PyTorch has no virtual GPUs.
     """
+    guided = guided and checkpoint.pipeline.counts_guidance
     shipped, key = catalogue.calibrated(), "guided" if guided else "unguided"
     found: dict[Component, Mapping[Phase, Mapping[str, Any]]] = {}
     for name in checkpoint.components:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from ..declare.formats import Format
@@ -101,7 +101,7 @@ class PipelineProfile:
 
     Attributes:
         pipeline: which pipeline it is.
-        control_rows: copies of the control image that the pipeline makes, the first one included.
+        image_rows: rows of a request's image that pass the VAE, copies that the pipeline makes included.
         vae_under: what the VAE needs in each mode.
         vae_mode: the mode that `components` has it in.
         further: units beyond the first of their component, and what each needs; its component's profile is then what
@@ -112,7 +112,7 @@ class PipelineProfile:
     components: Mapping[Component, ComponentProfile]
     crossings: tuple[Crossing, ...]
     steps: int
-    control_rows: int = 1
+    image_rows: int = 0
     vae_under: Mapping[VaeMode, ComponentProfile] = field(default_factory=dict)
     vae_mode: VaeMode = field(default_factory=VaeMode, compare=False)
     further: Mapping[Unit, ComponentProfile] = field(default_factory=dict)
@@ -160,18 +160,22 @@ def profile_pipeline(
         workload,
         {name: form.dtype for name, form in formats.items()},
     )
-    under = {mode: profile_component(facts[vae], formats[vae], needs[vae], workload, mode) for mode in VaeMode.all()}
+    profiled = partial(profile_component, pipeline)
+    under = {mode: profiled(facts[vae], formats[vae], needs[vae], workload, mode) for mode in VaeMode.all()}
     parts = {
-        name: under[VaeMode()] if name == vae else profile_component(one, formats[name], needs[name], workload)
+        name: under[VaeMode()] if name == vae else profiled(one, formats[name], needs[name], workload)
         for name, one in facts.items()
     }
-    waiting = _waiting_in_decode(pipeline, needs[denoiser], workload, crossings)
-    home = parts[denoiser]
-    parts[denoiser] = replace(home, activations={"decode": waiting, **home.activations})
-    return PipelineProfile(pipeline, parts, crossings, workload.steps, workload.rows, under)
+    if pipeline.waiting:
+        waiting, home = _waiting_in_decode(pipeline, needs[denoiser], workload, crossings), parts[denoiser]
+        parts[denoiser] = replace(home, activations={"decode": waiting, **home.activations})
+    return PipelineProfile(
+        pipeline, parts, crossings, pipeline.steps_run(workload), pipeline.image_rows(workload), under
+    )
 
 
 def profile_component(
+    pipeline: PipelineDescription,
     facts: ComponentFacts,
     form: Format,
     needs: Mapping[Phase, Mapping[str, Any]],
@@ -186,7 +190,7 @@ def profile_component(
         mode: the VAE's, None for any other.
         share: of the rows of a request, what passes it.
     """
-    calls = {phase: _Call.of(workload, phase, mode or VaeMode(), share) for phase in PHASES if phase in needs}
+    calls = {phase: _Call.of(pipeline, workload, phase, mode or VaeMode(), share) for phase in PHASES if phase in needs}
     return ComponentProfile(
         facts.name,
         facts.class_name,
@@ -195,7 +199,7 @@ def profile_component(
         {phase: _activation(needs[phase], call) for phase, call in calls.items()},
         {phase: _work(needs[phase], call) for phase, call in calls.items()},
         unsplit_bytes=facts.unsplit_bytes(form),
-        workspaces={} if mode is None else _workspaces(form, workload, mode),
+        workspaces={} if mode is None else _workspaces(pipeline, form, workload, mode),
     )
 
 
@@ -207,18 +211,18 @@ def _waiting_in_decode(
 ) -> int:
     """Bytes that the pipeline still holds at home while the VAE decodes: embeddings, as in prepare, and residuals.
 
-    Nothing is allocated there then, so that measuring does not see it.
+    Nothing is allocated there then. Where no residuals wait, what is live when decode begins is measured.
     """
     constant, per_image, *_ = (float(value) for value in needs["prepare"]["activation_bytes"])
     residuals = sum(one.bytes_each for one in crossings if one.tensor in pipeline.waiting)
     return round(constant + per_image * workload.batch) + residuals
 
 
-def _workspaces(form: Format, workload: Workload, mode: VaeMode) -> dict[Phase, int]:
+def _workspaces(pipeline: PipelineDescription, form: Format, workload: Workload, mode: VaeMode) -> dict[Phase, int]:
     """Bytes that cuDNN takes for the VAE's convolutions: for a float32 encode; one image at a time takes one's."""
-    if form.dtype != "float32":
+    if form.dtype != "float32" or pipeline.image is None:
         return {}
-    call = _Call.of(workload, "prepare", mode)
+    call = _Call.of(pipeline, workload, "prepare", mode)
     rows = 1 if mode.sliced else call.rows
     return {"prepare": ENCODE_WORKSPACE * rows * call.pixels_at_once}
 
@@ -255,10 +259,15 @@ class _Call:
     mode: VaeMode
 
     @classmethod
-    def of(cls, workload: Workload, phase: Phase, mode: VaeMode, share: float = 1.0) -> _Call:
-        each = workload.rows // workload.batch if phase == "prepare" else 1
-        rows = 1 if phase == "prepare" and mode.once else workload.batch * each
-        return cls(workload.height, workload.width, share * rows / each, rows, mode)
+    def of(
+        cls, pipeline: PipelineDescription, workload: Workload, phase: Phase, mode: VaeMode, share: float = 1.0
+    ) -> _Call:
+        rows, images = workload.batch, float(workload.batch)
+        if phase == "prepare":
+            whole = pipeline.image_rows(workload)
+            rows = 1 if mode.once else whole
+            images = workload.batch * rows / whole
+        return cls(workload.height, workload.width, share * images, rows, mode)
 
     @property
     def pixels_at_once(self) -> int:

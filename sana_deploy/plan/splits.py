@@ -46,7 +46,7 @@ def why_whole(spec: DeploySpec, machine: Machine) -> str:
     """Why guidance cannot be split between GPUs; empty where it can."""
     hardware, pipeline = spec.hardware, spec.pipeline
     if pipeline.second_half is None:
-        return f"a {pipeline.title} has no guidance to split"
+        return pipeline.undivided
     if not spec.workload.guided:
         return f"there is no guidance to split with workload.guidance_scale={spec.workload.guidance_scale:g}"
     if isinstance(hardware, CustomMap):

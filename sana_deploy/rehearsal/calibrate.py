@@ -1,9 +1,9 @@
 """Calibrates what components need as functions of the request.
 
-`python -m sana_deploy.rehearsal.calibrate` writes the shipped needs anew.
+`python -m sana_deploy.rehearsal.calibrate [MODEL...]` writes the shipped needs anew, or those of some models.
 
 SANA's parts are linear in batch and in batch x pixels, so that four measured points (`measure.py`) determine each
-quantity, with and without guidance (which doubles the batch everywhere but in decode):
+quantity, with and without guidance (which doubles the batch everywhere but in decode, where it adds rows):
 
     quantity = constant + per_image x batch + per_pixel x pixels + per_image_pixel x batch x pixels
 
@@ -16,6 +16,7 @@ pixels that tiles cover.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from ..declare.compose import compose_spec
 from ..declare.formats import Dtype, Format, Quantization
-from ..declare.pipelines import Component, Phase
+from ..declare.pipelines import Component, Phase, PipelineDescription
 from ..facts.catalogue import FOLDER, NAMES
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.needs import OnProgress, measured_as
@@ -34,7 +35,7 @@ PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
 SLICED = tuple(Point(side, batch, VaeMode(sliced=True)) for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
 TILED = tuple(Point(side, batch, VaeMode(sliced=True, tiled=True)) for side, batch in ((1280, 1), (2304, 1), (1280, 2)))
 GUIDANCE = {"guided": True, "unguided": False}
-MODELS = ("tiny", *NAMES)
+MODELS = ("tiny", "tiny_sana", "tiny_pag", "tiny_sprint", "tiny_sprint_img2img", *NAMES)
 _ALL = (Format(dtype, kept) for dtype in get_args(Dtype) for kept in (None, *get_args(Quantization)))
 FORMATS = tuple(dict.fromkeys(measured_as(form) for form in _ALL))
 """What shipped components are measured in."""
@@ -70,7 +71,8 @@ def calibrate(
     for phase, entry in calibrated[vae].items():
         sliced, tiled = ([found[point][vae, phase].activation_bytes for point in points] for points in (SLICED, TILED))
         entry["sliced_bytes"] = _solve(SLICED, sliced)
-        entry["tiling_bytes"] = _solve_tiling(entry, tiled, doubled=guided and phase == "prepare")
+        rows = [_rows(pipeline, point, guided, phase) for point in TILED]
+        entry["tiling_bytes"] = _solve_tiling(entry, tiled, rows)
     return calibrated
 
 
@@ -89,10 +91,16 @@ def _solve(points: Sequence[Point], values: Sequence[int]) -> list[float]:
     return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(values, float))]
 
 
-def _solve_tiling(entry: Mapping[str, Any], values: Sequence[int], doubled: bool) -> list[float]:
+def _rows(pipeline: PipelineDescription, point: Point, guided: bool, phase: Phase) -> int:
+    """Images that pass the VAE in a phase."""
+    workload = point.workload(guided)
+    return pipeline.image_rows(workload) if phase == "prepare" else workload.batch
+
+
+def _solve_tiling(entry: Mapping[str, Any], values: Sequence[int], rows: Sequence[int]) -> list[float]:
     """Solve what exceeds the peak of one tile; a single image passes unsliced."""
     tile = VAE_TILE[0] * VAE_TILE[1]
-    alone = [entry["sliced_bytes" if p.batch > 1 or doubled else "activation_bytes"] for p in TILED]
+    alone = [entry["sliced_bytes" if count > 1 else "activation_bytes"] for count in rows]
     excess = [value - linear(of, p.batch, tile) for value, of, p in zip(values, alone, TILED, strict=True)]
     covered = [covered_pixels(p.side, p.width or p.side) for p in TILED]
     terms = [[1, pixels, p.batch * pixels] for p, pixels in zip(TILED, covered, strict=True)]
@@ -109,6 +117,8 @@ def shipped(checkpoint: Checkpoint, known: set[str]) -> dict[str, Any]:
     names = checkpoint.pipeline.names
     for form in FORMATS:
         for key, guided in GUIDANCE.items():
+            if guided and not checkpoint.pipeline.counts_guidance:
+                continue
             for name, phases in calibrate(checkpoint, dict.fromkeys(names, form), guided).items():
                 differs = form.quantization is None or not checkpoint.pipeline.by_name[name].unquantized
                 for phase, entry in phases.items() if name in entries and differs else ():
@@ -116,10 +126,15 @@ def shipped(checkpoint: Checkpoint, known: set[str]) -> dict[str, Any]:
     return entries
 
 
-def main() -> None:
-    """Calibrate every shipped architecture anew; one that several models share is kept once."""
-    known: set[str] = set()
-    for name in MODELS:
+def main(models: Sequence[str]) -> None:
+    """Calibrate shipped architectures anew; what several models share is kept once, with the first of them.
+
+    Args:
+        models: names of `MODELS`; all where there are none.
+    """
+    wanted = models or MODELS
+    known = {entry["key"] for one in MODELS if one not in wanted for entry in _kept(one).values()}
+    for name in wanted:
         checkpoint = open_checkpoint(compose_spec([f"model={name}"]).model)
         entries = shipped(checkpoint, known)
         known |= {entry["key"] for entry in entries.values()}
@@ -128,5 +143,11 @@ def main() -> None:
         print(f"calibrated {name}", flush=True)
 
 
+def _kept(model: str) -> dict[str, Any]:
+    """The shipped needs of a model; empty where there are none yet."""
+    path = FOLDER / f"{model}.needs.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -144,6 +144,12 @@ class Ledger:
                 peak.total_bytes, peak.weights_bytes = total, self.weights[gpu]
                 peak.activation_bytes, peak.phase, peak.component = self.activations[gpu], self.phase, self.component
 
+    def note_live(self) -> None:
+        """Note what is live on each GPU as what its phase takes at least."""
+        with self._lock:
+            for gpu in range(len(self.capacities)):
+                self._note(gpu)
+
     @contextlib.contextmanager
     def owning(self, component: str) -> Iterator[None]:
         """Count what is claimed inside as weights of `component`."""

@@ -25,6 +25,7 @@ from ..plan.profile import VAE_TILE, VaeMode
 from ..run.border import Border
 from ..run.generate import run_request
 from ..run.hook import attach
+from ..run.request_state import Event
 from .host import VirtualHost
 from .ledger import Ledger, Tally
 from .meta_modules import stand_in
@@ -48,6 +49,11 @@ class Point:
     def pixels(self) -> int:
         """Height x width."""
         return self.side * (self.width or self.side)
+
+    def workload(self, guided: bool) -> Workload:
+        """The request's shape, with or without guidance."""
+        size = {"height": self.side, "width": self.width or self.side}
+        return Workload(**size, batch=self.batch, steps=SHAPE_STEPS, guided=guided)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ class Profiler:
             attach(parts[name], name, device, border)
         self.pipeline.hf_device_map = {name: str(device) for name, device in devices.items()}
         border.observers.append(LedgerClock(self.host.ledger, border.pipeline))
+        if not self.description.waiting:
+            border.observers.append(self._note_decode)
 
     def run(self, point: Point, guided: bool) -> Measurements:
         """Run one request and return what every component needed, on a scheduler that remembers nothing."""
@@ -99,13 +107,16 @@ class Profiler:
         ledger.enter("load", "pipeline")
         ledger.phase_peaks.clear()
         ledger.work.clear()
-        workload = Workload(
-            height=point.side, width=point.width or point.side, batch=point.batch, steps=SHAPE_STEPS, guided=guided
-        )
+        workload = point.workload(guided)
         request = Request(prompt="a small lighthouse", guidance_scale=4.5 if guided else 1.0)
         with self._mode(point.mode), self.host:
             run_request(self.pipeline, workload, request)
         return {key: value for key, value in _collect(ledger, self.description) if value.activation_bytes}
+
+    def _note_decode(self, event: Event, call: str) -> None:
+        """Note what is live on each GPU when decode begins: nothing is allocated beside the VAE then."""
+        if event == "enter" and self.description.phase_of[call] == "decode":
+            self.host.ledger.note_live()
 
     @contextmanager
     def _mode(self, mode: VaeMode) -> Iterator[None]:

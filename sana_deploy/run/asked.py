@@ -17,10 +17,10 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class Drawing:
-    """A request whose control image is in memory already: RGB, (height, width) as the workload has it."""
+    """A request whose image is in memory already: RGB, (height, width) as the workload has it; None without one."""
 
     request: Request
-    control_image: Image
+    control_image: Image | None
 
 
 Asked = Request | Sequence[Drawing]
@@ -51,7 +51,7 @@ def check_asked(workload: Workload, request: Asked) -> None:
 def arguments_of(description: PipelineDescription, workload: Workload, asked: Asked) -> dict[str, Any]:
     """What the pipeline is called with: a generator for each drawing, so that none depends on those beside it."""
     if isinstance(asked, Request):
-        picture = read_control_image(asked, workload) if description.takes_control_image else None
+        picture = read_control_image(asked, workload) if description.image else None
         return {**description.arguments(asked, workload, picture), "generator": _generator(asked)}
     if len(asked) == 1:  # called as a request alone is, so that its picture has the same bits
         (one,) = asked

@@ -57,7 +57,7 @@ def watch_copies(pipeline: SanaControlNetPipeline, on_copies: Callable[[Copies],
     Returns:
         What undoes it; None, with nothing done, for a pipeline whose `prepare_image` is not diffusers' own.
     """
-    prepare = pipeline.prepare_image
+    prepare: Any = getattr(pipeline, "prepare_image", None)
     if getattr(prepare, "__func__", None) is not SanaControlNetPipeline.prepare_image:
         return None
     signature = inspect.signature(prepare)

@@ -144,7 +144,7 @@ def unplace(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 def _check_pipeline(pipeline: object, usage: str) -> None:
     if not isinstance(pipeline, DiffusionPipeline):
         given = f"a {type(pipeline).__name__}"
-        hint = f"{usage}, where pipeline = load_pipeline(plan) or SanaControlNetPipeline.from_pretrained(...)"
+        hint = f"{usage}, where pipeline = load_pipeline(plan) or DiffusionPipeline.from_pretrained(...)"
         raise UsageError(f"a diffusers pipeline is needed, {given} was given", where="pipeline", hint=hint)
 
 
@@ -175,8 +175,8 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
     if "encode_once" in plan.knobs:
         _encode_once(pipeline, border)
     _refuse_group_offload(pipeline, border)
-    if controlnet := plan.pipeline.find("controlnet"):
-        _cast_prompt_once(pipeline, controlnet, border)
+    if plan.pipeline.casts_prompt:
+        _cast_prompt_once(pipeline, border)
     pipeline.hf_device_map = {**resolved.device_map, **resolved.unit_devices}
     return border
 
@@ -236,20 +236,23 @@ def _encode_once(pipeline: DiffusionPipeline, border: Border) -> None:
         border.restore.append(undo)
 
 
-def _cast_prompt_once(pipeline: DiffusionPipeline, controlnet: Component, border: Border) -> None:
+def _cast_prompt_once(pipeline: DiffusionPipeline, border: Border) -> None:
     """Have `encode_prompt` return embeddings in the denoiser's dtype, where the pipeline would cast them in each step.
 
     The values are the same; the tensor is too, in every step, so that it crosses to a ControlNet elsewhere once, is
-    copied for graphs once, and what is made of it is made once.
+    copied for graphs once, and what is made of it is made once. Nothing is cast where the loop computes in two dtypes.
     """
-    encode = pipeline.encode_prompt
+    encode, looped = pipeline.encode_prompt, border.pipeline.looped
 
     @functools.wraps(encode)
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         embeds, mask, negative, negative_mask = encode(*args, **kwargs)
-        dtype = getattr(pipeline, controlnet).dtype  # asked in each call: `pipeline.controlnet.half()` changes it
-        if dtype != getattr(pipeline, border.pipeline.denoiser).dtype:
+        dtypes = {
+            getattr(pipeline, name).dtype for name in looped
+        }  # in each call: `pipeline.controlnet.half()` changes it
+        if len(dtypes) > 1:
             return embeds, mask, negative, negative_mask
+        dtype = dtypes.pop()
         return embeds.to(dtype), mask, None if negative is None else negative.to(dtype), negative_mask
 
     pipeline.encode_prompt = encode_prompt

@@ -100,6 +100,7 @@ class ComponentDescription:
         layered: how its results can be had one by one, before the call ends; None where they cannot.
         compiled: attributes that `runtime=compiled` compiles: a module, or a list of alike blocks, each by itself.
         chains: layers whose work depends on no step.
+        demands: keys of its config, and the value that the pipeline needs there.
         graphed: whether its forward may be a CUDA graph: it launches the same kernels for all values of its inputs.
     """
 
@@ -116,6 +117,7 @@ class ComponentDescription:
     compiled: tuple[str, ...] = ()
     graphed: bool = False
     chains: tuple[SteadyChain, ...] = ()
+    demands: tuple[tuple[str, Any], ...] = ()
 
     def call(self, method: str) -> Call:
         """The call of this method."""
@@ -149,10 +151,17 @@ class Crossing:
 
 @dataclass(frozen=True)
 class SchedulerDescription:
-    """The scheduler that checkpoints come with: its class in diffusers, and the settings that it is given."""
+    """The scheduler that checkpoints come with.
+
+    Attributes:
+        class_name: in diffusers.
+        settings: that it is given.
+        only: the pipeline works with no other class.
+    """
 
     class_name: str
     settings: tuple[tuple[str, Any], ...] = ()
+    only: bool = False
 
     def make(self, library: Any) -> Any:
         """Make one; `library` is diffusers, which this package does not import here."""
@@ -161,6 +170,23 @@ class SchedulerDescription:
 
 Configs = Mapping[str, Mapping[str, Any]]
 """Each component's config."""
+Crossings = Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]]
+"""Tensors that cross between components for a workload, given configs and dtypes."""
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """The image that a request has beside its prompt, `workload.control_image`.
+
+    Attributes:
+        title: what messages call it.
+        optional: a call may go without it.
+        each_row: it passes the VAE once for each row of a step; else once for a request, whose images share it.
+    """
+
+    title: str
+    optional: bool
+    each_row: bool
 
 
 @dataclass(frozen=True)
@@ -172,33 +198,65 @@ class PipelineDescription:
         title: what messages call it.
         components: in the order of plans and tables.
         scheduler: what checkpoints come with.
-        crossings: tensors that cross between components for a workload, given configs and dtypes.
+        crossings: tensors that cross between components.
         steady: arguments of the denoiser's and the ControlNet's calls that stay the same from step to step.
         repeated: crossings that hold a control image once for every row of a step.
         waiting: crossings whose last tensors the pipeline still holds in decode.
         apart: components that are also published in a repository of their own (`model.components`).
-        arguments: what a call of the pipeline gets for a request, given the control image; without what the caller adds
-            (a generator, callbacks, the form of the output).
-        together: the same for several requests that are drawn in one call, a picture each, given a control image each.
-            They share their guidance and conditioning scales; the workload's batch is their number.
-        takes_control_image: whether a request has one.
+        extended: such a component -> the pipeline class that this one becomes with it.
+        arguments: what a call of the pipeline gets for a request, given its image, if it has one; without what the
+            caller adds (a generator, callbacks, the form of the output).
+        together: the same for several requests that are drawn in one call, a picture each, given an image each.
+            They share their scales; the workload's batch is their number.
+        reads: keys of a request that it reads beside prompt, guidance and seed.
+        image: the image of a request; None where it has none.
+        rows_each: rows of a step for each image, without and with guidance.
+        steps: denoising steps of a request that does not say.
+        most_steps: steps beyond which the model was not made for; None where it is made for any number.
+        steps_run: steps that a workload runs.
+        casts_prompt: the pipeline casts the prompt embeddings to the dtype of the denoiser in each step, and reads
+            nothing else off their dtype.
         second_half: tensors that the denoiser's unit 1 gets and gives where it computes half of the rows of a guided
-            step; None where guidance does not enter as rows.
+            step; None where halves cannot be computed apart.
+        undivided: why they cannot, in a sentence.
     """
 
     class_name: str
     title: str
     components: tuple[ComponentDescription, ...]
     scheduler: SchedulerDescription
-    crossings: Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]]
+    crossings: Crossings
     arguments: Callable[[Request, Workload, Any], dict[str, Any]]
     together: Callable[[Sequence[Request], Workload, Sequence[Any]], dict[str, Any]]
     steady: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
-    takes_control_image: bool = True
-    second_half: Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]] | None = None
+    extended: tuple[tuple[str, str], ...] = ()
+    reads: tuple[str, ...] = ()
+    image: ImageInput | None = None
+    rows_each: tuple[int, int] = (1, 2)
+    steps: int = 20
+    most_steps: int | None = None
+    steps_run: Callable[[Workload], int] = lambda workload: workload.steps
+    casts_prompt: bool = False
+    second_half: Crossings | None = None
+    undivided: str = ""
+
+    @property
+    def counts_guidance(self) -> bool:
+        """Whether guidance changes the rows of a step, and so what is needed."""
+        return len(set(self.rows_each)) > 1
+
+    def rows(self, workload: Workload) -> int:
+        """Rows of a denoising step."""
+        return workload.batch * self.rows_each[workload.guided]
+
+    def image_rows(self, workload: Workload) -> int:
+        """Rows of the image that pass the VAE, copies included; 0 where a request has none."""
+        if self.image is None:
+            return 0
+        return self.rows(workload) if self.image.each_row else 1
 
     @cached_property
     def names(self) -> tuple[str, ...]:
