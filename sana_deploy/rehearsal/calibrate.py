@@ -1,6 +1,6 @@
 """Calibrates what components need as functions of the request.
 
-`python -m sana_deploy.rehearsal.calibrate [MODEL...]` writes the shipped needs anew, or those of some models.
+`python -m sana_deploy.rehearsal.calibrate` writes the shipped needs anew.
 
 SANA's parts are linear in batch and in batch x pixels, so that four measured points (`measure.py`) determine each
 quantity, with and without guidance (which doubles the batch everywhere but in decode, where it adds rows):
@@ -16,7 +16,6 @@ pixels that tiles cover.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -126,15 +125,10 @@ def shipped(checkpoint: Checkpoint, known: set[str]) -> dict[str, Any]:
     return entries
 
 
-def main(models: Sequence[str]) -> None:
-    """Calibrate shipped architectures anew; what several models share is kept once, with the first of them.
-
-    Args:
-        models: names of `MODELS`; all where there are none.
-    """
-    wanted = models or MODELS
-    known = {entry["key"] for one in MODELS if one not in wanted for entry in _kept(one).values()}
-    for name in wanted:
+def main() -> None:
+    """Calibrate every shipped architecture anew; one that several models share is kept once."""
+    known: set[str] = set()
+    for name in MODELS:
         checkpoint = open_checkpoint(compose_spec([f"model={name}"]).model)
         entries = shipped(checkpoint, known)
         known |= {entry["key"] for entry in entries.values()}
@@ -143,11 +137,5 @@ def main(models: Sequence[str]) -> None:
         print(f"calibrated {name}", flush=True)
 
 
-def _kept(model: str) -> dict[str, Any]:
-    """The shipped needs of a model; empty where there are none yet."""
-    path = FOLDER / f"{model}.needs.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
