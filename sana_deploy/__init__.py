@@ -1,4 +1,4 @@
-"""Compile where and how a SANA ControlNet pipeline runs into a checked placement plan, and run it.
+"""Compile where and how a SANA pipeline runs into a checked placement plan, and run it.
 
     from sana_deploy import compile_plan, load_pipeline
     plan = compile_plan(["hardware=multi_gpu_balanced"])

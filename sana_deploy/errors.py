@@ -4,7 +4,7 @@
     ├── ComposeError           1   Hydra could not compose the configuration
     ├── UsageError             2   the command itself is wrong (options that exclude each other)
     ├── InvalidSpecError       3   a value of the configuration is out of bounds or misspelled
-    ├── CheckpointError        3   a checkpoint is missing, damaged, or not a SANA ControlNet pipeline
+    ├── CheckpointError        3   a checkpoint is missing, damaged, or not a pipeline of the SANA family
     ├── InputError             3   an input or output file cannot be read or written
     ├── InfeasibleError        4   no placement fits, a GPU is not there, a dtype is not native
     ├── PlanError              5   a plan file is damaged, stale, or of another major version

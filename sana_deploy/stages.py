@@ -18,6 +18,7 @@ from ._startup import Laps, quick_imports, read_ahead, start_gpus
 from .api import compile_spec
 from .declare.control_image import check_control_image, drawn_seed
 from .declare.policies import fragile_components
+from .declare.request_remarks import request_remarks
 from .declare.spec import STAGES, DeploySpec, Stage, VirtualMachine
 from .errors import InfeasibleError, RunError, SanaDeployError
 from .facts.checkpoint import settled
@@ -141,6 +142,7 @@ def _compile(run: Run) -> None:
     run.spec = settled(run.spec)
     asked = run.spec.workload
     run.remarks += drawn_seed(asked, run.overrides)
+    run.remarks += request_remarks(run.spec.pipeline, asked)
     if run.spec.pipeline.image:
         run.remarks += check_control_image(asked, asked.bounds)
     if run.plan is None:

@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from sana_deploy._units import GIB
 from sana_deploy.declare.compose import compose_spec
+from sana_deploy.declare.pipelines import PIPELINES
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.facts.tiny import ensure_tiny
@@ -82,15 +83,21 @@ def here(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture
 def short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts without diffusers' long instruction, whose encoding takes most of the time of a request on a CPU."""
-    from diffusers import SanaControlNetPipeline
+    import diffusers
 
-    call, short = SanaControlNetPipeline.__call__, {"complex_human_instruction": [], "max_sequence_length": 32}
+    for name in PIPELINES:
+        cls = getattr(diffusers, name)
+        monkeypatch.setattr(cls, "__call__", _shortly(cls.__call__))
+
+
+def _shortly(call: Any) -> Any:
+    short = {"complex_human_instruction": [], "max_sequence_length": 32}
 
     @functools.wraps(call)
-    def shortly(self: SanaControlNetPipeline, *arguments: Any, **options: Any) -> Any:
+    def shortly(self: Any, *arguments: Any, **options: Any) -> Any:
         return call(self, *arguments, **{**options, **short})
 
-    monkeypatch.setattr(SanaControlNetPipeline, "__call__", shortly)
+    return shortly
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ class Sleeping:
 
 
 def _marked(content: Content) -> Image.Image:
-    picture = content.control_image.copy()
+    picture = content.control_image.copy() if content.control_image else Image.new("RGB", (96, 64))
     picture.putpixel((0, 0), (content.seed % 256, 0, 0))
     return picture
 

@@ -244,7 +244,8 @@ class DeploySpec(Declared):
             spec = cls.model_validate(values)
         except ValidationError as problem:
             raise first_error(problem) from None
-        spec.of(spec.pipeline)
+        if spec.model.pipeline:
+            spec.of(spec.pipeline)
         return spec
 
 

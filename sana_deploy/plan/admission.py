@@ -89,7 +89,8 @@ class Admission:
         """Whether a workload is within the planned one: it takes no more bytes anywhere. Steps take none."""
         bounds = self.resolved.plan.spec.workload
         small = workload.height <= bounds.height and workload.width <= bounds.width
-        return small and workload.batch <= bounds.batch and (bounds.guided or not workload.guided)
+        same = bounds.guided or not workload.guided or not self.resolved.plan.pipeline.counts_guidance
+        return small and workload.batch <= bounds.batch and same
 
     def need(self, workload: Workload, different: bool = False) -> Need:
         """What a workload takes on the place that lacks most, or has least to spare.
@@ -210,23 +211,28 @@ def _scaled(workload: Workload, part: int, whole: int) -> Workload:
 
 
 def _different(profile: PipelineProfile, prompts: int) -> PipelineProfile:
-    """The text encoder takes a prompt for each picture, where several pictures of one request share theirs."""
-    name = profile.pipeline.of("text_encoder")
-    return replace(profile, components={**profile.components, name: _repeated(profile.components[name], prompts)})
+    """The text encoder takes a prompt for each picture, where several pictures of one request share theirs.
+
+    So does the VAE take an image for each, where the pipeline makes no copies of one.
+    """
+    pipeline, name = profile.pipeline, profile.pipeline.of("text_encoder")
+    components = {**profile.components, name: _repeated(profile.components[name], "encode", prompts)}
+    under = profile.vae_under
+    if pipeline.image and not pipeline.image.each_row:
+        vae = pipeline.of("vae")
+        components[vae] = _repeated(components[vae], "prepare", prompts)
+        under = {mode: _repeated(one, "prepare", prompts) for mode, one in under.items()}
+    return replace(profile, components=components, vae_under=under)
 
 
-def _repeated(part: ComponentProfile, times: int) -> ComponentProfile:
-    work = {
-        phase: replace(
-            one,
-            flops=one.flops * times,
-            product_bytes=one.product_bytes * times,
-            other_bytes=one.other_bytes * times,
-        )
-        for phase, one in part.work.items()
-    }
-    activations = {phase: size * times for phase, size in part.activations.items()}
-    return replace(part, work=work, activations=activations)
+def _repeated(part: ComponentProfile, phase: Phase, times: int) -> ComponentProfile:
+    """The component with so much more to do in a phase."""
+    one = part.work[phase]
+    work = replace(
+        one, flops=one.flops * times, product_bytes=one.product_bytes * times, other_bytes=one.other_bytes * times
+    )
+    activations = {**part.activations, phase: part.activations[phase] * times}
+    return replace(part, work={**part.work, phase: work}, activations=activations)
 
 
 def _refuse_to_measure(*_: object) -> NoReturn:

@@ -17,7 +17,7 @@ from .._files import write_text
 from .._models import Diagnostic
 from .._version import __version__
 from ..declare.pipelines import PIPELINES, SANA_CONTROLNET, Component, PipelineDescription
-from ..declare.spec import DeploySpec
+from ..declare.spec import DeploySpec, Model
 from ..errors import PlanError
 from ..facts.libraries import library_versions
 from ..facts.machine import Machine
@@ -67,6 +67,11 @@ class Plan(Replica):
     def pipeline(self) -> PipelineDescription:
         """Which pipeline the plan is for."""
         return PIPELINES[self.pipeline_class]
+
+    @property
+    def model(self) -> Model:
+        """The declared model as one of the plan's pipeline, which earlier versions did not write beside it."""
+        return self.spec.model.model_copy(update={"pipeline": self.pipeline_class})
 
     @property
     def parts(self) -> dict[str, PlacedComponent]:
@@ -250,7 +255,7 @@ class Plan(Replica):
             )
         spec, declared = self.spec, self.spec.resolve
         accepted, whole = declared.allow if allow is None else allow, declared.verify if verify is None else verify
-        stale = staleness_of(self.libraries, self.checkpoint, self.components, spec.model, accepted, whole)
+        stale = staleness_of(self.libraries, self.checkpoint, self.components, self.model, accepted, whole)
         wanted = (declared.bind if bind is None else bind) or {}
         own = self.each()
         parts = [(one.slots, one.parts) for one in own]

@@ -15,11 +15,17 @@ _REQUEST = ("prompt", "prompt_file", "negative_prompt", "seed", "control_image",
 """Keys of the workload that a saved plan leaves open; `_keeps_plan` names those that it bounds."""
 
 
-def _keeps_plan(name: str, given: DeclaredWorkload, planned: DeclaredWorkload) -> bool:
+def _keeps_plan(name: str, given: DeclaredWorkload, planned: Plan) -> bool:
     """Whether a key of the request leaves bytes and places as planned: fewer steps, another value of guidance."""
+    pipeline, bounds = planned.pipeline, planned.spec.workload
     if name == "steps":
-        return given.steps <= planned.steps
-    return name in _REQUEST or (name == "guidance_scale" and given.guided == planned.guided)
+        return given.steps <= bounds.steps
+    if name == "guidance_scale":
+        return given.guided == bounds.guided or not pipeline.counts_guidance
+    if name == "strength":
+        asked = bounds.model_copy(update={"strength": given.strength})
+        return pipeline.steps_run(asked.bounds) <= pipeline.steps_run(bounds.bounds)
+    return name in _REQUEST or name in pipeline.reads
 
 
 def saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, DeploySpec]:
@@ -35,7 +41,7 @@ def saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, Deploy
     for override in overrides:
         key = key_of(override)
         group, _, name = key.partition(".")
-        if group == "workload" and _keeps_plan(name, spec.workload, plan.spec.workload):
+        if group == "workload" and _keeps_plan(name, spec.workload, plan):
             name = "prompt" if name == "prompt_file" else name  # a file is read when the declaration is composed
             given[name] = getattr(spec.workload, name)
         elif group.partition("@")[0] in ("model", "hardware", "precision", "machine", "workload", "runtime"):
@@ -54,7 +60,7 @@ def saved_plan(spec: DeploySpec, overrides: Sequence[str]) -> tuple[Plan, Deploy
     return plan, spec.model_copy(
         update={
             "workload": workload,
-            "model": planned.model,
+            "model": plan.model,
             "hardware": planned.hardware,
             "precision": planned.precision,
             "machine": planned.machine,

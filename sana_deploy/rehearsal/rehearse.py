@@ -123,14 +123,15 @@ def rehearse_request(
     """
     state, workload = state or RequestState(), resolved.plan.spec.workload
     steps = min(workload.steps, SHAPE_STEPS) if host.fidelity == "shapes" else workload.steps
-    bounds = workload.bounds.model_copy(update={"steps": steps})
+    bounds, steps_run = workload.bounds.model_copy(update={"steps": steps}), resolved.plan.pipeline.steps_run
+    left = steps_run(workload.bounds) - steps_run(bounds)
     state.observers.append(LedgerClock(host.ledger, border_of(pipeline).pipeline))
     started = time.perf_counter()
     with host:
         pixels, per_step = run_request(pipeline, bounds, workload.request, on_step, state)
         images = to_images(pipeline, pixels.cpu()) if host.fidelity == "numbers" else []
-    moved = Counter({key: n + (workload.steps - steps) * per_step[key] for key, n in state.traffic.moved.items()})
-    report = report_of(host, resolved, moved, per_step, steps)
+    moved = Counter({key: n + left * per_step[key] for key, n in state.traffic.moved.items()})
+    report = report_of(host, resolved, moved, per_step, steps_run(bounds))
     measured = Measured(
         peak_bytes={gpu.device: gpu.peak_bytes for gpu in report.gpus},
         seconds={"rehearse": round(time.perf_counter() - started, 6)},
@@ -165,7 +166,7 @@ def report_of(
     ]
     return Rehearsal(
         fidelity=host.fidelity,
-        steps=workload.steps,
+        steps=plan.pipeline.steps_run(workload.bounds),
         steps_rehearsed=rehearsed_steps,
         gpus=[_gpu(index, resolved, ledger) for index in used],
         transfers=transfers,

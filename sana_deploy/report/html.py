@@ -33,6 +33,7 @@ from .wording import (
     rejection_words,
     replicas_words,
     runtime_words,
+    steps_words,
     taken_words,
 )
 
@@ -107,7 +108,9 @@ def thumbnail(path: Path) -> str:
 def _workload(plan: Plan) -> str:
     """What is drawn, how it executes, and how many replicas draw it."""
     work = plan.spec.workload
-    shape = f"{work.width} x {work.height} px, batch {work.batch}, {work.steps} steps, guidance {work.guidance_scale:g}"
+    shape = (
+        f"{work.width} x {work.height} px, batch {work.batch}, {steps_words(plan)}, guidance {work.guidance_scale:g}"
+    )
     exactness = f"in all {plan.exactness}" if plan.exactness else ""
     return ", ".join(filter(None, [shape, runtime_words(plan), exactness, replicas_words(plan)]))
 

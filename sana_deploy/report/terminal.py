@@ -33,6 +33,7 @@ from .wording import (
     rejection_words,
     replicas_words,
     runtime_words,
+    steps_words,
     taken_words,
 )
 
@@ -82,7 +83,7 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
         ("plan ", "dim"), plan.digest[7:19], ("  model ", "dim"), plan.checkpoint.source,
         ("  ", "dim"), spec.hardware.strategy, ("  ", "dim"), spec.precision.name,
     )  # fmt: skip
-    load = f"{work.width}x{work.height} px, batch {work.batch}, {work.steps} steps, guidance {work.guidance_scale:g}"
+    load = f"{work.width}x{work.height} px, batch {work.batch}, {steps_words(plan)}, guidance {work.guidance_scale:g}"
     blocks: list[RenderableType] = [head, Text(load + _seconds_and_exactness(plan), style="dim"), _runtime_line(plan)]
     blocks += _replica_lines(plan, unicode)
     if "cpu" in plan.device_map.values():

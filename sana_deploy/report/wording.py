@@ -31,6 +31,13 @@ PICTURE: Mapping[Exactness, str] = {
 """What people read of an exactness."""
 
 
+def steps_words(plan: Plan) -> str:
+    """`20 steps`, or `1 of 2 steps` where a pipeline that starts from an image leaves some out."""
+    asked = plan.spec.workload.steps
+    run = plan.pipeline.steps_run(plan.spec.workload.bounds)
+    return f"{run} of {asked} steps" if run != asked else f"{asked} steps"
+
+
 def runtime_words(plan: Plan) -> str:
     """How the denoising loop executes, and what that does to the picture."""
     split = f", split {plan.split} ({SPLITS[plan.split].exactness})" if plan.split != "none" else ""

@@ -23,11 +23,13 @@ class Drawing:
     control_image: Image | None
 
 
+_SCALES = ("conditioning_scale", "strength", "pag_scale")
+"""Keys of a request that a call takes one of, whatever it draws."""
 Asked = Request | Sequence[Drawing]
 """One request, or drawings of one call: a picture each, as many as the workload's batch."""
 
 
-def check_asked(workload: Workload, request: Asked) -> None:
+def check_asked(description: PipelineDescription, workload: Workload, request: Asked) -> None:
     """Refuse what is not of the workload's shape, or cannot be drawn in one call.
 
     Raises:
@@ -37,9 +39,10 @@ def check_asked(workload: Workload, request: Asked) -> None:
     if not isinstance(request, Request) and len(requests) != workload.batch:
         message = f"the workload's batch is {workload.batch}, and {len(requests)} drawings were given"
         raise UsageError(message, where="request", hint="a drawing for each image")
-    if len({(one.guidance_scale, one.conditioning_scale) for one in requests}) > 1:
-        raise UsageError("drawings of one call share guidance_scale and conditioning_scale", where="request")
-    if requests[0].guided != workload.guided:
+    scales = ["guidance_scale", *(key for key in _SCALES if key in description.reads)]
+    if len({tuple(getattr(one, key) for key in scales) for one in requests}) > 1:
+        raise UsageError(f"drawings of one call share {' and '.join(scales)}", where="request")
+    if requests[0].guided != workload.guided and description.counts_guidance:
         guided = "with" if workload.guided else "without"
         raise UsageError(
             f"the workload is {guided} guidance, and the request's guidance_scale is {requests[0].guidance_scale:g}",

@@ -155,8 +155,8 @@ def run_request(
         UsageError: the request's guidance is on where the workload is without it, or off where it is with it.
         RunError: out of memory, or a failed operation.
     """
-    check_asked(workload, request)
     border, state = border_of(pipeline), state or RequestState()
+    check_asked(border.pipeline, workload, request)
     steps = StepTraffic(border.pipeline, state.traffic)
     state.observers.append(steps)
     try:
@@ -207,17 +207,18 @@ def to_images(pipeline: DiffusionPipeline, pixels: torch.Tensor) -> list[Image]:
 def _call(
     pipeline: DiffusionPipeline, workload: Workload, request: Asked, steps: StepTraffic, on_step: StepDone | None
 ) -> torch.Tensor:
-    done = 0
+    done, description = 0, border_of(pipeline).pipeline
+    whole = description.steps_run(workload)
 
     def step_end(_: Any, __: int, ___: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         nonlocal done
         done += 1
         steps.step_done()
         if on_step:
-            on_step(done, workload.steps)
+            on_step(done, whole)
         return kwargs
 
-    arguments = arguments_of(border_of(pipeline).pipeline, workload, request)
+    arguments = arguments_of(description, workload, request)
     pipeline.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Try to use VAE tiling", category=UserWarning)

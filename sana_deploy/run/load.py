@@ -38,7 +38,7 @@ def load_pipeline(
     resolved, host = resolved_plan(plan, "load_pipeline(plan)"), host or PresentHost()
     host.check(resolved)
     planned = resolved.plan
-    check_checkpoint(planned.checkpoint, planned.spec.model, planned.components, resolved.allowed)
+    check_checkpoint(planned.checkpoint, planned.model, planned.components, resolved.allowed)
     checkpoint = open_checkpoint(_pinned(resolved.plan), weights=host.reads_weights)
     _check_same(resolved.plan, checkpoint)
     requests = {
@@ -65,7 +65,7 @@ def _bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bo
 
 def _pinned(plan: Plan) -> Model:
     """The plan's model at the commit that it was compiled for, where it comes from the hub."""
-    model, commit = plan.spec.model, plan.checkpoint.revision
+    model, commit = plan.model, plan.checkpoint.revision
     return model if commit is None else model.model_copy(update={"revision": commit})
 
 

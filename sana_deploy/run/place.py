@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..declare.knobs import completed
-from ..declare.pipelines import Component, PipelineDescription
+from ..declare.pipelines import PIPELINES, Component, PipelineDescription
 from ..declare.runtime import RUNTIMES
 from ..errors import RunError, UsageError
 from ..plan.artifact import Plan, ResolvedPlan
@@ -97,12 +97,14 @@ def _unplaced_components(pipeline: DiffusionPipeline, description: PipelineDescr
     """The components of a pipeline that nothing has placed yet.
 
     Raises:
-        RunError: it is placed or offloaded, or it lacks a component.
+        RunError: it is placed or offloaded, of another class than planned, or it lacks a component.
     """
     if pipeline.hf_device_map is not None:
         raise RunError(
             "the pipeline already has a device map", hint="call unplace or pipeline.reset_device_map() first"
         )
+    if (found := type(pipeline).__name__) != description.class_name and found in PIPELINES:
+        raise RunError(f"the plan is for a {description.class_name}, the pipeline is a {found}", where="pipeline")
     modules: dict[Component, nn.Module] = {}
     for name in description.names:
         module = getattr(pipeline, name, None)

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from .._models import Diagnostic
+from ..declare.pipelines import DEFAULT, PIPELINES
 from ..declare.workload import Request
 
 
@@ -13,14 +14,14 @@ def cut_prompts(pipeline: Any, request: Request) -> list[Diagnostic]:
     """Warn of a prompt, and of a negative prompt where guidance uses it, that is longer than diffusers takes.
 
     Args:
-        pipeline: a loaded SANA ControlNet pipeline; its tokenizer counts.
+        pipeline: a loaded pipeline; its tokenizer counts.
     """
     defaults = inspect.signature(type(pipeline).__call__).parameters
     instruction = "\n".join(defaults["complex_human_instruction"].default)
     most = int(defaults["max_sequence_length"].default)
     # As `_get_gemma_prompt_embeds` counts: the instruction goes before the prompt and has its own tokens beside `most`.
     found = [_cut(pipeline, "prompt", request.prompt, instruction, most - 2)]
-    if request.guided:
+    if request.guided and "negative_prompt" in PIPELINES.get(type(pipeline).__name__, DEFAULT).reads:
         found.append(_cut(pipeline, "negative_prompt", request.negative_prompt, "", most - 1))
     return [remark for remark in found if remark]
 

@@ -87,14 +87,14 @@ def _add_drawing(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/images/generations", openapi_extra=as_json)
     async def generations(request: Request) -> Response:
-        """Draw pictures of a prompt, steered by `control_image` where there is one."""
+        """Draw pictures of a prompt, and of `control_image` where the pipeline takes one and it is there."""
         with service.uploading():
             asked = ImagesRequest.read(await _json(request))
         return await _answer(service, request, asked, None, "image_generation")
 
     @app.post("/v1/images/edits", openapi_extra=as_form)
     async def edits(request: Request) -> Response:
-        """Draw pictures of a prompt, steered by the file `image`."""
+        """Draw pictures of a prompt and of the file `image`, where the pipeline takes one."""
         with service.uploading():
             fields, image = await _form(request, service.options.max_body_bytes)
         return await _answer(service, request, ImagesRequest.read_form(fields), image, "image_edit")
@@ -102,7 +102,7 @@ def _add_drawing(app: FastAPI, service: Service) -> None:
 
 def _add_models(app: FastAPI, service: Service) -> None:
     """The routes that tell what is served."""
-    bounds = service.orders.defaults
+    bounds, image = service.orders.defaults, service.plan.pipeline.image
     model = {
         "id": service.orders.model,
         "object": "model",
@@ -111,6 +111,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
         "plan": service.plan.digest,
         "size": f"{bounds.width}x{bounds.height}",
         "steps": bounds.steps,
+        "pipeline": service.plan.pipeline_class,
+        "image": image and {"title": image.title, "optional": image.optional},
     }
 
     @app.get("/v1/models")

@@ -157,7 +157,7 @@ def _service(resolved: ResolvedPlan, spec: DeploySpec, options: Serving, keys: S
     from .service import Service
 
     plan, metrics = resolved.plan, Metrics(resolved)
-    admission = Admission(resolved, open_checkpoint(plan.spec.model), options.admit == "fitting")
+    admission = Admission(resolved, open_checkpoint(plan.model), options.admit == "fitting")
     engine = engine_of(resolved, options, spec.resolve, metrics)
     metrics.watch(lambda: engine.standing)
     return Service(plan, Orders(plan, spec.workload, admission, options), engine, options, metrics, keys)

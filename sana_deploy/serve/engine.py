@@ -51,21 +51,24 @@ class Settings:
     steps: int
     guidance_scale: float
     conditioning_scale: float
+    strength: float = 1.0
+    pag_scale: float = 3.0
 
     def workload(self, batch: int = 1) -> Workload:
         """The shape of `batch` pictures."""
+        size = {"height": self.height, "width": self.width}
         guided = self.guidance_scale > 1
-        return Workload(height=self.height, width=self.width, batch=batch, steps=self.steps, guided=guided)
+        return Workload(**size, batch=batch, steps=self.steps, guided=guided, strength=self.strength)
 
 
 @dataclass(frozen=True)
 class Content:
-    """What one picture is of: its texts and seed, and an RGB control image of the order's height and width."""
+    """What one picture is of: its texts and seed, and an RGB image of the order's height and width, or none."""
 
     prompt: str
     negative_prompt: str
     seed: int
-    control_image: Image
+    control_image: Image | None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The wire format: requests and answers of OpenAI's images API, its errors, and what we add to each.
 
-Beyond OpenAI's keys a request may have `control_image`, `control_fit`, `conditioning_scale`, `negative_prompt`,
-`guidance_scale`, `steps` and `seed`; an answer has `sana_deploy`: plan, seeds and remarks.
+Beyond OpenAI's keys a request may have `guidance_scale`, `steps`, `seed` and what the pipeline reads of
+`control_image`, `control_fit`, `conditioning_scale`, `negative_prompt`, `strength` and `pag_scale`; an answer has
+`sana_deploy`: plan, seeds and remarks.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class ImagesRequest(BaseModel):
     negative_prompt: Prompt = ""
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     conditioning_scale: Annotated[float, Field(ge=0, le=10)] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    pag_scale: Annotated[float, Field(gt=0, le=100)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63 - 4096)] | None = None
     quality: Literal["auto", "standard"] | None = None

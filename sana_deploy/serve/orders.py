@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._models import Diagnostic
+from ..declare.pipelines import PIPELINES
 from ..declare.serving import Serving
 from ..declare.workload import DeclaredWorkload
 from ..errors import InfeasibleError
@@ -67,6 +68,7 @@ class Orders:
             ApiError: with the sentence of the rule that it breaks.
         """
         self._check_bounds(asked)
+        self._check_read(asked, image is not None)
         settings = self._settings(asked, image is not None)
         self._check_fits(asked, settings)
         picture, remarks, digest = self._control(asked, image, settings)
@@ -75,7 +77,7 @@ class Orders:
         contents = [Content(asked.prompt, asked.negative_prompt, seed + number, picture) for number in numbers]
         batch = self.admission.batch(settings.workload(), self.options.batch_bound, forced=self.options.batch != "auto")
         order = Order(name, settings, contents, batch, asked.partial_images if asked.stream else 0)
-        facts = {"plan": self.plan.digest, "model": self.model, "request": _described(asked, settings, digest)}
+        facts = {"plan": self.plan.digest, "model": self.model, "request": self._described(asked, settings, digest)}
         return Placed(order, asked, facts, remarks)
 
     def _check_bounds(self, asked: ImagesRequest) -> None:
@@ -90,6 +92,20 @@ class Orders:
             )
             raise ApiError(400, message, "invalid_value", "steps")
 
+    def _check_read(self, asked: ImagesRequest, has_file: bool) -> None:
+        """Refuse what the pipeline does not read, and a request without the image that it starts from."""
+        pipeline = self.plan.pipeline
+        if has_file and pipeline.image is None:
+            message = f"{self.model} takes no image; POST /v1/images/generations draws from the prompt alone"
+            raise ApiError(400, message, "unknown_parameter", "image")
+        known = {key for one in PIPELINES.values() for key in one.reads}
+        for key in sorted(asked.model_fields_set & known):
+            if key not in pipeline.reads and getattr(asked, key) != ImagesRequest.model_fields[key].default:
+                raise ApiError(400, f"{self.model} takes no {key}", "unknown_parameter", key)
+        if pipeline.image and not pipeline.image.optional and not has_file and asked.control_image is None:
+            message = f"{self.model} starts from an image: send the file image to POST /v1/images/edits"
+            raise ApiError(400, message, "missing_parameter", "image")
+
     def _settings(self, asked: ImagesRequest, has_file: bool) -> Settings:
         width, height = asked.pixels(self.defaults.width, self.defaults.height)
         controlled = has_file or asked.control_image is not None
@@ -98,7 +114,10 @@ class Orders:
             raise ApiError(400, message, "missing_parameter", "control_image")
         scale = self.defaults.conditioning_scale if asked.conditioning_scale is None else asked.conditioning_scale
         guidance = self.defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
-        return Settings(height, width, asked.steps or self.defaults.steps, guidance, scale if controlled else 0.0)
+        strength = self.defaults.strength if asked.strength is None else asked.strength
+        pag_scale = self.defaults.pag_scale if asked.pag_scale is None else asked.pag_scale
+        steps, scale = asked.steps or self.defaults.steps, scale if controlled else 0.0
+        return Settings(height, width, steps, guidance, scale, strength, pag_scale)
 
     def _check_fits(self, asked: ImagesRequest, settings: Settings) -> None:
         shape = settings.workload()
@@ -117,8 +136,8 @@ class Orders:
 
     def _control(
         self, asked: ImagesRequest, image: bytes | None, settings: Settings
-    ) -> tuple[Image, list[Diagnostic], str | None]:
-        """The control image, what was done to it, and the digest of what was sent."""
+    ) -> tuple[Image | None, list[Diagnostic], str | None]:
+        """The image of a request, what was done to it, and the digest of what was sent."""
         if image is not None and asked.control_image is not None:
             message = "control_image and a file are both given; send one of them"
             raise ApiError(400, message, "invalid_value", "control_image")
@@ -127,23 +146,27 @@ class Orders:
             image = sent_bytes(asked.control_image, param)
         shape = settings.workload()
         if image is None:
-            return no_control_image(shape), [], None
+            return no_control_image(shape) if self.plan.pipeline.image else None, [], None
         picture, remarks = control_image(image, asked, shape, self.options.max_pixels, param)
         return picture, remarks, hashlib.sha256(image).hexdigest()
 
-
-def _described(asked: ImagesRequest, settings: Settings, digest: str | None) -> dict[str, Any]:
-    """What was asked for, with the defaults that were filled in."""
-    return {
-        "prompt": asked.prompt,
-        "negative_prompt": asked.negative_prompt,
-        "size": f"{settings.width}x{settings.height}",
-        "steps": settings.steps,
-        "guidance_scale": settings.guidance_scale,
-        "conditioning_scale": settings.conditioning_scale,
-        "control_fit": asked.control_fit,
-        "control_image": digest and f"sha256:{digest}",
-    }
+    def _described(self, asked: ImagesRequest, settings: Settings, digest: str | None) -> dict[str, Any]:
+        """What was asked for, with the defaults that were filled in."""
+        read = {
+            "negative_prompt": asked.negative_prompt,
+            "conditioning_scale": settings.conditioning_scale,
+            "control_fit": asked.control_fit,
+            "control_image": digest and f"sha256:{digest}",
+            "strength": settings.strength,
+            "pag_scale": settings.pag_scale,
+        }
+        return {
+            "prompt": asked.prompt,
+            "size": f"{settings.width}x{settings.height}",
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            **{key: value for key, value in read.items() if key in self.plan.pipeline.reads},
+        }
 
 
 def served_name(plan: Plan) -> str:

@@ -90,6 +90,8 @@ def _request(settings: Settings, content: Content) -> Request:
         negative_prompt=content.negative_prompt,
         seed=content.seed,
         conditioning_scale=settings.conditioning_scale,
+        strength=settings.strength,
+        pag_scale=settings.pag_scale,
         guidance_scale=settings.guidance_scale,
     )
 

@@ -119,11 +119,12 @@ def plain_crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, D
 
 
 def half_crossings(
-    configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype], recast: bool = False
+    configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype], timestep: int = 4, recast: bool = False
 ) -> tuple[Crossing, ...]:
     """Tensors between the transformer and its unit 1, in bytes: half of the rows of a guided step.
 
     Args:
+        timestep: bytes of a row's timestep: a pipeline that scales it makes it float32, else it is an integer.
         recast: the pipeline casts the prompt embeddings anew in each step, so that they are sent in each step.
     """
     rows, dtype = workload.batch, dtypes["transformer"]
@@ -133,7 +134,7 @@ def half_crossings(
         Crossing("hidden_states", "transformer", "transformer.1", latents, True),
         Crossing("encoder_hidden_states", "transformer", "transformer.1", embeds, recast),
         Crossing("encoder_attention_mask", "transformer", "transformer.1", MAX_TOKENS * rows * 8, False),
-        Crossing("timestep", "transformer", "transformer.1", rows * 8, True),
+        Crossing("timestep", "transformer", "transformer.1", rows * timestep, True),
         Crossing("noise_pred", "transformer.1", "transformer", latents, True),
     )
 

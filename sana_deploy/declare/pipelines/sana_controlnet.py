@@ -69,7 +69,7 @@ def second_half(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype
     """Tensors between the transformer and its unit 1, in bytes: half of the rows of a guided step."""
     # As for the ControlNet: what the pipeline casts anew in each step is sent in each step.
     recast = dtypes["transformer"] not in (dtypes["text_encoder"], dtypes["controlnet"])
-    return half_crossings(configs, workload, dtypes, recast)
+    return half_crossings(configs, workload, dtypes, 8, recast)
 
 
 def arguments(request: Request, workload: Workload, control_image: Any) -> dict[str, Any]:
