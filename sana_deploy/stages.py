@@ -16,7 +16,7 @@ from ._files import write_text
 from ._models import Diagnostic
 from ._startup import Laps, quick_imports, read_ahead, start_gpus
 from .api import compile_spec
-from .declare.control_image import check_control_image, drawn_seed
+from .declare.control_image import drawn_seed
 from .declare.policies import fragile_components
 from .declare.request_remarks import request_remarks
 from .declare.spec import STAGES, DeploySpec, Stage, VirtualMachine
@@ -141,10 +141,7 @@ def reject(problem: SanaDeployError, folder: Path, overrides: Sequence[str] = ()
 def _compile(run: Run) -> None:
     run.spec = settled(run.spec)
     asked = run.spec.workload
-    run.remarks += drawn_seed(asked, run.overrides)
-    run.remarks += request_remarks(run.spec.pipeline, asked)
-    if run.spec.pipeline.image:
-        run.remarks += check_control_image(asked, asked.bounds)
+    run.remarks += [*drawn_seed(asked, run.overrides), *request_remarks(run.spec.pipeline, asked)]
     if run.plan is None:
         with progress("profiling", run.brief) as advance:
             try:

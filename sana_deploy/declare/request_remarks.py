@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from .._models import Diagnostic
+from .control_image import check_control_image
 from .pipelines import PIPELINES, PipelineDescription
 from .workload import DeclaredWorkload, Request
 
 
 def request_remarks(pipeline: PipelineDescription, asked: DeclaredWorkload) -> list[Diagnostic]:
-    """Say what of a request changes nothing, and where the model is asked for more steps than it was made for."""
-    return [*_unread(pipeline, asked), *_too_many_steps(pipeline, asked), *_unused_image(pipeline, asked)]
+    """Say what of a request changes nothing, what was done to its image, and where it has too many steps for the model.
+
+    Raises:
+        InputError: the image cannot be used; see `read_control_image`.
+    """
+    remarks = [*_unread(pipeline, asked), *_too_many_steps(pipeline, asked), *_unused_image(pipeline, asked)]
+    return [*remarks, *(check_control_image(asked, asked.bounds) if pipeline.image else [])]
 
 
 def _unread(pipeline: PipelineDescription, asked: DeclaredWorkload) -> list[Diagnostic]:
