@@ -258,7 +258,7 @@ def test_a_saved_plan_keeps_its_runtime(tmp_path: Path) -> None:
     assert (decided.kind, decided.was, decided.now) == ("decided", "eager", "graphs")
 
 
-@pytest.mark.parametrize("name", ["1.0", "1.1", "1.2", "1.3", "1.4"])
+@pytest.mark.parametrize("name", ["1.0", "1.1", "1.2", "1.3", "1.4", "1.5"])
 def test_plans_of_earlier_versions_are_eager(name: str) -> None:
     assert Plan.load(Path(__file__).parent / "plans" / f"{name}.json").runtime == "eager"
 
