@@ -168,12 +168,12 @@ def test_another_pipeline_is_refused_by_name_with_those_that_are_supported(tmp_p
 
 
 def test_a_checkpoint_that_was_made_for_another_class_is_refused(tmp_path: Path) -> None:
-    plain = ensure_tiny(pipeline=SANA)
-    with pytest.raises(
-        CheckpointError, match="guidance_embeds=False, a SANA-Sprint pipeline needs guidance_embeds=True"
-    ):
+    plain, sprint = ensure_tiny(pipeline=SANA), ensure_tiny(pipeline=SANA_SPRINT)
+    with pytest.raises(CheckpointError, match=r"is DPMSolver\w+, a SANA-Sprint pipeline works with SCMScheduler"):
         open_checkpoint(_model(plain, "SanaSprintPipeline"))
-    sprint = ensure_tiny(pipeline=SANA_SPRINT)
+    copy = _copied(tmp_path, scheduler=["diffusers", "SCMScheduler"])
+    with pytest.raises(CheckpointError, match="guidance_embeds=False, a SANA-Sprint pipeline needs guidance_embeds=T"):
+        open_checkpoint(_model(copy, "SanaSprintPipeline"))
     with pytest.raises(CheckpointError, match="guidance_embeds=True, a SANA pipeline needs guidance_embeds=False"):
         open_checkpoint(_model(sprint, "SanaPipeline"))
 
