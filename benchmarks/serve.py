@@ -129,7 +129,8 @@ def measured(options: argparse.Namespace, url: str) -> dict[str, Any]:
 def no_op(options: argparse.Namespace) -> dict[str, Any]:
     """The same load on a service whose replica draws nothing."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from serving import Sleeping, running, two_small_gpus
+    from serving import running, two_small_gpus
+    from sleeping import Sleeping
 
     with running(two_small_gpus(), Sleeping(0), queue=4096, timeout=3600.0) as service:
         return measured(options, service.url)

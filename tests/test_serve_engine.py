@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Sleeping, engine_over
+from serving import engine_over
+from sleeping import Sleeping
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Running, Sleeping, running, two_small_gpus
+from serving import Running, running, two_small_gpus
+from sleeping import Sleeping
 
 BODIES = int(os.environ.get("SANA_DEPLOY_HOSTILE", "500"))
 EXPECTED = {200, 400, 404, 405, 408, 411, 413, 415, 421, 429, 431}

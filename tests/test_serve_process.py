@@ -22,7 +22,8 @@ from typing import Any
 import httpx2
 import pytest
 from PIL import Image
-from serving import Sleeping, running
+from serving import running
+from sleeping import Sleeping
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
@@ -43,7 +44,7 @@ from sana_deploy import __main__
 from sana_deploy.errors import RunError
 from sana_deploy.facts import machine
 from sana_deploy.serve import replica
-from serving import Sleeping
+from sleeping import Sleeping
 
 class Replica(Sleeping):
     def __init__(self, resolved):

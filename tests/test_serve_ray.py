@@ -18,8 +18,9 @@ from typing import Any
 
 import httpx2
 import pytest
+import sleeping
 from PIL import Image
-from serving import Sleeping, two_small_gpus
+from serving import two_small_gpus
 from test_serve_engine import Noted, order, using
 from test_serve_process import Process, wait_for
 
@@ -28,28 +29,9 @@ from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.spec import DeploySpec, Resolve
 from sana_deploy.errors import RunError, UsageError
 from sana_deploy.facts.machine import Machine
-from sana_deploy.plan.artifact import ResolvedPlan
 from sana_deploy.serve.engine import OnProgress
 from sana_deploy.serve.engines import check_for_ray, machine_for_ray
 from sana_deploy.serve.local import LocalEngine
-
-
-class Slow(Sleeping):
-    def load(self) -> None:
-        time.sleep(300)
-
-
-class Broken(Sleeping):
-    def load(self) -> None:
-        raise RunError("out of memory on cuda:0, 9.00 GiB are needed")
-
-
-def slow(resolved: ResolvedPlan) -> Sleeping:
-    return Slow()
-
-
-def broken(resolved: ResolvedPlan) -> Sleeping:
-    return Broken()
 
 
 def descendants(pid: int) -> dict[int, str]:
@@ -136,11 +118,11 @@ def test_failures_come_back_as_they_were_raised(ray_pair: Any) -> None:
 def test_what_hinders_a_start_is_said_in_time(ray_pair: Any) -> None:
     from sana_deploy.serve.ray_cluster import Cluster
 
-    fails = Cluster(ray_pair.plan, 1, drain=1, name="broken", make=broken)
+    fails = Cluster(ray_pair.plan, 1, drain=1, name="broken", make=sleeping.broken)
     with pytest.raises(RunError, match=r"a replica could not be started: .*out of memory on cuda:0, 9\.00 GiB are"):
         fails.deploy(60, lambda: False)
     fails.remove()
-    late = Cluster(ray_pair.plan, 1, drain=1, name="late", make=slow)
+    late = Cluster(ray_pair.plan, 1, drain=1, name="late", make=sleeping.slow)
     with pytest.raises(RunError, match="0 of 1 replicas were ready within 3 s") as caught:
         late.deploy(3, lambda: False)
     assert caught.value.hint == "serve.startup gives it more time"
@@ -155,7 +137,7 @@ def test_a_start_can_be_given_up(ray_pair: Any) -> None:
     from sana_deploy.serve.ray_engine import RayEngine
 
     async def run() -> None:
-        cluster = Cluster(ray_pair.plan, 1, drain=1, name="given up", make=slow)
+        cluster = Cluster(ray_pair.plan, 1, drain=1, name="given up", make=sleeping.slow)
         engine = RayEngine(cluster, startup=60, queue=1, timeout=1)
         loading = asyncio.create_task(engine.start())
         await asyncio.sleep(2)
