@@ -1,32 +1,25 @@
-"""Replicas on Ray Serve: one that is killed, one that cannot start, and a plan that is served from end to end."""
+"""Replicas on Ray Serve: one that is killed, one that cannot start, and what Ray itself lets others do."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
-import io
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import httpx2
+import grpc
 import pytest
 import sleeping
-from PIL import Image
+from processes import descendants, listening, replicas_of
 from serving import two_small_gpus
 from test_serve_engine import Noted, order, using
-from test_serve_process import Process, wait_for
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
-from sana_deploy.declare.spec import DeploySpec, Resolve
+from sana_deploy.declare.spec import Resolve
 from sana_deploy.errors import RunError, UsageError
 from sana_deploy.facts.machine import Machine
 from sana_deploy.serve.engine import OnProgress
@@ -34,27 +27,26 @@ from sana_deploy.serve.engines import check_for_ray, machine_for_ray
 from sana_deploy.serve.local import LocalEngine
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """The processes that a process has started, and theirs: by id, with their command lines."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])  # behind its name
-        except OSError:  # it has ended
-            continue
-    found: dict[int, str] = {}
-    for one in parents:
-        above = one
-        while above in parents and above != pid:
-            above = parents[above]
-        if above == pid and one != pid:
-            with contextlib.suppress(OSError):
-                found[one] = Path(f"/proc/{one}/cmdline").read_bytes().decode(errors="replace")
-    return found
+def answers_of(port: int) -> Iterator[grpc.StatusCode]:
+    """What a port answers to the calls of Ray's services that are made without a token."""
+    from ray.core.generated import core_worker_pb2_grpc as worker
+    from ray.core.generated import gcs_service_pb2_grpc as store
+    from ray.core.generated import node_manager_pb2_grpc as scheduler
+    from ray.core.generated.core_worker_pb2 import GetCoreWorkerStatsRequest
+    from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+    from ray.core.generated.node_manager_pb2 import GetNodeStatsRequest
 
-
-def replicas_of(pid: int) -> list[int]:
-    return sorted(one for one, command in descendants(pid).items() if command.startswith("ray::ServeReplica"))
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for call, asked in (
+            (store.NodeInfoGcsServiceStub(channel).GetAllNodeInfo, GetAllNodeInfoRequest()),
+            (scheduler.NodeManagerServiceStub(channel).GetNodeStats, GetNodeStatsRequest()),
+            (worker.CoreWorkerServiceStub(channel).GetCoreWorkerStats, GetCoreWorkerStatsRequest()),
+        ):
+            try:
+                call(asked, timeout=5)
+                yield grpc.StatusCode.OK
+            except grpc.RpcError as problem:
+                yield problem.code()
 
 
 def marks(event: asyncio.Event) -> OnProgress:
@@ -148,40 +140,11 @@ def test_a_start_can_be_given_up(ray_pair: Any) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_pair")
-def test_the_command_serves_a_plan_on_ray_with_the_bits_of_the_engine_of_one_process(
-    small: Callable[..., DeploySpec], tiny: Path, tmp_path: Path
-) -> None:
-    plan = compile_spec(small("precision=fp32", "workload.guidance_scale=1")).save(tmp_path / "plan.json")
-    pictures = []
-    for options in (["serve.engine=ray", "serve.replicas=2"], []):
-        command = ["-m", "sana_deploy", "serve", f"plan_file={plan}", "serve.port=0", "serve.most_steps=60", *options]
-        one = Process([sys.executable, *command], tmp_path)
-        try:
-            url = one.url()
-            with ThreadPoolExecutor(4) as pool:
-                asked = [pool.submit(ask, url, seed=seed, steps=30) for seed in range(4)]
-                if options:
-                    assert "on 2 replicas of Ray Serve" in one.said
-                    wait_for(url, "sana_working", 2.0)
-                    os.kill(replicas_of(one.process.pid)[0], signal.SIGKILL)
-                pictures.append([answer.result() for answer in asked])
-            one.process.send_signal(signal.SIGTERM)
-            assert one.ended() == 0, one.said
-            assert one.said.rstrip().endswith("stopped")
-        finally:
-            one.process.kill()
-            one.process.wait()
-    assert pictures[0] == pictures[1]
-    assert len(set(pictures[0])) == 4
-
-
-def ask(url: str, **body: Any) -> bytes:
-    answer = httpx2.post(f"{url}/v1/images/generations", json={"prompt": "x", "size": "64x32", **body}, timeout=120)
-    assert answer.status_code == 200, answer.text
-    picture = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
-    return picture.tobytes()
+def test_what_ray_listens_on_asks_for_a_token(ray_pair: Any) -> None:
+    here = os.getpid()
+    codes = [answered for pid in (here, *descendants(here)) for port in listening(pid) for answered in answers_of(port)]
+    assert grpc.StatusCode.OK not in codes
+    assert codes.count(grpc.StatusCode.UNAUTHENTICATED) >= 6, "store, scheduler, controller, replicas and this process"
 
 
 def test_plans_that_ray_cannot_keep_are_refused() -> None:
