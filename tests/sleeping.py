@@ -57,6 +57,11 @@ def asleep(resolved: ResolvedPlan) -> Sleeping:
     return Sleeping()
 
 
+def at_once(resolved: ResolvedPlan) -> Sleeping:
+    """A replica that takes no time."""
+    return Sleeping(0)
+
+
 def slow(resolved: ResolvedPlan) -> Sleeping:
     """A replica that takes long to load."""
     return Sleeping(300)
