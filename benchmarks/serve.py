@@ -24,6 +24,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -166,16 +167,18 @@ def served(options: argparse.Namespace) -> dict[str, Any]:
         ready = time.perf_counter() - began
 
         def kill() -> None:
+            while f"sana_working {float(options.replicas)}" not in httpx2.get(f"{url}/metrics").text:
+                time.sleep(0.001)  # the load stands still meanwhile, and replicas draw what has arrived
             os.kill(replicas_of(one.process.pid)[0], signal.SIGKILL)
 
         result = measured(options, url, kill if options.kill else None)
-        counted = [line for line in httpx2.get(f"{url}/metrics").text.splitlines() if line.startswith("sana_retried_t")]
+        (again,) = re.findall(r"^sana_retried_total (\S+)", httpx2.get(f"{url}/metrics").text, re.MULTILINE)
         began = time.perf_counter()
         one.process.send_signal(signal.SIGTERM)
         code = one.ended(120)
         ended = time.perf_counter() - began
     seconds = {"ready_seconds": round(ready, 1), "end_seconds": round(ended, 1)}
-    return {"engine": options.engine, **result, **seconds, "drawn_again": counted, "exit_code": code}
+    return {"engine": options.engine, **result, **seconds, "drawn_again": float(again), "exit_code": code}
 
 
 def no_op(options: argparse.Namespace) -> dict[str, Any]:

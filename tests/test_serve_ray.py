@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ from sana_deploy.declare.spec import Resolve
 from sana_deploy.errors import RunError, UsageError
 from sana_deploy.facts.machine import Machine
 from sana_deploy.serve.engine import OnProgress
-from sana_deploy.serve.engines import check_for_ray, machine_for_ray
+from sana_deploy.serve.engines import check_for_ray, machine_for_ray, prepare_ray
 from sana_deploy.serve.local import LocalEngine
 
 
@@ -145,6 +146,27 @@ def test_what_ray_listens_on_asks_for_a_token(ray_pair: Any) -> None:
     codes = [answered for pid in (here, *descendants(here)) for port in listening(pid) for answered in answers_of(port)]
     assert grpc.StatusCode.OK not in codes
     assert codes.count(grpc.StatusCode.UNAUTHENTICATED) >= 6, "store, scheduler, controller, replicas and this process"
+
+
+def test_ray_is_given_a_token_of_this_start_before_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setitem(sys.modules, "ray", sys)
+    prepare_ray()
+    assert "RAY_AUTH_MODE" not in environment, "Ray is there and would not see it"
+    assert "ask for no token" in caplog.text
+    monkeypatch.delitem(sys.modules, "ray")
+    tokens = set()
+    for _ in range(2):
+        environment.clear()
+        prepare_ray()
+        assert (environment["RAY_AUTH_MODE"], environment["RAY_USAGE_STATS_ENABLED"]) == ("token", "0")
+        tokens.add(environment["RAY_AUTH_TOKEN"])
+    assert len(tokens) == 2
+    prepare_ray()
+    assert environment["RAY_AUTH_TOKEN"] in tokens, "a mode that is there is kept"
 
 
 def test_plans_that_ray_cannot_keep_are_refused() -> None:
