@@ -148,6 +148,12 @@ def test_what_ray_listens_on_asks_for_a_token(ray_pair: Any) -> None:
     assert codes.count(grpc.StatusCode.UNAUTHENTICATED) >= 6, "store, scheduler, controller, replicas and this process"
 
 
+def test_replicas_wait_no_longer_for_processors_than_the_service(ray_pair: Any) -> None:
+    nice = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (os.getpid(), *replicas_of(os.getpid()))]
+    assert len(nice) == 3
+    assert len(set(nice)) == 1
+
+
 def test_ray_is_given_a_token_of_this_start_before_it_is_imported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

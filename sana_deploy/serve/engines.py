@@ -56,9 +56,11 @@ def prepare_ray() -> None:
     """Set what Ray reads once, when it is imported: it reports no usage, and asks for a token of this start.
 
     Ray listens on every address of this host, whatever it is told, and runs what it is sent: without a token, whoever
-    reaches it runs code here.
+    reaches it runs code here. Of itself it gives replicas the niceness 15, with which they wait behind whatever else
+    this host computes, and their GPUs for them.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if "RAY_AUTH_MODE" in os.environ:
         return
     if "ray" in sys.modules:
