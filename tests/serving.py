@@ -93,10 +93,10 @@ def running(resolved: ResolvedPlan, *replicas: Any, **options: Any) -> Iterator[
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     url = server.url_of(opened)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(180)
     try:
         yield Running(url, service, engine, loops[0])
     finally:
         uv.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
