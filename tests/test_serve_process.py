@@ -227,7 +227,7 @@ def test_the_command_outlives_out_of_memory_a_killed_replica_and_a_full_queue_an
         assert f"model tiny, 96x64 px, 2 steps, on {where}" in one.said
         processes = descendants(one.process.pid)
         with little_memory(replicas_of(one.process.pid) or [one.process.pid]):
-            answer = post(url, size="2048x2048", steps=1)
+            answer = post(url, size="3072x3072", steps=1)
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "out_of_memory")
         asked = [pool.submit(post, url, size="64x32", steps=30, seed=seed) for seed in range(12)]
         until(lambda: arrived(url) == 13)  # with the one that was too large
@@ -263,10 +263,10 @@ def drawn_here(plan: Plan, seeds: Iterable[int]) -> dict[int, bytes]:
 
 @contextmanager
 def little_memory(processes: list[int]) -> Iterator[None]:
-    """Let processes have 100 MiB more than they have now."""
+    """Let processes have 220 MiB more than they have now: a large picture has pieces of half of that."""
     for pid in processes:
         now = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.prlimit(pid, resource.RLIMIT_AS, (now + 100 * 1024**2, resource.RLIM_INFINITY))
+        resource.prlimit(pid, resource.RLIMIT_AS, (now + 220 * 1024**2, resource.RLIM_INFINITY))
     yield
     for pid in processes:
         resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
