@@ -26,6 +26,14 @@ CHECKOUT = Path(__file__).parent.parent
 SMALL = ("workload.height=64", "workload.width=96", "workload.steps=2")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests on Ray to one of pytest's processes, so that one Ray is started."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if "ray_pair" in getattr(item, "fixturenames", ()) or (call and "ray" in call.params.values()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder of this test run's own."""
@@ -103,9 +111,22 @@ def _shortly(call: Any) -> Any:
 @pytest.fixture(scope="session")
 def ray_pair(cache: Path) -> Iterator[Any]:
     """Two replicas that sleep on Ray Serve, started once for all tests."""
-    pytest.importorskip("ray.serve", reason="the extra serve-ray is not installed")
+    from sana_deploy.serve.engines import prepare_ray
+
+    prepare_ray()
     from on_ray import Shared
 
     shared = Shared()
     yield shared
     shared.end()
+
+
+@pytest.fixture(scope="module", params=["local", "ray"])
+def asleep(request: pytest.FixtureRequest) -> Callable[[int], list[Any]]:
+    """Makes replicas that sleep, for a service over each of both engines."""
+    if request.param == "local":
+        from sleeping import Sleeping
+
+        return lambda count: [Sleeping() for _ in range(count)]
+    pair = request.getfixturevalue("ray_pair")
+    return lambda count: [pair.seen_as(count)]

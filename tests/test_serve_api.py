@@ -1,4 +1,5 @@
-"""The images API over sockets: OpenAI's own client, every way an answer can end, limits, and hostile bodies."""
+"""The contract of the images API, over sockets and on both engines: OpenAI's own client, every way an answer can end,
+limits, and who may ask."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ import openai
 import pytest
 from conftest import CHECKOUT
 from PIL import Image, ImageFile
-from serving import Running, Sleeping, running, two_small_gpus
+from serving import Running, running, two_small_gpus
 
 from sana_deploy.plan.artifact import ResolvedPlan
 
+Asleep = Callable[[int], list[Any]]
 SIZE = "96x64"
 PATH = "/v1/images/generations"
 
@@ -33,13 +35,8 @@ def resolved() -> ResolvedPlan:
 
 
 @pytest.fixture(scope="module")
-def replica() -> Sleeping:
-    return Sleeping(0.002)
-
-
-@pytest.fixture(scope="module")
-def api(resolved: ResolvedPlan, replica: Sleeping) -> Iterator[Running]:
-    with running(resolved, replica, max_body="256KiB", max_pixels=250_000, receive_timeout=1.0) as service:
+def api(resolved: ResolvedPlan, asleep: Asleep) -> Iterator[Running]:
+    with running(resolved, *asleep(1), max_body="256KiB", max_pixels=250_000, receive_timeout=1.0) as service:
         yield service
 
 
@@ -256,8 +253,10 @@ def test_a_size_that_the_plan_does_not_hold_is_refused_with_numbers_and_the_larg
     refused(post(api, {"prompt": "x", "size": "1248x1248", "steps": 1}), 400, "1248x1248 needs")
 
 
-def test_what_would_take_longer_than_a_request_may_is_refused_before_it_waits(resolved: ResolvedPlan) -> None:
-    with running(resolved, Sleeping(0.001), timeout=30.0) as api:
+def test_what_would_take_longer_than_a_request_may_is_refused_before_it_waits(
+    resolved: ResolvedPlan, asleep: Asleep
+) -> None:
+    with running(resolved, *asleep(1), timeout=30.0) as api:
         refused(
             post(api, {"prompt": "x", "n": 4}), 400, "4 pictures of 1024x1024 in 20 steps take some 38 s by the plan's"
         )
@@ -349,8 +348,10 @@ def test_a_defect_of_the_application_itself_is_told_in_the_same_shape(
     assert "secret" not in answer.text
 
 
-def test_a_full_queue_is_429_with_seconds_and_every_accepted_request_is_answered(resolved: ResolvedPlan) -> None:
-    with running(resolved, Sleeping(0.02), queue=4, most_images=4) as api:
+def test_a_full_queue_is_429_with_seconds_and_every_accepted_request_is_answered(
+    resolved: ResolvedPlan, asleep: Asleep
+) -> None:
+    with running(resolved, *asleep(1), queue=4, most_images=4) as api:
         body = {"prompt": "x", "size": SIZE, "steps": 10}
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda _: post(api, body), range(16)))
@@ -365,8 +366,8 @@ def test_a_full_queue_is_429_with_seconds_and_every_accepted_request_is_answered
         assert api.metric("sana_images_total") == codes.count(200)
 
 
-def test_a_client_that_leaves_frees_its_place_and_is_counted(resolved: ResolvedPlan) -> None:
-    with running(resolved, Sleeping(0.02), max_body="1MiB", most_steps=1000) as api:
+def test_a_client_that_leaves_frees_its_place_and_is_counted(resolved: ResolvedPlan, asleep: Asleep) -> None:
+    with running(resolved, *asleep(1), max_body="1MiB", most_steps=1000) as api:
         for stream in (False, True):
             body = json.dumps({"prompt": "x", "size": SIZE, "steps": 900, "stream": stream}).encode()
             head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -379,18 +380,18 @@ def test_a_client_that_leaves_frees_its_place_and_is_counted(resolved: ResolvedP
         assert post(api, {"prompt": "x", "size": SIZE, "steps": 1}).status_code == 200
 
 
-def test_a_late_request_is_504(resolved: ResolvedPlan) -> None:
-    with running(resolved, Sleeping(0.2), timeout=2.0) as api:
+def test_a_late_request_is_504(resolved: ResolvedPlan, asleep: Asleep) -> None:
+    with running(resolved, *asleep(1), timeout=2.0) as api:
         refused(
-            post(api, {"prompt": "x", "size": "32x32", "steps": 19}),
+            post(api, {"prompt": "slow", "size": "32x32", "steps": 19}),
             504,
             "0 of 1 pictures were done within 2 s",
             "timeout",
         )
 
 
-def test_a_service_that_is_stopping_refuses_and_says_so(resolved: ResolvedPlan) -> None:
-    with running(resolved, Sleeping(0.001)) as api:
+def test_a_service_that_is_stopping_refuses_and_says_so(resolved: ResolvedPlan, asleep: Asleep) -> None:
+    with running(resolved, *asleep(1)) as api:
         api.engine._draining = True
         answer = post(api, {"prompt": "x"})
         assert refused(answer, 503, "is stopping and takes no more requests", "not_serving")
@@ -409,8 +410,8 @@ def until(done: Callable[[], bool], seconds: float = 5) -> None:
 # Who may ask, and how much
 
 
-def test_keys_are_asked_for_everywhere_but_where_nothing_is_told(resolved: ResolvedPlan) -> None:
-    with running(resolved, Sleeping(0.001), keys=("first", "sécond")) as api:
+def test_keys_are_asked_for_everywhere_but_where_nothing_is_told(resolved: ResolvedPlan, asleep: Asleep) -> None:
+    with running(resolved, *asleep(1), keys=("first", "sécond")) as api:
         for path in ("/", "/health", "/ready"):
             assert httpx2.get(f"{api.url}{path}").status_code == 200
         for path in ("/v1/models", "/metrics", "/plan", "/openapi.json", "/nothing"):
@@ -510,8 +511,8 @@ def test_a_bomb_is_refused_before_it_is_unpacked(api: Running, monkeypatch: pyte
     refused(post(api, {"prompt": "x", "control_image": text(buffer.getvalue())}), 400, "144,000,000 pixels, more than")
 
 
-def test_only_so_many_bodies_arrive_at_a_time(resolved: ResolvedPlan) -> None:
-    with running(resolved, Sleeping(0.001), queue=1, most_images=1, receive_timeout=5.0) as api:
+def test_only_so_many_bodies_arrive_at_a_time(resolved: ResolvedPlan, asleep: Asleep) -> None:
+    with running(resolved, *asleep(1), queue=1, most_images=1, receive_timeout=5.0) as api:
         waiting = [socket.create_connection(api.address) for _ in range(9)]
         for connection in waiting:
             connection.sendall(HEAD + b"Content-Length: 100\r\n\r\n")
@@ -526,8 +527,8 @@ def test_only_so_many_bodies_arrive_at_a_time(resolved: ResolvedPlan) -> None:
 # Metrics
 
 
-def test_metrics_count_what_happened(resolved: ResolvedPlan) -> None:
-    with running(resolved, Sleeping(0.001), batch=2) as api:
+def test_metrics_count_what_happened(resolved: ResolvedPlan, asleep: Asleep) -> None:
+    with running(resolved, *asleep(1), batch=2) as api:
         for prompt in ("x", "poison"):
             post(api, {"prompt": prompt, "size": SIZE, "steps": 2, "n": 2})
         text_ = httpx2.get(f"{api.url}/metrics").text

@@ -10,9 +10,11 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
-from serving import Sleeping, engine_over
+from serving import engine_over
+from sleeping import Sleeping
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
@@ -326,20 +328,28 @@ def test_one_poisoned_order_fails_alone(prompt: str, kind: type[Exception]) -> N
     assert noted.again == 4
 
 
+@pytest.mark.parametrize("on", ["GPU", "host", "host by numpy"])
 def test_out_of_memory_ends_one_order_and_not_the_engine(
-    real: PipelineReplica, monkeypatch: pytest.MonkeyPatch
+    real: PipelineReplica, monkeypatch: pytest.MonkeyPatch, on: str
 ) -> None:
     import torch
 
     def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+        match on:
+            case "GPU":
+                raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+            case "host":
+                torch.empty(2**50)
+            case _:
+                np.empty(2**50)
 
     async def work(engine: LocalEngine) -> None:
         (before,) = await engine.draw(order(1))
         with monkeypatch.context() as patch:
             patch.setattr(real.pipeline.vae.decoder, "forward", full)
-            with pytest.raises(RunError, match="out of memory on cpu, in vae during decode"):
+            with pytest.raises(RunError, match="out of memory on cpu, in vae during decode") as caught:
                 await engine.draw(order(2))
+            assert caught.value.facts["out_of_memory"]
         (after,) = await engine.draw(order(1))
         assert before.picture.tobytes() == after.picture.tobytes()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Running, Sleeping, running, two_small_gpus
+from serving import Running, running, two_small_gpus
 
 BODIES = int(os.environ.get("SANA_DEPLOY_HOSTILE", "500"))
 EXPECTED = {200, 400, 404, 405, 408, 411, 413, 415, 421, 429, 431}
@@ -94,10 +94,12 @@ def sent(api: Running, kind: str, body: bytes, path: str) -> tuple[int, bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["json", "form"])
-def test_changed_bodies_end_in_answers_of_ours_and_the_service_goes_on(kind: str) -> None:
+def test_changed_bodies_end_in_answers_of_ours_and_the_service_goes_on(
+    kind: str, asleep: Callable[[int], list[Any]]
+) -> None:
     random_, codes = random.Random(20), Counter[int]()
     path, make = KINDS[kind]
-    with running(two_small_gpus(), Sleeping(0), max_body="1MiB", most_steps=60) as api:
+    with running(two_small_gpus(), *asleep(1), max_body="1MiB", most_steps=60) as api:
         assert sent(api, kind, make(random.Random(7)), path)[0] in (200, 400)
         for number in range(BODIES // 2):
             body = changed(make(random_), random_)

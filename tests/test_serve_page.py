@@ -11,7 +11,8 @@ from typing import Any
 import httpx2
 import pytest
 from PIL import Image
-from serving import Running, Sleeping, running, two_small_gpus
+from serving import Running, running, two_small_gpus
+from sleeping import Sleeping
 from test_pages import browser  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.browser

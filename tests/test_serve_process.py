@@ -7,12 +7,12 @@ import base64
 import io
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -21,20 +21,23 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 from PIL import Image
-from serving import Sleeping, running
+from processes import Process, descendants, replicas_of, started
+from serving import running
+from sleeping import Sleeping
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.serving import Serving
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import UsageError
-from sana_deploy.plan.artifact import ResolvedPlan
+from sana_deploy.plan.artifact import Plan, ResolvedPlan
 from sana_deploy.serve import command, engines, server
-from sana_deploy.serve.engine import QueueFullError
+from sana_deploy.serve.engine import Content, Preview, QueueFullError, Settings
+from sana_deploy.serve.pictures import no_control_image
 from sana_deploy.serve.replica import PipelineReplica
 
-TESTS = Path(__file__).parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
 BODY = {"prompt": "x", "size": "64x64", "steps": 20}
 SLEEPING = """
@@ -43,7 +46,7 @@ from sana_deploy import __main__
 from sana_deploy.errors import RunError
 from sana_deploy.facts import machine
 from sana_deploy.serve import replica
-from serving import Sleeping
+from sleeping import Sleeping
 
 class Replica(Sleeping):
     def __init__(self, resolved):
@@ -59,48 +62,14 @@ __main__.command()
 """
 
 
-class Process:
-    """A service in a process of its own; what it says on stderr is read as it comes."""
-
-    def __init__(self, command: list[str], folder: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "COLUMNS": "100"}
-        self.process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-        self.said = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said += line
-
-    def url(self, word: str = "ready:", seconds: float = 90) -> str:
-        """Wait for a line that says a URL."""
-        end = time.monotonic() + seconds
-        while not (found := re.search(rf"^{word}.*?(http://\S+)", self.said, re.MULTILINE)):
-            assert time.monotonic() < end, self.said
-            assert self.process.poll() is None, self.said
-            time.sleep(0.02)
-        return found[1]
-
-    def ended(self, seconds: float = 30) -> int:
-        code = self.process.wait(seconds)
-        self._reader.join(5)
-        return code
-
-
 @contextmanager
 def sleeping(folder: Path, *overrides: str, step: float = 0.02, load: str = "pass") -> Iterator[Process]:
-    one = Process([sys.executable, "-c", SLEEPING.format(step=step, load=load), *overrides], folder)
-    try:
+    with started([sys.executable, "-c", SLEEPING.format(step=step, load=load), *overrides], folder) as one:
         yield one
-    finally:
-        one.process.kill()
-        one.process.wait()
 
 
 def post(url: str, **body: Any) -> httpx2.Response:
-    return httpx2.post(f"{url}/v1/images/generations", json={**BODY, **body}, timeout=60)
+    return httpx2.post(f"{url}/v1/images/generations", json={**BODY, **body}, timeout=120)
 
 
 def wait_for(url: str, metric: str, value: float) -> None:
@@ -242,22 +211,94 @@ def test_the_api_draws_the_bits_of_a_run(
 
 
 @pytest.mark.slow
-def test_the_command_serves_a_saved_plan_from_end_to_end(
-    small: Callable[..., DeploySpec], tiny: Path, tmp_path: Path
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_the_command_outlives_out_of_memory_a_killed_replica_and_a_full_queue_and_loses_nothing(
+    engine: str, small: Callable[..., DeploySpec], tiny: Path, tmp_path: Path
 ) -> None:
-    plan = compile_spec(small("precision=fp32", "workload.guidance_scale=1")).save(tmp_path / "a plan.json")
-    one = Process([sys.executable, "-m", "sana_deploy", "serve", f"plan_file={plan}", "serve.port=0"], tmp_path)
-    try:
+    plan = compile_spec(small("precision=fp32", "workload.guidance_scale=1"))
+    saved = plan.save(tmp_path / "a plan.json")
+    options = ["serve.queue=4", "serve.most_images=4", "serve.most_steps=30", f"serve.engine={engine}"]
+    options += ["serve.replicas=2"] * (engine == "ray")
+    command = [sys.executable, "-m", "sana_deploy", "serve", f"plan_file={saved}", "serve.port=0", *options]
+    with started(command, tmp_path) as one, ThreadPoolExecutor(12) as pool:
         url = one.url()
-        assert httpx2.get(f"{url}/plan").text == plan.read_text()
-        answer = post(url, size="64x32", steps=1)
-        assert answer.status_code == 200, answer.text
+        assert httpx2.get(f"{url}/plan").text == saved.read_text()
+        where = "2 replicas of Ray Serve" if engine == "ray" else "cpu"
+        assert f"model tiny, 96x64 px, 2 steps, on {where}" in one.said
+        processes = descendants(one.process.pid)
+        with little_memory(replicas_of(one.process.pid) or [one.process.pid]):
+            answer = post(url, size="3072x3072", steps=1)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "out_of_memory")
+        asked = [pool.submit(post, url, size="64x32", steps=30, seed=seed) for seed in range(12)]
+        until(lambda: arrived(url) == 13)  # with the one that was too large
+        if engine == "ray":
+            os.kill(replicas_of(one.process.pid)[0], signal.SIGKILL)
         one.process.send_signal(signal.SIGTERM)
-        assert one.ended() == 0
-        assert "model tiny, 96x64 px, 2 steps, on cpu" in one.said
+        answers = dict(enumerate(answer.result() for answer in asked))
+        assert one.ended() == 0, one.said
+        assert one.said.rstrip().endswith("stopped")
+    drawn = {seed: pixels(answer) for seed, answer in answers.items() if answer.status_code == 200}
+    others = [answer for seed, answer in answers.items() if seed not in drawn]
+    assert len(drawn) >= 5
+    assert {answer.status_code for answer in others} == {429}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in others)
+    assert drawn == drawn_here(plan, drawn)
+    assert len(set(drawn.values())) == len(drawn)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
+
+
+def drawn_here(plan: Plan, seeds: Iterable[int]) -> dict[int, bytes]:
+    """What the pipeline draws of these seeds in this process, with one thread, as the processes of services have."""
+    replica, threads = PipelineReplica(plan.resolve()), torch.get_num_threads()
+    replica.load()
+    settings = Settings(height=32, width=64, steps=30, guidance_scale=1.0, conditioning_scale=0.0)
+    contents = [Content("x", "", seed, no_control_image(settings.workload())) for seed in seeds]
+    torch.set_num_threads(1)
+    try:
+        made = [replica.draw(settings, [content], Unwatched()) for content in contents]
     finally:
-        one.process.kill()
-        one.process.wait()
+        torch.set_num_threads(threads)
+    return {content.seed: one.pictures[0].tobytes() for content, one in zip(contents, made, strict=True)}
+
+
+@contextmanager
+def little_memory(processes: list[int]) -> Iterator[None]:
+    """Let processes have 220 MiB more than they have now: a large picture has pieces of half of that."""
+    for pid in processes:
+        now = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(pid, resource.RLIMIT_AS, (now + 220 * 1024**2, resource.RLIM_INFINITY))
+    yield
+    for pid in processes:
+        resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+class Unwatched:
+    """Whoever draws is told to go on."""
+
+    shown: frozenset[int] = frozenset()
+
+    def __call__(self, done: int, of: int, preview: Preview) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+
+def arrived(url: str) -> int:
+    """Requests for pictures that were answered, wait or are drawn."""
+    counted = r'^sana_(?:requests_total{code="\d+",route="/v1/images/generations"}|queue_length|working) (\S+)$'
+    return int(sum(map(float, re.findall(counted, httpx2.get(f"{url}/metrics").text, re.MULTILINE))))
+
+
+def pixels(answer: httpx2.Response) -> bytes:
+    return Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))).tobytes()
+
+
+def until(done: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(

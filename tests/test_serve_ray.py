@@ -1,78 +1,53 @@
-"""Replicas on Ray Serve: one that is killed, one that cannot start, and a plan that is served from end to end."""
+"""Replicas on Ray Serve: one that is killed, one that cannot start, and what Ray itself lets others do."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
-import io
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import httpx2
+import grpc
 import pytest
-from PIL import Image
-from serving import Sleeping, two_small_gpus
+import sleeping
+from processes import descendants, listening, replicas_of
+from serving import two_small_gpus
 from test_serve_engine import Noted, order, using
-from test_serve_process import Process, wait_for
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
-from sana_deploy.declare.spec import DeploySpec, Resolve
+from sana_deploy.declare.spec import Resolve
 from sana_deploy.errors import RunError, UsageError
 from sana_deploy.facts.machine import Machine
-from sana_deploy.plan.artifact import ResolvedPlan
 from sana_deploy.serve.engine import OnProgress
-from sana_deploy.serve.engines import check_for_ray, machine_for_ray
+from sana_deploy.serve.engines import check_for_ray, machine_for_ray, prepare_ray
 from sana_deploy.serve.local import LocalEngine
 
 
-class Slow(Sleeping):
-    def load(self) -> None:
-        time.sleep(300)
+def answers_of(port: int) -> Iterator[grpc.StatusCode]:
+    """What a port answers to the calls of Ray's services that are made without a token."""
+    from ray.core.generated import core_worker_pb2_grpc as worker
+    from ray.core.generated import gcs_service_pb2_grpc as store
+    from ray.core.generated import node_manager_pb2_grpc as scheduler
+    from ray.core.generated.core_worker_pb2 import GetCoreWorkerStatsRequest
+    from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+    from ray.core.generated.node_manager_pb2 import GetNodeStatsRequest
 
-
-class Broken(Sleeping):
-    def load(self) -> None:
-        raise RunError("out of memory on cuda:0, 9.00 GiB are needed")
-
-
-def slow(resolved: ResolvedPlan) -> Sleeping:
-    return Slow()
-
-
-def broken(resolved: ResolvedPlan) -> Sleeping:
-    return Broken()
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """The processes that a process has started, and theirs: by id, with their command lines."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])  # behind its name
-        except OSError:  # it has ended
-            continue
-    found: dict[int, str] = {}
-    for one in parents:
-        above = one
-        while above in parents and above != pid:
-            above = parents[above]
-        if above == pid and one != pid:
-            with contextlib.suppress(OSError):
-                found[one] = Path(f"/proc/{one}/cmdline").read_bytes().decode(errors="replace")
-    return found
-
-
-def replicas_of(pid: int) -> list[int]:
-    return sorted(one for one, command in descendants(pid).items() if command.startswith("ray::ServeReplica"))
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for call, asked in (
+            (store.NodeInfoGcsServiceStub(channel).GetAllNodeInfo, GetAllNodeInfoRequest()),
+            (scheduler.NodeManagerServiceStub(channel).GetNodeStats, GetNodeStatsRequest()),
+            (worker.CoreWorkerServiceStub(channel).GetCoreWorkerStats, GetCoreWorkerStatsRequest()),
+        ):
+            try:
+                call(asked, timeout=5)
+                yield grpc.StatusCode.OK
+            except grpc.RpcError as problem:
+                yield problem.code()
 
 
 def marks(event: asyncio.Event) -> OnProgress:
@@ -136,11 +111,11 @@ def test_failures_come_back_as_they_were_raised(ray_pair: Any) -> None:
 def test_what_hinders_a_start_is_said_in_time(ray_pair: Any) -> None:
     from sana_deploy.serve.ray_cluster import Cluster
 
-    fails = Cluster(ray_pair.plan, 1, drain=1, name="broken", make=broken)
+    fails = Cluster(ray_pair.plan, 1, drain=1, name="broken", make=sleeping.broken)
     with pytest.raises(RunError, match=r"a replica could not be started: .*out of memory on cuda:0, 9\.00 GiB are"):
         fails.deploy(60, lambda: False)
     fails.remove()
-    late = Cluster(ray_pair.plan, 1, drain=1, name="late", make=slow)
+    late = Cluster(ray_pair.plan, 1, drain=1, name="late", make=sleeping.slow)
     with pytest.raises(RunError, match="0 of 1 replicas were ready within 3 s") as caught:
         late.deploy(3, lambda: False)
     assert caught.value.hint == "serve.startup gives it more time"
@@ -155,7 +130,7 @@ def test_a_start_can_be_given_up(ray_pair: Any) -> None:
     from sana_deploy.serve.ray_engine import RayEngine
 
     async def run() -> None:
-        cluster = Cluster(ray_pair.plan, 1, drain=1, name="given up", make=slow)
+        cluster = Cluster(ray_pair.plan, 1, drain=1, name="given up", make=sleeping.slow)
         engine = RayEngine(cluster, startup=60, queue=1, timeout=1)
         loading = asyncio.create_task(engine.start())
         await asyncio.sleep(2)
@@ -166,40 +141,38 @@ def test_a_start_can_be_given_up(ray_pair: Any) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_pair")
-def test_the_command_serves_a_plan_on_ray_with_the_bits_of_the_engine_of_one_process(
-    small: Callable[..., DeploySpec], tiny: Path, tmp_path: Path
+def test_what_ray_listens_on_asks_for_a_token(ray_pair: Any) -> None:
+    here = os.getpid()
+    codes = [answered for pid in (here, *descendants(here)) for port in listening(pid) for answered in answers_of(port)]
+    assert grpc.StatusCode.OK not in codes
+    assert codes.count(grpc.StatusCode.UNAUTHENTICATED) >= 6, "store, scheduler, controller, replicas and this process"
+
+
+def test_replicas_wait_no_longer_for_processors_than_the_service(ray_pair: Any) -> None:
+    nice = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (os.getpid(), *replicas_of(os.getpid()))]
+    assert len(nice) == 3
+    assert len(set(nice)) == 1
+
+
+def test_ray_is_given_a_token_of_this_start_before_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = compile_spec(small("precision=fp32", "workload.guidance_scale=1")).save(tmp_path / "plan.json")
-    pictures = []
-    for options in (["serve.engine=ray", "serve.replicas=2"], []):
-        command = ["-m", "sana_deploy", "serve", f"plan_file={plan}", "serve.port=0", "serve.most_steps=60", *options]
-        one = Process([sys.executable, *command], tmp_path)
-        try:
-            url = one.url()
-            with ThreadPoolExecutor(4) as pool:
-                asked = [pool.submit(ask, url, seed=seed, steps=30) for seed in range(4)]
-                if options:
-                    assert "on 2 replicas of Ray Serve" in one.said
-                    wait_for(url, "sana_working", 2.0)
-                    os.kill(replicas_of(one.process.pid)[0], signal.SIGKILL)
-                pictures.append([answer.result() for answer in asked])
-            one.process.send_signal(signal.SIGTERM)
-            assert one.ended() == 0, one.said
-            assert one.said.rstrip().endswith("stopped")
-        finally:
-            one.process.kill()
-            one.process.wait()
-    assert pictures[0] == pictures[1]
-    assert len(set(pictures[0])) == 4
-
-
-def ask(url: str, **body: Any) -> bytes:
-    answer = httpx2.post(f"{url}/v1/images/generations", json={"prompt": "x", "size": "64x32", **body}, timeout=120)
-    assert answer.status_code == 200, answer.text
-    picture = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
-    return picture.tobytes()
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setitem(sys.modules, "ray", sys)
+    prepare_ray()
+    assert "RAY_AUTH_MODE" not in environment, "Ray is there and would not see it"
+    assert "ask for no token" in caplog.text
+    monkeypatch.delitem(sys.modules, "ray")
+    tokens = set()
+    for _ in range(2):
+        environment.clear()
+        prepare_ray()
+        assert (environment["RAY_AUTH_MODE"], environment["RAY_USAGE_STATS_ENABLED"]) == ("token", "0")
+        tokens.add(environment["RAY_AUTH_TOKEN"])
+    assert len(tokens) == 2
+    prepare_ray()
+    assert environment["RAY_AUTH_TOKEN"] in tokens, "a mode that is there is kept"
 
 
 def test_plans_that_ray_cannot_keep_are_refused() -> None:

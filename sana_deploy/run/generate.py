@@ -29,6 +29,7 @@ from .outcome import Measured
 from .request_state import Event, RequestState
 from .traffic import Movement, Traffic, by_pair
 
+_HOST_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 StepDone = Callable[[int, int], None]
 """Called after each denoising step with the steps done and the steps in all."""
 
@@ -168,9 +169,19 @@ def run_request(
         if said is None:
             raise RunError(f"the request failed: {problem}", where="generate") from problem
         raise _out_of_memory(pipeline, state, said) from problem
-    except (RuntimeError, ValueError) as problem:
+    except (RuntimeError, ValueError, MemoryError) as problem:
+        if said := _host_full(problem):
+            raise _out_of_memory(pipeline, state, said) from problem
         raise RunError(f"the request failed: {problem}", where="generate") from problem
     return pixels, steps.per_step
+
+
+def _host_full(problem: Exception) -> str:
+    """What is said where the host's memory has run out, for which PyTorch has no error of its own; else nothing."""
+    said = str(problem)
+    if isinstance(problem, MemoryError):
+        return said or "the host's memory is full"
+    return said[said.index(_HOST_ALLOCATOR) :] if _HOST_ALLOCATOR in said else ""
 
 
 def _out_of_memory(pipeline: DiffusionPipeline, state: RequestState, said: str) -> RunError:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +20,8 @@ from ..plan.replicas import alike
 from .engine import Observer
 from .local import LocalEngine
 from .replica import PipelineReplica
+
+log = logging.getLogger(__name__)
 
 
 def engine_of(resolved: ResolvedPlan, options: Serving, wanted: Resolve, observer: Observer) -> LocalEngine:
@@ -36,6 +42,7 @@ def engine_of(resolved: ResolvedPlan, options: Serving, wanted: Resolve, observe
     if options.engine == "local":
         return LocalEngine([PipelineReplica(one) for one in each], **common)
     check_for_ray(resolved.plan, wanted)
+    prepare_ray()
     from .ray_cluster import Cluster
     from .ray_engine import RayEngine
 
@@ -43,6 +50,23 @@ def engine_of(resolved: ResolvedPlan, options: Serving, wanted: Resolve, observe
     one = resolved.plan.each()[0]
     cluster = Cluster(one, replicas, drain=options.drain, allow=wanted.allow, verify=wanted.verify)
     return RayEngine(cluster, startup=options.startup, **common)
+
+
+def prepare_ray() -> None:
+    """Set what Ray reads once, when it is imported: it reports no usage, and asks for a token of this start.
+
+    Ray listens on every address of this host, whatever it is told, and runs what it is sent: without a token, whoever
+    reaches it runs code here. Of itself it gives replicas the niceness 15, with which they wait behind whatever else
+    this host computes, and their GPUs for them.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if "ray" in sys.modules:
+        log.warning("Ray was imported before: its ports, which others may reach, ask for no token")
+        return
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def check_for_ray(plan: Plan, wanted: Resolve) -> None:

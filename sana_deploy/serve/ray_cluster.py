@@ -56,7 +56,6 @@ class Cluster:
         """Start Ray, unless this process is in one already. Ray takes SIGTERM from the process."""
         if ray.is_initialized():
             return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ours = True
         ray.init(
             address="local",

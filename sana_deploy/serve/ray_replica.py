@@ -19,6 +19,8 @@ from ..plan.artifact import Plan, ResolvedPlan
 from .engine import Content, Made, Preview, Replica, Settings, StoppedError
 
 log = logging.getLogger(__name__)
+_END_SECONDS = 0.1
+"""How often a replica that is to end looks whether it still draws."""
 _HEALTH_SECONDS = 2.0
 """How often Ray asks a replica whether it lives."""
 _STARTS = 2
@@ -136,5 +138,6 @@ def deployment(replicas: int, gpus: int, drain: float) -> serve.Deployment:
         max_constructor_retry_count=_STARTS,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         health_check_period_s=_HEALTH_SECONDS,
+        graceful_shutdown_wait_loop_s=_END_SECONDS,
         graceful_shutdown_timeout_s=drain,
     )
