@@ -34,6 +34,7 @@ from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import UsageError
 from sana_deploy.plan.artifact import Plan, ResolvedPlan
 from sana_deploy.serve import command, engines, server
+from sana_deploy.serve.assembly import bearer_keys
 from sana_deploy.serve.engine import Content, Preview, QueueFullError, Settings
 from sana_deploy.serve.pictures import no_control_image
 from sana_deploy.serve.replica import PipelineReplica
@@ -338,10 +339,11 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 def test_keys_are_words_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("one\n\n  two \n")
-    assert command._keys(str(tmp_path / "keys")) == ("one", "two")
+    assert bearer_keys(str(tmp_path / "keys")) == ("one", "two")
+    assert bearer_keys(None) == ()
     (tmp_path / "keys").write_text("\n")
     with pytest.raises(Exception, match="holds no key"):
-        command._keys(str(tmp_path / "keys"))
+        bearer_keys(str(tmp_path / "keys"))
 
 
 def test_help_shows_the_keys_and_how_to_ask(here: Run) -> None:

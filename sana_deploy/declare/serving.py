@@ -17,6 +17,40 @@ MOST_BATCH = 8
 """Pictures that `batch=auto` draws at once at most."""
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Count = Annotated[int, Field(ge=1, le=4096)]
+Replicas = Annotated[int, Field(ge=1, le=1024)]
+Delay = Annotated[float, Field(ge=0, le=86400)]
+
+
+class AutoscalingConfig(Declared):
+    """Bounds between which replicas of `engine=ray` follow the load; the words are those of Ray Serve.
+
+    Attributes:
+        min_replicas: those that are always there.
+        max_replicas: as many at most; None keeps their number as it is.
+        upscale_delay_s: seconds of more load before replicas are added.
+        downscale_delay_s: seconds of less load before replicas end.
+    """
+
+    min_replicas: Replicas = 1
+    max_replicas: Replicas | None = None
+    upscale_delay_s: Delay = 30.0
+    downscale_delay_s: Delay = 600.0
+
+
+class KubeRay(Declared):
+    """What a manifest of `--export kuberay` says and no plan knows.
+
+    Attributes:
+        image: the container image with this package and Ray.
+        cpus: cores of a replica.
+        memory: host memory of a replica, e.g. `16GiB`.
+        claim: the PersistentVolumeClaim with the checkpoint's folder; None mounts nothing.
+    """
+
+    image: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$", max_length=512)] = "registry.example/sana-deploy:latest"
+    cpus: Annotated[int, Field(ge=1, le=1024)] = 4
+    memory: Size = "16GiB"
+    claim: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)] | None = None
 
 
 class Serving(Declared):
@@ -28,6 +62,9 @@ class Serving(Declared):
         keys: path of a file with one bearer key a line; None asks for no key.
         engine: replicas in threads of this process, or in processes of Ray Serve.
         replicas: of `engine=ray`; None takes the plan's.
+        autoscaling_config: bounds within which replicas of `engine=ray` follow the load.
+        warm_up: draw before requests are taken, so that none of them waits for what is done once.
+        kuberay: what a manifest of `--export kuberay` says besides the plan.
         startup: seconds that replicas of `engine=ray` may take until they can draw.
         name: the served model's name in the API; None takes that of the planned model.
         queue: pictures that may wait.
@@ -46,7 +83,10 @@ class Serving(Declared):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     keys: str | None = None
     engine: Literal["local", "ray"] = "local"
-    replicas: Annotated[int, Field(ge=1, le=1024)] | None = None
+    replicas: Replicas | None = None
+    autoscaling_config: AutoscalingConfig = AutoscalingConfig()
+    warm_up: bool = True
+    kuberay: KubeRay = KubeRay()
     startup: Seconds = 900.0
     name: Annotated[str, Field(pattern=r"^[\w./:-]{1,128}$")] | None = None
     queue: Count = 64
@@ -78,8 +118,28 @@ class Serving(Declared):
 
     @model_validator(mode="after")
     def _replicas_are_of_ray(self) -> Self:
-        if self.replicas is not None and self.engine != "ray":
+        if self.engine == "ray":
+            return self
+        if self.replicas is not None:
             raise ValueError("replicas is of engine=ray; engine=local has those that hardware.replicas planned")
+        if self.autoscaling_config.max_replicas is not None:
+            raise ValueError("autoscaling_config is of engine=ray; engine=local has the replicas of its plan")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_are_within_bounds(self) -> Self:
+        bounds = self.autoscaling_config
+        if bounds.max_replicas is None:
+            if bounds.min_replicas > 1:
+                raise ValueError("autoscaling_config.min_replicas needs autoscaling_config.max_replicas beside it")
+            return self
+        if bounds.min_replicas > bounds.max_replicas:
+            raise ValueError(f"min_replicas={bounds.min_replicas} must not exceed max_replicas={bounds.max_replicas}")
+        if self.replicas is not None and not bounds.min_replicas <= self.replicas <= bounds.max_replicas:
+            raise ValueError(
+                f"replicas={self.replicas} must be within autoscaling_config, "
+                f"from {bounds.min_replicas} to {bounds.max_replicas}"
+            )
         return self
 
     @classmethod

@@ -227,6 +227,19 @@ class Plan(Replica):
                 f"{origin}: home is {one.home}, the {self.pipeline.denoiser} is elsewhere", where="plan_file"
             )
 
+    def check_feasible(self) -> None:
+        """Refuse a plan that can be read, not applied.
+
+        Raises:
+            PlanError: it shows the closest miss.
+        """
+        if not self.feasible:
+            raise PlanError(
+                "this plan shows the closest miss of something that does not fit: it can be read, not applied",
+                where="resolve",
+                hint="compile it again with one of its hints, or with hardware=custom_map hardware.force=true",
+            )
+
     def resolve(
         self,
         machine: Machine | None = None,
@@ -247,12 +260,7 @@ class Plan(Replica):
                 changed.
             InfeasibleError: a GPU of `bind` is not there.
         """
-        if not self.feasible:
-            raise PlanError(
-                "this plan shows the closest miss of something that does not fit: it can be read, not applied",
-                where="resolve",
-                hint="compile it again with one of its hints, or with hardware=custom_map hardware.force=true",
-            )
+        self.check_feasible()
         spec, declared = self.spec, self.spec.resolve
         accepted, whole = declared.allow if allow is None else allow, declared.verify if verify is None else verify
         stale = staleness_of(self.libraries, self.checkpoint, self.components, self.model, accepted, whole)

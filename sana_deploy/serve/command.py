@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -16,10 +15,11 @@ from ..declare.free_text import key_of
 from ..declare.keys import conf_dir
 from ..declare.serving import Serving
 from ..declare.spec import DeploySpec
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.saved_request import saved_plan
 from ..report import terminal as report
+from .export import Export, asked
 
 log = logging.getLogger(__name__)
 Compile = Callable[[DeploySpec], Plan]
@@ -39,6 +39,7 @@ sana-deploy serve: offer a plan as an images API in the form of OpenAI's, until 
 
 Usage: sana-deploy serve plan_file=PLAN.json [serve.KEY=VALUE ...]
        sana-deploy serve [GROUP=OPTION ...] [KEY=VALUE ...]
+       sana-deploy serve --export ray|kuberay FILE plan_file=PLAN.json [KEY=VALUE ...]
   sana-deploy serve plan_file=plan.json serve.port=8080
   sana-deploy serve model=sana_1600m_controlnet model.source=FOLDER_OR_REPO hardware=multi_gpu_balanced
   curl -s localhost:8000/v1/images/generations -H 'Content-Type: application/json' -d '{"prompt": "a red fox"}'
@@ -46,6 +47,9 @@ Usage: sana-deploy serve plan_file=PLAN.json [serve.KEY=VALUE ...]
 Routes: POST /v1/images/generations, POST /v1/images/edits, GET /v1/models, /health, /ready, /metrics, /plan, and / for
 a page to try it. Once requests are drawn, stderr gets a line that begins with "ready:". SIGTERM finishes what was
 accepted and ends with code 0; a second one gives up what is left. Groups and exit codes: sana-deploy --help
+
+--export serves nothing: it writes the config of `serve deploy` (ray), or a RayService for `kubectl apply` (kuberay),
+with the plan in it. A file that is there already is not written over.
 
 Values of the group serve, with what they are without being given:
 
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str], compile_spec: Compile) -> int:
         compile_spec: makes a plan of a declaration.
 
     Returns:
-        0 once the service was told to stop and has.
+        0 once the service was told to stop and has, or once the export is written.
 
     Raises:
         UsageError, SanaDeployError: it cannot be started, or has lost its last GPU.
@@ -69,6 +73,7 @@ def main(arguments: Sequence[str], compile_spec: Compile) -> int:
         sys.stdout.write(USAGE + (conf_dir() / "serve" / "default.yaml").read_text(encoding="utf-8"))
         return 0
     _check_extra("serve", _NEEDED)
+    wanted, arguments = asked(arguments)
     spec, options = _declared(arguments)
     if options.engine == "ray":
         _check_extra("serve-ray", _NEEDED_FOR_RAY)
@@ -76,9 +81,19 @@ def main(arguments: Sequence[str], compile_spec: Compile) -> int:
         plan, spec = saved_plan(spec, arguments)
     else:
         plan = compile_spec(spec)
-    keys = _keys(options.keys) if options.keys else ()
-    _run(plan, spec, options, keys)
+    if wanted:
+        _export(wanted, plan, spec, options)
+    else:
+        _run(plan, spec, options)
     return 0
+
+
+def _export(wanted: Export, plan: Plan, spec: DeploySpec, options: Serving) -> None:
+    from .engines import check_for_ray
+
+    check_for_ray(plan, spec.resolve)
+    report.show_plan(plan)
+    _say(f"written: {wanted.write(plan, spec, options)}")
 
 
 def _check_extra(extra: str, needed: Mapping[str, str]) -> None:
@@ -106,33 +121,15 @@ def _declared(arguments: Sequence[str]) -> tuple[DeploySpec, Serving]:
     return spec_from_config(config, others), options
 
 
-def _keys(path: str) -> tuple[str, ...]:
-    """The bearer keys of a file.
-
-    Raises:
-        InputError: it cannot be read, or holds no key.
-    """
-    file = Path(path).expanduser()
-    try:
-        lines = file.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as problem:
-        why = getattr(problem, "strerror", None) or "it is not UTF-8"
-        raise InputError(
-            f"{file} cannot be read: {why}", where="serve.keys", hint="a text file, one key a line"
-        ) from None
-    if not lines:
-        raise InputError(f"{file} holds no key", where="serve.keys", hint="one key a line, or serve.keys=null")
-    return tuple(lines)
-
-
-def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) -> None:
+def _run(plan: Plan, spec: DeploySpec, options: Serving) -> None:
     from ..facts.machine import probe_torch
     from . import server
     from .app import build
+    from .assembly import bearer_keys
     from .engines import machine_for_ray
     from .gate import is_local
 
-    wanted = spec.resolve
+    wanted, keys = spec.resolve, bearer_keys(options.keys)
     opened = server.listen(options.host, options.port)
     report.show_plan(plan)
     machine = probe_torch() if options.engine == "local" else machine_for_ray(probe_torch())
@@ -149,18 +146,11 @@ def _run(plan: Plan, spec: DeploySpec, options: Serving, keys: Sequence[str]) ->
 
 
 def _service(resolved: ResolvedPlan, spec: DeploySpec, options: Serving, keys: Sequence[str]) -> Any:
-    from ..facts.checkpoint import open_checkpoint
-    from ..plan.admission import Admission
+    from .assembly import assemble
     from .engines import engine_of
-    from .metrics import Metrics
-    from .orders import Orders
-    from .service import Service
 
-    plan, metrics = resolved.plan, Metrics(resolved)
-    admission = Admission(resolved, open_checkpoint(plan.model), options.admit == "fitting")
-    engine = engine_of(resolved, options, spec.resolve, metrics)
-    metrics.watch(lambda: engine.standing)
-    return Service(plan, Orders(plan, spec.workload, admission, options), engine, options, metrics, keys)
+    work, wanted = spec.workload, spec.resolve
+    return assemble(resolved, work, options, keys, lambda told: engine_of(resolved, options, wanted, work, told))
 
 
 def _ready_line(url: str, resolved: ResolvedPlan, service: Any) -> str:

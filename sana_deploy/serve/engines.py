@@ -6,12 +6,12 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..declare.serving import Serving
 from ..declare.spec import Resolve
+from ..declare.workload import DeclaredWorkload
 from ..errors import UsageError
 from ..facts.machine import Machine
 from ..plan.artifact import Plan, ResolvedPlan
@@ -19,37 +19,51 @@ from ..plan.records import total_rate
 from ..plan.replicas import alike
 from .engine import Observer
 from .local import LocalEngine
+from .ray_options import Scaling
 from .replica import PipelineReplica
+from .warm_up import WarmUp
 
 log = logging.getLogger(__name__)
 
 
-def engine_of(resolved: ResolvedPlan, options: Serving, wanted: Resolve, observer: Observer) -> LocalEngine:
+def engine_of(
+    resolved: ResolvedPlan, options: Serving, wanted: Resolve, defaults: DeclaredWorkload, observer: Observer
+) -> LocalEngine:
     """Make the engine of a plan; its replicas are loaded when it is started.
+
+    Args:
+        defaults: what a request has where it says nothing.
 
     Raises:
         UsageError: `engine=ray` cannot serve this plan.
     """
+    plan, warm_up = resolved.plan, None
+    if options.warm_up:
+        warm_up = WarmUp.of(plan, defaults, options.startup)
+    common = common_options(resolved, options, observer)
+    if options.engine == "local":
+        return LocalEngine([PipelineReplica(one) for one in resolved.each()], warm_up=warm_up, **common)
+    check_for_ray(plan, wanted, Scaling.of(plan, options).most)
+    prepare_ray()
+    from .ray_cluster import Cluster
+    from .ray_engine import RayEngine
+
+    scaling, one = Scaling.of(plan, options), plan.each()[0]
+    cluster = Cluster(one, scaling, drain=options.drain, allow=wanted.allow, verify=wanted.verify, warm_up=warm_up)
+    return RayEngine(cluster, startup=options.startup, **common)
+
+
+def common_options(resolved: ResolvedPlan, options: Serving, observer: Observer) -> dict[str, Any]:
+    """What every engine of a plan is given."""
     each = resolved.each()
     rate = total_rate(one.plan.estimates for one in each)
-    common: Mapping[str, Any] = {
+    return {
         "queue": options.queue,
         "timeout": options.timeout,
         "pace": len(each) / rate if rate else 1.0,
         "few_sizes": any(one.plan.runtime != "eager" for one in each),
         "observer": observer,
     }
-    if options.engine == "local":
-        return LocalEngine([PipelineReplica(one) for one in each], **common)
-    check_for_ray(resolved.plan, wanted)
-    prepare_ray()
-    from .ray_cluster import Cluster
-    from .ray_engine import RayEngine
-
-    replicas = options.replicas or len(resolved.plan.each())
-    one = resolved.plan.each()[0]
-    cluster = Cluster(one, replicas, drain=options.drain, allow=wanted.allow, verify=wanted.verify)
-    return RayEngine(cluster, startup=options.startup, **common)
 
 
 def prepare_ray() -> None:
@@ -69,12 +83,17 @@ def prepare_ray() -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def check_for_ray(plan: Plan, wanted: Resolve) -> None:
+def check_for_ray(plan: Plan, wanted: Resolve, most: int = 1) -> None:
     """Refuse what Ray cannot keep: it starts replicas that are all the same, on GPUs that it chooses.
+
+    Args:
+        most: replicas at most.
 
     Raises:
         UsageError: naming what the plan or the command asks for.
+        PlanError: the plan can be read only.
     """
+    plan.check_feasible()
     if len(alike(plan.each())) > 1:
         raise UsageError(
             "replicas of engine=ray are all alike, those of this plan differ",
@@ -86,6 +105,14 @@ def check_for_ray(plan: Plan, wanted: Resolve) -> None:
             "resolve.bind chooses GPUs, and with engine=ray Ray does",
             where="resolve.bind",
             hint="leave it out; CUDA_VISIBLE_DEVICES limits what Ray sees",
+        )
+    chosen = getattr(plan.spec.hardware, "gpu_indices", None)
+    if chosen and most * len(plan.each()[0].slots) > len(chosen):
+        gpus = ", ".join(map(str, sorted(chosen)))
+        raise UsageError(
+            f"the plan takes the GPUs {gpus} only, {most} replicas take {most * len(plan.each()[0].slots)}",
+            where="hardware.use",
+            hint="compile the plan without hardware.use, or with fewer replicas",
         )
 
 

@@ -44,6 +44,7 @@ class LocalEngine:
         timeout: seconds that an order may take.
         pace: seconds that a picture is expected to take, until that is measured.
         few_sizes: draw batches of few sizes; see `Queue`.
+        warm_up: is called with each replica once it is loaded; what it raises is a failure to load.
         observer: is told what happens.
     """
 
@@ -55,9 +56,11 @@ class LocalEngine:
         timeout: float,
         pace: float = 1.0,
         few_sizes: bool = False,
+        warm_up: Callable[[Replica], None] | None = None,
         observer: Observer | None = None,
     ) -> None:
         self._replicas, self._most, self._timeout, self._pace = list(replicas), queue, timeout, pace
+        self._warm_up = warm_up
         self._queue, self._observer = Queue(few_sizes), observer or Observer()
         self._jobs: set[Job] = set()
         self._threads: list[threading.Thread] = []
@@ -147,6 +150,8 @@ class LocalEngine:
         """Load a replica and draw what comes, until the queue is closed or the replica lost; runs in its thread."""
         try:
             replica.load()
+            if self._warm_up:
+                self._warm_up(replica)
         except BaseException as problem:
             self._in_loop(_set_exception, loaded, problem)
             return

@@ -15,7 +15,9 @@ from ray.serve.schema import LoggingConfig
 
 from ..errors import RunError, UsageError
 from ..plan.artifact import Plan
+from .ray_options import REPLICA, Scaling
 from .ray_replica import Make, deployment
+from .warm_up import WarmUp
 
 log = logging.getLogger(__name__)
 _STORE_BYTES = 512 * 1024**2
@@ -29,28 +31,35 @@ class Cluster:
 
     Args:
         plan: of a single replica.
-        replicas: how many of it.
+        replicas: how many of it, or within which bounds.
         drain: seconds that replicas have to end what they draw.
         allow, verify: see `Plan.resolve`.
         name: of the application, one of its own among those of a cluster.
-        make: makes a replica; see `RayReplica`.
+        make, warm_up: see `RayReplica`.
     """
 
     def __init__(
         self,
         plan: Plan,
-        replicas: int,
+        replicas: int | Scaling,
         *,
         drain: float,
         allow: Sequence[str] = (),
         verify: bool = False,
         name: str = "sana",
         make: Make | None = None,
+        warm_up: WarmUp | None = None,
     ) -> None:
-        self.plan, self.replicas, self.name = plan, replicas, name
-        self._drain, self._arguments = drain, (list(allow), verify, make)
+        self.plan, self.name = plan, name
+        self.scaling = replicas if isinstance(replicas, Scaling) else Scaling(replicas)
+        self._drain, self._arguments = drain, (list(allow), verify, make, warm_up)
         self._ours = self._deployed = False
         self.handle: Any = None
+
+    @property
+    def replicas(self) -> int:
+        """Replicas at most."""
+        return self.scaling.most
 
     def open(self) -> None:
         """Start Ray, unless this process is in one already. Ray takes SIGTERM from the process."""
@@ -67,7 +76,7 @@ class Cluster:
         )
 
     def deploy(self, seconds: float, stopped: Callable[[], bool]) -> None:
-        """Deploy, and wait until every replica can draw.
+        """Deploy, and wait until every replica that it begins with can draw.
 
         Args:
             seconds: how long that may take.
@@ -81,7 +90,7 @@ class Cluster:
         self._check_resources()
         logging.getLogger("ray.serve").disabled = True  # replicas are watched by us
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=_QUIET)
-        made = deployment(self.replicas, len(self.plan.slots), self._drain)
+        made = deployment(self.scaling, len(self.plan.slots), self._drain)
         target = serve.RunTarget(
             made.bind(self.plan.to_json(), *self._arguments), name=self.name, route_prefix=None, logging_config=_QUIET
         )
@@ -91,7 +100,7 @@ class Cluster:
             if status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise RunError(f"a replica could not be started{self.why()}", where="serve.engine")
             if time.monotonic() > until:
-                lived = f"{self.living()} of {self.replicas} replicas were ready"
+                lived = f"{self.living()} of {self.scaling.first} replicas were ready"
                 hint = "serve.startup gives it more time"
                 raise RunError(f"{lived} within {seconds:g} s{self.why()}", where="serve.startup", hint=hint)
             time.sleep(_POLL_SECONDS)
@@ -100,16 +109,13 @@ class Cluster:
 
     def living(self) -> int:
         """Replicas that can draw now."""
-        application = serve.status().applications.get(self.name)
-        if application is None:
-            return 0
-        return sum(int(one.replica_states.get("RUNNING", 0)) for one in application.deployments.values())
+        there = self._deployment()
+        return int(there.replica_states.get("RUNNING", 0)) if there else 0
 
     def why(self) -> str:
         """The last line of what Ray says of the deployment, after a colon; nothing where it says nothing."""
-        application = serve.status().applications.get(self.name)
-        said = [one.message for one in application.deployments.values()] if application else []
-        lines = [line.strip() for line in "\n".join(said).splitlines() if line.strip()]
+        there = self._deployment()
+        lines = [line.strip() for line in there.message.splitlines() if line.strip()] if there else []
         return f": {lines[-1]}" if lines else ""
 
     def remove(self) -> None:
@@ -124,11 +130,18 @@ class Cluster:
         application = serve.status().applications.get(self.name)
         return str(application.status.value) if application else ""
 
+    def _deployment(self) -> Any:
+        """What Ray says of the replicas; None where it has none of them."""
+        application = serve.status().applications.get(self.name)
+        return application.deployments.get(REPLICA) if application else None
+
     def _check_resources(self) -> None:
         needed, there = self.replicas * len(self.plan.slots), int(ray.cluster_resources().get("GPU", 0))
         if needed > there:
+            bounds, fitting = self.scaling.autoscaling_config, there // len(self.plan.slots)
+            key, least = ("autoscaling_config.max_replicas", self.scaling.least) if bounds else ("replicas", 1)
             raise UsageError(
                 f"{self.replicas} replicas of {len(self.plan.slots)} GPUs take {needed}, Ray has {there}",
-                where="serve.replicas",
-                hint=f"serve.replicas={max(1, there // len(self.plan.slots))}" if there >= len(self.plan.slots) else "",
+                where=f"serve.{key}",
+                hint=f"serve.{key}={fitting}" if fitting >= least else "",
             )

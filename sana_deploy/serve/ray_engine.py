@@ -62,7 +62,7 @@ class RayEngine(LocalEngine):
             self._deploying = asyncio.ensure_future(asyncio.to_thread(step))
             await asyncio.shield(self._deploying)
             _take_back_signals()
-        self._living = self._cluster.replicas
+        self._living = await asyncio.to_thread(self._cluster.living)
         await super().start()
         self._watching = asyncio.create_task(self._watch())
 

@@ -17,12 +17,10 @@ from ray import get_gpu_ids, serve
 from ..errors import PlanError
 from ..plan.artifact import Plan, ResolvedPlan
 from .engine import Content, Made, Preview, Replica, Settings, StoppedError
+from .ray_options import REPLICA, Scaling, replica_options
+from .warm_up import WarmUp
 
 log = logging.getLogger(__name__)
-_END_SECONDS = 0.1
-"""How often a replica that is to end looks whether it still draws."""
-_HEALTH_SECONDS = 2.0
-"""How often Ray asks a replica whether it lives."""
 _STARTS = 2
 """How often Ray tries to start replicas before it gives up with the reason."""
 Make = Callable[[ResolvedPlan], Replica]
@@ -44,9 +42,17 @@ class RayReplica:
         plan_text: plan.json of one replica. It is bound to the GPUs that this process sees.
         allow, verify: see `Plan.resolve`.
         make: makes the replica; `PipelineReplica` unless given.
+        warm_up: is called with the replica once it is loaded.
     """
 
-    def __init__(self, plan_text: str, allow: Sequence[str], verify: bool, make: Make | None = None) -> None:
+    def __init__(
+        self,
+        plan_text: str,
+        allow: Sequence[str],
+        verify: bool,
+        make: Make | None = None,
+        warm_up: WarmUp | None = None,
+    ) -> None:
         from ..facts.machine import probe_torch
         from .replica import PipelineReplica
 
@@ -56,6 +62,8 @@ class RayReplica:
             raise PlanError("Ray gave this replica no GPU, and its plan has slots", where="serve.engine")
         self._replica = (make or PipelineReplica)(self._resolved)
         self._replica.load()
+        if warm_up:
+            warm_up(self._replica)
         self._thread = ThreadPoolExecutor(1, "drawing")
         self._names = {f"cuda:{place}": f"cuda:{number}" for place, number in enumerate(get_gpu_ids())}
 
@@ -128,16 +136,7 @@ class _Steps:
         self.loop.call_soon_threadsafe(self.told.put_nowait, told)
 
 
-def deployment(replicas: int, gpus: int, drain: float) -> serve.Deployment:
-    """The deployment of a plan: `replicas` processes with `gpus` GPUs each, `drain` seconds to end what they draw."""
-    return serve.deployment(
-        RayReplica,
-        name="replica",
-        num_replicas=replicas,
-        max_ongoing_requests=1,
-        max_constructor_retry_count=_STARTS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
-        health_check_period_s=_HEALTH_SECONDS,
-        graceful_shutdown_wait_loop_s=_END_SECONDS,
-        graceful_shutdown_timeout_s=drain,
-    )
+def deployment(scaling: Scaling, gpus: int, drain: float) -> serve.Deployment:
+    """The deployment of a plan: processes with `gpus` GPUs each, `drain` seconds to end what they draw."""
+    options = replica_options(scaling, gpus, drain)
+    return serve.deployment(RayReplica, name=REPLICA, max_constructor_retry_count=_STARTS, **options)

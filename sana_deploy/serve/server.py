@@ -23,6 +23,8 @@ _HEAD_BYTES = 32 * 1024
 """Bytes of a request's head at most."""
 _KEEP_ALIVE = 75
 """Seconds that an idle connection stays: longer than load balancers keep theirs, so that they end first."""
+_BACKLOG = 2048
+"""Connections that may wait to be taken; uvicorn's own number."""
 _FLUSH_SECONDS = 60
 """Seconds that pictures have to be encoded and answers to be written once everything is drawn."""
 
@@ -38,6 +40,7 @@ def listen(host: str, port: int) -> socket.socket:
         opened = socket.socket(family, kind, protocol)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
+        opened.listen(_BACKLOG)  # whoever comes before the server takes connections waits for it
     except (OSError, UnicodeError) as problem:
         why = getattr(problem, "strerror", None) or problem
         hint = "serve.port=0 takes a free one" if port else "serve.host=127.0.0.1"

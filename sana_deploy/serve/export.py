@@ -1,0 +1,148 @@
+"""`sana-deploy serve --export`: a plan as a config for `serve deploy`, or as a KubeRay `RayService`. Imports no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .._files import write_text
+from ..declare.serving import Serving
+from ..declare.spec import DeploySpec
+from ..errors import InputError, UsageError
+from ..plan.artifact import Plan
+from .kuberay import PORT, folder_of, manifest
+from .ray_options import REPLICA, Scaling, replica_options
+
+OPTION = "--export"
+BUILDER = "sana_deploy.serve.ray_app:build"
+"""What Ray imports and calls with the arguments of a config."""
+_EVERYWHERE = "0.0.0.0"
+_HEADER = (
+    "# Written by sana-deploy serve --export {kind}. To change the plan or the number of replicas, export again.\n"
+)
+_USAGE = {
+    "ray": "# serve deploy FILE, on a cluster whose nodes have sana_deploy\n",
+    "kuberay": "# kubectl apply -f FILE\n",
+}
+_OF_PROCESS = {"host", "port", "kuberay"}
+"""Keys of the group `serve` that the application does not read; its address is that of Ray's proxy."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be written where."""
+
+    kind: str
+    file: Path
+
+    def write(self, plan: Plan, spec: DeploySpec, options: Serving) -> Path:
+        """Write the whole file, or none.
+
+        Raises:
+            UsageError: the plan names paths that a cluster does not have.
+            InputError: the file cannot be written.
+        """
+        _check_paths(plan, options, self.kind)
+        if self.kind == "ray":
+            document = serve_config(plan, spec, options)
+        else:
+            config = serve_config(plan, spec, options.model_copy(update={"host": _EVERYWHERE, "port": PORT}))
+            document = manifest(plan, options, as_yaml(config), version("ray"))
+        header = _HEADER.format(kind=self.kind, usage=_USAGE[self.kind].format(file=self.file.name))
+        try:
+            return write_text(self.file, header + as_yaml(document))
+        except InputError as problem:
+            raise InputError(problem.message, where=OPTION, hint="a file in a folder that can be written") from None
+
+
+def asked(arguments: Sequence[str]) -> tuple[Export | None, list[str]]:
+    """What `--export KIND FILE` among the arguments asks for, and the others.
+
+    Raises:
+        UsageError: kind or file are missing, or the file is there already.
+    """
+    others = list(arguments)
+    if OPTION not in others:
+        return None, others
+    place = others.index(OPTION)
+    kind, file = [*others[place + 1 : place + 3], "", ""][:2]
+    if kind not in _USAGE or not file or file.startswith("-") or "=" in file:
+        usage = f"{OPTION} ray|kuberay FILE"
+        given = " ".join([kind, file]).strip()
+        raise UsageError(f"{OPTION} takes a kind and a file, got {given!r}", where="serve", hint=usage)
+    path = Path(file).expanduser()
+    if path.exists():
+        raise UsageError(f"{path} is there already", where=OPTION, hint="another name, or remove it first")
+    return Export(kind, path), [*others[:place], *others[place + 3 :], "serve.engine=ray"]
+
+
+def serve_config(plan: Plan, spec: DeploySpec, options: Serving) -> dict[str, Any]:
+    """The config of Ray Serve, in the form of its `ServeDeploySchema`.
+
+    Args:
+        spec: the declaration, for defaults of requests and for how the plan is bound.
+    """
+    given = options.model_dump(mode="json", exclude_defaults=True, exclude=_OF_PROCESS)
+    gpus = len(plan.each()[0].slots)
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": options.host, "port": options.port},
+        "applications": [
+            {
+                "name": "sana",
+                "route_prefix": "/",
+                "import_path": BUILDER,
+                "args": {
+                    "plan": plan.to_json(),
+                    "serve": {**given, "host": options.host},
+                    "workload": spec.workload.model_dump(mode="json", exclude_defaults=True),
+                    "resolve": {"allow": list(spec.resolve.allow), "verify": spec.resolve.verify},
+                },
+                "deployments": [{"name": REPLICA, **replica_options(Scaling.of(plan, options), gpus, options.drain)}],
+            }
+        ],
+    }
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
+    """Writes texts of several lines as they are read, and everything where it stands."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """See PyYAML."""
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def as_yaml(document: Any) -> str:
+    """A document as YAML; what it is read as is what it was."""
+    text: str = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+def _check_paths(plan: Plan, options: Serving, kind: str) -> None:
+    """Refuse paths that other nodes do not have.
+
+    Raises:
+        UsageError: a path is relative, or pods have no volume with the checkpoint.
+    """
+    folder = folder_of(plan)
+    if folder and not folder.is_absolute():
+        message = f"the checkpoint is the folder {folder} of this working directory, which a cluster does not have"
+        raise UsageError(message, where="model.source", hint=f"compile the plan with model.source={folder.resolve()}")
+    if folder and kind == "kuberay" and options.kuberay.claim is None:
+        message = f"the checkpoint is the folder {folder}, which pods do not have"
+        hint = "serve.kuberay.claim=NAME of the PersistentVolumeClaim that holds it"
+        raise UsageError(message, where="serve.kuberay.claim", hint=hint)
+    if options.keys and not Path(options.keys).is_absolute():
+        raise UsageError(f"the file {options.keys} is read on a cluster", where="serve.keys", hint="an absolute path")
