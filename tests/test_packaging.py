@@ -19,7 +19,7 @@ CONSTRAINTS = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8")
 PINNED = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS, re.MULTILINE))
 READ_BY_TESTS = (
     "sana_deploy", "conf", "tests", "benchmarks", "docs", ".ci", ".github", ".pre-commit-config.yaml", "README.md",
-    "CHANGELOG.md", "LICENSE", "constraints.txt", "pyproject.toml",
+    "CHANGELOG.md", "LICENSE", "constraints.txt", "pyproject.toml", "Dockerfile", ".dockerignore",
 )  # fmt: skip
 
 

@@ -47,7 +47,9 @@ class KubeRay(Declared):
         claim: the PersistentVolumeClaim with the checkpoint's folder; None mounts nothing.
     """
 
-    image: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$", max_length=512)] = "registry.example/sana-deploy:latest"
+    image: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$", max_length=512)] = (
+        "registry.example/sana-deploy:latest"
+    )
     cpus: Annotated[int, Field(ge=1, le=1024)] = 4
     memory: Size = "16GiB"
     claim: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)] | None = None

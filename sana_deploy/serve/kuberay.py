@@ -16,6 +16,8 @@ PORT = 8000
 """Of Ray's proxy: KubeRay's service and its probes expect it."""
 CACHE = "/cache"
 """Where the image keeps what it downloads, generates and compiles."""
+GROUP = 10001
+"""Of the image's user, which writes into the cache."""
 KEYS_SECRET = f"{NAME}-keys"
 _READY = {"httpGet": {"path": "/ready", "port": PORT}, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3}
 """The probe of pods that draw: it answers once the API behind Ray's proxy draws. The head keeps KubeRay's own probe,
@@ -97,7 +99,7 @@ def _pod(plan: Plan, options: Serving, container: Mapping[str, Any], drain: floa
     return {
         "spec": {
             "terminationGracePeriodSeconds": max(30, round(drain) + 10),
-            "securityContext": {"runAsNonRoot": True, "fsGroup": 10001},
+            "securityContext": {"runAsNonRoot": True, "fsGroup": GROUP},
             "containers": [{"name": container["name"], **ours, **container}],
             "volumes": volumes,
         }
