@@ -24,7 +24,7 @@ from test_serve_process import Process
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
-from sana_deploy.declare.serving import Serving
+from sana_deploy.declare.serving import AutoscalingConfig, Serving
 from sana_deploy.declare.spec import DeploySpec, Resolve
 from sana_deploy.errors import InvalidSpecError, UsageError
 from sana_deploy.plan.artifact import Plan
@@ -249,7 +249,7 @@ def test_replicas_begin_with_the_plans_number_within_the_bounds() -> None:
                                       "hardware.replicas=3"]))  # fmt: skip
     assert len(plan.each()) == 3
     for least, most, first in ((1, 8, 3), (4, 8, 4), (1, 2, 2)):
-        options = Serving(engine="ray", autoscaling_config={"min_replicas": least, "max_replicas": most})
+        options = Serving(engine="ray", autoscaling_config=AutoscalingConfig(min_replicas=least, max_replicas=most))
         scaling = Scaling.of(plan, options)
         assert (scaling.least, scaling.first, scaling.most) == (least, first, most)
     assert Scaling.of(plan, Serving(engine="ray")).option == {"num_replicas": 3}
