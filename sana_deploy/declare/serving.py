@@ -75,7 +75,7 @@ class Serving(Declared):
         admit: sizes beyond the plan's workload that are taken: those that fit, or none.
         most_steps: denoising steps of one request; None for three times the plan's.
         timeout: seconds that a request may take in all.
-        receive_timeout: seconds for a request's head, and for its body, to arrive.
+        receive_timeout: seconds for a request's head, and for its body, to arrive, and for more of an answer to leave.
         drain: seconds that accepted requests have to end once the service is told to stop.
         max_body: bytes of the largest body, e.g. `32MiB`.
         max_pixels: pixels of the largest control image.

@@ -120,7 +120,7 @@ async def _until_told(
 
 
 def _config(gate: Gate, options: Serving) -> uvicorn.Config:
-    class Timed(_TimedHead):
+    class Timed(_Timed):
         limit = options.receive_timeout
 
     return uvicorn.Config(
@@ -152,11 +152,12 @@ class _Server(uvicorn.Server):
         self.loop.call_soon_threadsafe(event.set)
 
 
-class _TimedHead(H11Protocol):
-    """Ends connections whose request head does not arrive in time, which uvicorn waits for without end."""
+class _Timed(H11Protocol):
+    """Ends connections of clients that send no head or take no answer in time, for which uvicorn waits without end."""
 
     limit = 30.0
     _until: asyncio.TimerHandle | None = None
+    _taken: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first head."""
@@ -171,9 +172,20 @@ class _TimedHead(H11Protocol):
         if self.conn.their_state is not h11.IDLE:
             self._done()
 
+    def pause_writing(self) -> None:
+        """Wait for the client to take some of the answer."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """It has taken what was there."""
+        self._done_writing()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no more."""
         self._done()
+        self._done_writing()
         super().connection_lost(exc)
 
     def _wait(self) -> None:
@@ -183,6 +195,21 @@ class _TimedHead(H11Protocol):
         if self._until is not None:
             self._until.cancel()
             self._until = None
+
+    def _watch(self) -> None:
+        self._taken = self.loop.call_later(self.limit, self._look, self.transport.get_write_buffer_size())
+
+    def _look(self, before: int) -> None:
+        """Go on where some of the answer was taken, however slowly; `close` would wait for the rest without end."""
+        if self.transport.get_write_buffer_size() < before:
+            self._watch()
+        else:
+            self.transport.abort()
+
+    def _done_writing(self) -> None:
+        if self._taken is not None:
+            self._taken.cancel()
+            self._taken = None
 
 
 def log_to_stderr() -> None:
