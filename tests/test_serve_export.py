@@ -278,7 +278,7 @@ def test_ray_serves_an_exported_config(here: Run, small: Callable[..., DeploySpe
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = (f"serve.port={port}", f"serve.keys={tmp_path / 'keys'}", "serve.queue=12")
+    options = (f"serve.port={port}", f"serve.keys={tmp_path / 'keys'}", "serve.queue=12", "serve.max_body=1MiB")
     exported(here, "ray", tmp_path, f"plan_file={plan.save(tmp_path / 'plan.json')}", *options)
     url, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer secret"}
     cli = "from ray.serve.scripts import cli; cli()"
@@ -304,6 +304,13 @@ def test_ray_serves_an_exported_config(here: Run, small: Callable[..., DeploySpe
         metrics = httpx2.get(f"{url}/metrics", timeout=30, headers=headers).text
         assert "sana_images_total 1.0" in metrics, "the warm-up is no picture that anybody asked for"
         assert "sana_replicas_ready 1.0" in metrics
+        assert httpx2.post(images, content=b"x" * 2**21, timeout=30, headers=headers).status_code == 413
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(images, json={**body, "prompt": "another", "n": 10, "steps": 6}, timeout=0.5, headers=headers)
+        end = time.monotonic() + 60
+        while "sana_cancelled_total 0.0" in (metrics := httpx2.get(f"{url}/metrics", timeout=30, headers=headers).text):
+            assert time.monotonic() < end, "a client that leaves is heard of through Ray's proxy"
+        assert "sana_queue_length 0.0" in metrics
     finally:
         one.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
