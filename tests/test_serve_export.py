@@ -123,6 +123,7 @@ def test_the_config_is_what_ray_serve_reads_and_holds_the_plan_to_the_letter(her
     config = exported(
         here, "ray", tmp_path, f"plan_file={plan}", "serve.replicas=3", "serve.queue=20", "serve.port=8123"
     )
+    assert "# serve deploy out.yaml, on a cluster" in (tmp_path / "out.yaml").read_text(encoding="utf-8")
     read = schema.ServeDeploySchema.model_validate(config)
     (application,) = read.applications
     assert application.args["plan"] == plan.read_text(encoding="utf-8")
@@ -131,6 +132,15 @@ def test_the_config_is_what_ray_serve_reads_and_holds_the_plan_to_the_letter(her
     assert (replicas.name, replicas.num_replicas, replicas.max_ongoing_requests) == ("replica", 3, 1)
     assert replicas.ray_actor_options.num_gpus == 2, "as many as the plan has slots"
     assert (read.http_options.host, read.http_options.port) == ("127.0.0.1", 8123), "loopback unless told"
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u2028b\x85c", "\ttab\n  deeper \n\n", "\x00\x1b\n", "\U0001f98a: yes\n", "# no\n---\n...", "'"]
+)
+def test_what_is_written_is_read_as_it_was(text: str) -> None:
+    document = {"plan": text, "again": [text, {"yes": "no", "on": 1.0}]}
+    assert yaml.safe_load(export.as_yaml(document)) == document
+    assert yaml.safe_load(export.as_yaml({"inner": export.as_yaml(document)}))["inner"] == export.as_yaml(document)
 
 
 def test_bounds_are_exported_in_ray_serves_words(here: Run, tmp_path: Path) -> None:

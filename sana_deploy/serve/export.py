@@ -22,13 +22,11 @@ OPTION = "--export"
 BUILDER = "sana_deploy.serve.ray_app:build"
 """What Ray imports and calls with the arguments of a config."""
 _EVERYWHERE = "0.0.0.0"
-_HEADER = (
-    "# Written by sana-deploy serve --export {kind}. To change the plan or the number of replicas, export again.\n"
-)
-_USAGE = {
-    "ray": "# serve deploy FILE, on a cluster whose nodes have sana_deploy\n",
-    "kuberay": "# kubectl apply -f FILE\n",
-}
+_HEADER = """\
+# Written by sana-deploy serve --export {kind}. To change the plan or the number of replicas, export again.
+# {usage}
+"""
+_USAGE = {"ray": "serve deploy {file}, on a cluster whose nodes have sana_deploy", "kuberay": "kubectl apply -f {file}"}
 _OF_PROCESS = {"host", "port", "kuberay"}
 """Keys of the group `serve` that the application does not read; its address is that of Ray's proxy."""
 
@@ -109,6 +107,10 @@ def serve_config(plan: Plan, spec: DeploySpec, options: Serving) -> dict[str, An
     }
 
 
+_BREAKS = frozenset("\r\x85\u2028\u2029\ufeff")
+"""Characters that YAML takes for the end of a line or of nothing, unless they are quoted."""
+
+
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
     """Writes texts of several lines as they are read, and everything where it stands."""
 
@@ -118,7 +120,8 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+    style = '"' if _BREAKS & set(value) else "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
 _Dumper.add_representer(str, _text)
@@ -139,7 +142,9 @@ def _check_paths(plan: Plan, options: Serving, kind: str) -> None:
     folder = folder_of(plan)
     if folder and not folder.is_absolute():
         message = f"the checkpoint is the folder {folder} of this working directory, which a cluster does not have"
-        raise UsageError(message, where="model.source", hint=f"compile the plan with model.source={folder.resolve()}")
+        raise UsageError(
+            message, where="model.source", hint=f"compile the plan with model.source={folder.expanduser().resolve()}"
+        )
     if folder and kind == "kuberay" and options.kuberay.claim is None:
         message = f"the checkpoint is the folder {folder}, which pods do not have"
         hint = "serve.kuberay.claim=NAME of the PersistentVolumeClaim that holds it"

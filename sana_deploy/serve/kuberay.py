@@ -30,8 +30,8 @@ _HEAD_PORTS = {"gcs": 6379, "dashboard": 8265, "client": 10001, "serve": PORT}
 def folder_of(plan: Plan) -> Path | None:
     """The folder that holds the plan's checkpoint; None where it is generated or comes from the hub."""
     source = getattr(plan.spec.model, "source", None)
-    folder = Path(source).expanduser() if source else None
-    return folder if folder and (folder.is_absolute() or folder.is_dir()) else None
+    folder = Path(source) if source else None
+    return folder if folder and (folder.is_absolute() or folder.expanduser().is_dir()) else None
 
 
 def manifest(plan: Plan, options: Serving, config: str, ray_version: str) -> dict[str, Any]:
