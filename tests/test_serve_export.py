@@ -85,6 +85,7 @@ RAY_SERVICE = _closed(
     spec=_closed(
         "serveConfigV2 rayClusterConfig",
         serveConfigV2=_TEXT,
+        excludeHeadPodFromServeSvc={"const": True},
         rayClusterConfig=_closed(
             "headGroupSpec",
             rayVersion=_TEXT,

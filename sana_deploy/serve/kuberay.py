@@ -67,7 +67,7 @@ def manifest(plan: Plan, options: Serving, config: str, ray_version: str) -> dic
         "apiVersion": "ray.io/v1",
         "kind": "RayService",
         "metadata": {"name": NAME, "annotations": about},
-        "spec": {"serveConfigV2": config, "rayClusterConfig": cluster},
+        "spec": {"serveConfigV2": config, "excludeHeadPodFromServeSvc": True, "rayClusterConfig": cluster},
     }
 
 
