@@ -20,7 +20,7 @@ import jsonschema
 import pytest
 import yaml
 from PIL import Image
-from test_serve_process import Process
+from processes import Process
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec

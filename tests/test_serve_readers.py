@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 from PIL import Image
-from serving import Running, Sleeping, running, two_small_gpus
+from serving import Running, running, two_small_gpus
+from sleeping import Sleeping
 
 LIMIT = 2.0
 

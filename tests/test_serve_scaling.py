@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from serving import Sleeping, asleep, two_small_gpus
+from serving import two_small_gpus
+from sleeping import Sleeping, asleep
 from test_serve_engine import order
 from test_serve_ray import until
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from serving import Sleeping
+from family import planned
+from sleeping import Sleeping
 from test_serve_engine import Noted, order
 from test_serve_process import sleeping
 
@@ -58,6 +59,7 @@ class Noting(Sleeping):
 
     def draw(self, settings: Settings, contents: Sequence[Content], on_step: OnStep) -> Made:
         (content,) = contents
+        assert content.control_image
         assert content.control_image.size == (settings.width, settings.height)
         self.asked.append((settings, content.prompt))
         return super().draw(settings, contents, on_step)
@@ -138,6 +140,16 @@ def test_pictures_after_it_have_the_bits_of_those_without_it(small: Callable[...
         return one.picture.tobytes()  # type: ignore[no-any-return]
 
     assert drawn(warm_up(plan)) == drawn(None)
+
+
+@pytest.mark.parametrize("model", ["tiny_sana", "tiny_pag", "tiny_sprint", "tiny_sprint_img2img"])
+def test_every_pipeline_can_be_warmed_up(model: str) -> None:
+    plan = planned(model, "precision=fp32")
+    replica = PipelineReplica(plan.resolve())
+    replica.load()
+    warm_up(plan)(replica)
+    work = plan.spec.workload.model_copy(update={"steps": 20, "strength": 0.1})
+    WarmUp.of(plan, work, 60)(replica)
 
 
 def test_it_travels_to_other_processes(plan: Plan) -> None:

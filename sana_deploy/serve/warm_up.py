@@ -25,11 +25,13 @@ class WarmUp:
     Attributes:
         settings: of these pictures.
         prompts: one for each picture.
+        image: whether the pipeline takes an image; it gets an empty one.
         seconds: how long they may take in all; looked at after every step.
     """
 
     settings: Settings
     prompts: Sequence[str]
+    image: bool
     seconds: float
 
     @classmethod
@@ -41,7 +43,9 @@ class WarmUp:
         """
         prompts = ("warm-up",) if plan.runtime == "eager" else ("warm-up", "another warm-up")
         shape, steps = (defaults.height, defaults.width), min(_STEPS, defaults.steps)
-        return cls(Settings(*shape, steps, defaults.guidance_scale, conditioning_scale=0.0), prompts, seconds)
+        # Of its strength an image leaves a share of the steps, which may be none of so few.
+        settings = Settings(*shape, steps, defaults.guidance_scale, 0.0, strength=1.0, pag_scale=defaults.pag_scale)
+        return cls(settings, prompts, plan.pipeline.image is not None, seconds)
 
     def __call__(self, replica: Replica) -> None:
         """Draw on a loaded replica.
@@ -50,7 +54,8 @@ class WarmUp:
             RunError: the drawing failed, and why, or it was not done in time.
         """
         began = time.monotonic()
-        watch, blank = _Watch(began + self.seconds), no_control_image(self.settings.workload())
+        watch = _Watch(began + self.seconds)
+        blank = no_control_image(self.settings.workload()) if self.image else None
         for prompt in self.prompts:
             try:
                 replica.draw(self.settings, [Content(prompt, "", 0, blank)], watch)
