@@ -5,12 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from family import APART, GUIDED, MODELS, planned
+from PIL import Image
 
-from sana_deploy import rehearse
+from sana_deploy import load_pipeline, rehearse
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.facts.checkpoint import open_checkpoint, settled
+from sana_deploy.plan.admission import _different
 from sana_deploy.plan.profile import profile_pipeline
 from sana_deploy.rehearsal.calibrate import calibrate
+from sana_deploy.rehearsal.rehearse import LedgerClock, open_host
+from sana_deploy.run.asked import Drawing
+from sana_deploy.run.generate import run_request
+from sana_deploy.run.request_state import RequestState
 
 
 def test_perturbed_attention_is_planned_with_its_third_row() -> None:
@@ -67,3 +73,21 @@ def test_halves_of_guidance_go_over_two_gpus_without_a_controlnet() -> None:
     assert {tensor for tensor, _ in moved} == {"hidden_states", "timestep", "noise_pred"}
     for gpu in ended.report.gpus:
         assert abs(gpu.planned_error) < 0.02, gpu
+
+
+@pytest.mark.usefixtures("short_prompts")
+@pytest.mark.parametrize("count", [1, 3])
+def test_images_that_several_drawings_start_from_all_pass_the_vae(count: int) -> None:
+    size = ["workload.height=512", "workload.width=768", f"workload.batch={count}"]
+    plan = planned("tiny_sprint_img2img", *APART, "precision=mixed_bf16", *size)
+    resolved, work = plan.resolve(), plan.spec.workload
+    host, state = open_host(resolved, "shapes"), RequestState()
+    pipeline = load_pipeline(resolved, host=host)
+    state.observers.append(LedgerClock(host.ledger, plan.pipeline))
+    drawings = [Drawing(work.request, Image.new("RGB", (768, 512), colour)) for colour in ("red", "green", "blue")]
+    with host:
+        run_request(pipeline, work.bounds, drawings[:count], state=state)
+    formats = {name: part.format for name, part in plan.components.items()}
+    profile = profile_pipeline(open_checkpoint(plan.model), work.bounds, formats, calibrate)
+    estimated = _different(profile, count).components["vae"].activations["prepare"]
+    assert host.ledger.phase_peaks[1, "prepare"].activation_bytes == pytest.approx(estimated, rel=0.02)
