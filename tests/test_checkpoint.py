@@ -23,6 +23,7 @@ from sana_deploy.facts import catalogue
 from sana_deploy.facts.checkpoint import Checkpoint, open_checkpoint
 from sana_deploy.facts.component import component_facts
 from sana_deploy.facts.machine import Machine
+from sana_deploy.facts.published import MODULES
 from sana_deploy.facts.tiny import ensure_tiny
 
 CLASSES = {
@@ -62,9 +63,9 @@ def test_weight_bytes_count_the_position_buffer_of_2k_models(tmp_path: Path) -> 
 
 
 @pytest.mark.pinned  # configs hold every default of the release that wrote them
-@pytest.mark.parametrize("name", ["sana_600m_controlnet", "sana_1600m_controlnet"])
-def test_the_shipped_catalogue_is_current(name: str) -> None:
-    assert catalogue.load(name) == json.loads(json.dumps(catalogue.build(name)))
+@pytest.mark.parametrize("module", MODULES)
+def test_the_shipped_catalogue_is_current(module: str) -> None:
+    assert catalogue.shipped(module) == json.loads(json.dumps(catalogue.build(module)))
 
 
 def test_tiny_is_made_once_and_its_parts_differ_in_size(tiny: Path) -> None:

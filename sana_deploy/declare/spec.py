@@ -58,7 +58,11 @@ class CatalogueModel(Declared):
 
     kind: Literal["catalogue"]
     pipeline: PipelineName | None = None
-    name: Literal["sana_600m_controlnet", "sana_1600m_controlnet"]
+    name: Literal[
+        "sana_600m", "sana_600m_512", "sana_1600m", "sana_1600m_512", "sana_1600m_2k", "sana_1600m_4k",
+        "sana15_1600m", "sana15_4800m", "sana_sprint_600m", "sana_sprint_1600m",
+        "sana_600m_controlnet", "sana_1600m_controlnet",
+    ]  # fmt: skip
     source: str | None = None
     revision: str | None = None
     variant: str | None = None

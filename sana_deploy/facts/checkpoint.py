@@ -17,6 +17,7 @@ from ..declare.spec import CatalogueModel, CheckpointModel, DeploySpec, Model, T
 from ..errors import CheckpointError
 from . import catalogue, hub
 from .component import ComponentFacts, check_demands, component_facts, read_json
+from .published import PUBLISHED
 from .shapes import Linears, digest
 from .tiny import ensure_tiny
 
@@ -92,7 +93,7 @@ def settled(spec: DeploySpec) -> DeploySpec:
 
 
 def pipeline_of(model: Model) -> PipelineDescription:
-    """Which pipeline the `model` group names: by `model.pipeline`, else what a checkpoint's index says.
+    """Which pipeline the `model` group names: by `model.pipeline`, else what the model was published for.
 
     A component published apart turns a pipeline without it into the one with it.
 
@@ -101,6 +102,8 @@ def pipeline_of(model: Model) -> PipelineDescription:
             the component published apart.
     """
     pipeline = DEFAULT if model.pipeline is None else PIPELINES[model.pipeline]
+    if model.pipeline is None and isinstance(model, CatalogueModel):
+        pipeline = PIPELINES[PUBLISHED[model.name].pipeline]
     if model.pipeline is None and isinstance(model, CheckpointModel):
         folder, _ = hub.locate(model.source, model.revision, model.variant, "model.source", weights=False)
         named = str(read_json(folder / "model_index.json", "model.source").get("_class_name"))

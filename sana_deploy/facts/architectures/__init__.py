@@ -1,7 +1,7 @@
 """What each architecture stores: tensor names and shapes worked out from a config alone, without torch.
 
-Tests compare them with diffusers' and transformers' own modules. Beside them lie the facts of the catalogued
-architectures, which `catalogue.py` writes, and their needs, which `rehearsal/calibrate.py` writes.
+Tests compare them with diffusers' and transformers' own modules. Beside them lie the facts of published modules, which
+`catalogue.py` writes, and what components need, which `rehearsal/calibrate.py` writes.
 """
 
 from __future__ import annotations
