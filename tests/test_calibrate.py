@@ -13,7 +13,7 @@ from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.facts import catalogue
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.plan.profile import VaeMode, profile_pipeline
-from sana_deploy.rehearsal.calibrate import MODELS, PLAIN, SLICED, TILED, calibrate
+from sana_deploy.rehearsal.calibrate import MODELS, PLAIN, SLICED, TILED, calibrate, checkpoints
 from sana_deploy.rehearsal.measure import Point, Profiler
 
 SINGLY, IN_TILES = VaeMode(sliced=True), VaeMode(sliced=True, tiled=True)
@@ -68,13 +68,13 @@ def test_memory_is_within_2_percent_and_work_within_5_elsewhere(
 
 def test_every_shipped_architecture_has_its_needs(tiny: object) -> None:
     for model in MODELS:
-        checkpoint = open_checkpoint(compose_spec([f"model={model}"]).model)
-        for name in checkpoint.components:
-            assert checkpoint.needs_key(name) in catalogue.calibrated(), (model, name)
+        for checkpoint in checkpoints(model):
+            for name in checkpoint.components:
+                assert checkpoint.needs_key(name) in catalogue.calibrated(), (model, checkpoint.pipeline.title, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["tiny", "sana_600m_controlnet", "sana15_1600m", "sana_sprint_600m"])
 def test_float16_needs_what_bfloat16_needs(tiny: object, model: str) -> None:
     point = Point(256, 2)
     one, other = (profiler(model, dtype).run(point, True) for dtype in ("float16", "bfloat16"))

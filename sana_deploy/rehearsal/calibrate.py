@@ -1,6 +1,6 @@
 """Calibrates what components need as functions of the request.
 
-`python -m sana_deploy.rehearsal.calibrate` writes the shipped needs anew.
+`python -m sana_deploy.rehearsal.calibrate [MODEL ...]` writes the shipped needs anew, of all models or of those named.
 
 SANA's parts are linear in batch and in batch x pixels, so that four measured points (`measure.py`) determine each
 quantity, with and without guidance (which doubles the batch everywhere but in decode, where it adds rows):
@@ -16,7 +16,9 @@ pixels that tiles cover.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -24,6 +26,7 @@ import numpy as np
 from ..declare.compose import compose_spec
 from ..declare.formats import Dtype, Format, Quantization
 from ..declare.pipelines import Component, Phase, PipelineDescription
+from ..facts import catalogue
 from ..facts.catalogue import FOLDER, NAMES
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.needs import OnProgress, measured_as
@@ -45,29 +48,38 @@ def calibrate(
     formats: Mapping[Component, Format],
     guided: bool,
     on_progress: OnProgress = lambda done, of: None,
+    only: Collection[Component] | None = None,
 ) -> dict[Component, dict[Phase, dict[str, Any]]]:
     """Measure and solve all quantities of every component in the given formats; see the module docstring.
 
     The VAE is never quantised: in a format that is, its needs are those of the dtype.
 
+    Args:
+        only: the components wanted; None wants all.
+
     Raises:
         CheckpointError: a config is incomplete.
         RunError: this PyTorch has no virtual GPUs.
     """
-    pipeline, points = checkpoint.pipeline, (*PLAIN, *SLICED, *TILED)
+    pipeline = checkpoint.pipeline
+    wanted = pipeline.names if only is None else only
     vae = pipeline.of("vae")
+    points = (*PLAIN, *SLICED, *TILED) if vae in wanted else PLAIN
     found: dict[Point, Measurements] = {}
     formats = {**formats, vae: Format(formats[vae].dtype)}
-    profiler = Profiler(checkpoint, formats)
+    # What the other looped components give waits beside the denoiser.
+    whole = {*wanted, *(pipeline.looped if pipeline.denoiser in wanted else ())}
+    profiler = Profiler(checkpoint, formats, whole)
     for point in points:
         if point is SLICED[0]:
-            profiler = Profiler(checkpoint, formats, vae_only=True)
+            profiler = Profiler(checkpoint, formats, (vae,))
         found[point] = profiler.run(point, guided)
         on_progress(len(found), len(points))
-    calibrated: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in pipeline.names}
+    calibrated: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in wanted}
     for name, phase in found[PLAIN[0]]:
-        calibrated[name][phase] = _solve_work([found[point][name, phase] for point in PLAIN])
-    for phase, entry in calibrated[vae].items():
+        if name in wanted:
+            calibrated[name][phase] = _solve_work([found[point][name, phase] for point in PLAIN])
+    for phase, entry in calibrated[vae].items() if vae in wanted else ():
         sliced, tiled = ([found[point][vae, phase].activation_bytes for point in points] for points in (SLICED, TILED))
         entry["sliced_bytes"] = _solve(SLICED, sliced)
         rows = [_rows(pipeline, point, guided, phase) for point in TILED]
@@ -106,36 +118,52 @@ def _solve_tiling(entry: Mapping[str, Any], values: Sequence[int], rows: Sequenc
     return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(excess, float))]
 
 
-def shipped(checkpoint: Checkpoint, known: set[str]) -> dict[str, Any]:
+def shipped(checkpoint: Checkpoint, known: Collection[str]) -> dict[str, Any]:
     """Calibrate all dtypes, with and without guidance, of the components whose keys are not in `known` yet."""
+    pipeline = checkpoint.pipeline
     entries: dict[str, Any] = {
         name: {"key": checkpoint.needs_key(name), "needs": {}}
-        for name in checkpoint.components
+        for name in pipeline.names
         if checkpoint.needs_key(name) not in known
     }
-    names = checkpoint.pipeline.names
-    for form in FORMATS:
-        for key, guided in GUIDANCE.items():
-            if guided and not checkpoint.pipeline.counts_guidance:
+    for form in FORMATS if entries else ():
+        wanted = [name for name in entries if form.quantization is None or not pipeline.by_name[name].unquantized]
+        for key, guided in GUIDANCE.items() if wanted else ():
+            if guided and not pipeline.counts_guidance:
                 continue
-            for name, phases in calibrate(checkpoint, dict.fromkeys(names, form), guided).items():
-                differs = form.quantization is None or not checkpoint.pipeline.by_name[name].unquantized
-                for phase, entry in phases.items() if name in entries and differs else ():
+            for name, phases in calibrate(checkpoint, dict.fromkeys(pipeline.names, form), guided, only=wanted).items():
+                for phase, entry in phases.items():
                     entries[name]["needs"].setdefault(phase, {}).setdefault(str(form), {})[key] = entry
     return entries
 
 
-def main() -> None:
-    """Calibrate every shipped architecture anew; one that several models share is kept once."""
-    known: set[str] = set()
-    for name in MODELS:
-        checkpoint = open_checkpoint(compose_spec([f"model={name}"]).model)
-        entries = shipped(checkpoint, known)
-        known |= {entry["key"] for entry in entries.values()}
-        text = json.dumps(entries, indent=1, sort_keys=True) + "\n"
-        (FOLDER / f"{name}.needs.json").write_text(text, encoding="utf-8")
-        print(f"calibrated {name}", flush=True)
+def checkpoints(model: str) -> Iterator[Checkpoint]:
+    """A shipped model under each pipeline that can run it, its own first."""
+    for pipeline in catalogue.pipelines(model) if model in catalogue.NAMES else [None]:
+        chosen = [] if pipeline is None else [f"model.pipeline={pipeline}"]
+        yield open_checkpoint(compose_spec([f"model={model}", *chosen]).model)
+
+
+def main(named: Sequence[str] = ()) -> None:
+    """Calibrate shipped models anew, all or those named; what several of them share is kept once, with the first."""
+    if unknown := sorted(set(named) - set(MODELS)):
+        sys.exit(f"no model is called {', '.join(unknown)}; there are {', '.join(MODELS)}")
+    anew = [name for name in MODELS if name in named or not named]
+    files = (path for path in FOLDER.glob("*.needs.json") if path.name.partition(".")[0] not in anew)
+    known = {part["key"] for path in files for part in json.loads(path.read_text(encoding="utf-8")).values()}
+    for name in anew:
+        started = time.monotonic()
+        entries: dict[str, Any] = {}
+        for checkpoint in checkpoints(name):
+            found = shipped(checkpoint, known)
+            known |= {entry["key"] for entry in found.values()}
+            entries |= {f"{checkpoint.pipeline.class_name}.{part}": entry for part, entry in found.items()}
+        path = FOLDER / f"{name}.needs.json"
+        path.unlink(missing_ok=True)
+        if entries:
+            path.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        print(f"calibrated {name} in {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

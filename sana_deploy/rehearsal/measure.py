@@ -7,7 +7,7 @@ control image, residuals) counts as the denoiser's, and so does the pipeline's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,22 +73,25 @@ class Profiler:
     Args:
         checkpoint: classes and configs.
         formats: dtype and quantisation of each component.
-        vae_only: give all others a single layer, which changes nothing for the VAE and is faster.
+        whole: components that are measured; others get a single layer, which changes nothing for these and is faster.
 
     Raises:
         CheckpointError: a config is incomplete.
         RunError: this PyTorch has no virtual GPUs.
     """
 
-    def __init__(self, checkpoint: Checkpoint, formats: Mapping[Component, Format], vae_only: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, formats: Mapping[Component, Format], whole: Collection[Component] | None = None
+    ) -> None:
         self.description = checkpoint.pipeline
         names = self.description.names
+        whole = names if whole is None else whole
         self.host = VirtualHost([ENDLESS * GIB] * len(names), "shapes")
         devices = {name: torch.device(DEVICE_TYPE, index) for index, name in enumerate(names)}
         parts: dict[str, Any] = {}
         for name, device in devices.items():
             facts = checkpoint.components[name]
-            module = stand_in(_single_layer(facts) if vae_only else facts, formats[name])
+            module = stand_in(facts if name in whole else _single_layer(facts), formats[name])
             parts[name] = self.host.place_module(module, name, device)
         pipeline_class = getattr(diffusers, self.description.class_name)
         self.pipeline = pipeline_class(**parts, **self.host.load_helpers(checkpoint))
@@ -133,7 +136,11 @@ class Profiler:
 
 
 def _single_layer(facts: ComponentFacts) -> ComponentFacts:
+    """The component with a layer for each run of them: its results have the same shapes."""
     config = dict(facts.config)
+    for key in ("encoder_layers_per_block", "decoder_layers_per_block"):
+        if key in config:
+            config[key] = [min(count, 1) for count in config[key]]
     for key in ("num_layers", "num_hidden_layers"):
         if key in config:
             config[key] = 1
