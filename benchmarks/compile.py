@@ -17,7 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from sana_deploy.declare.pipelines import PIPELINES
 from sana_deploy.facts import catalogue
+from sana_deploy.facts.published import PUBLISHED
 
 NAME = "sana_1600m_controlnet"
 PEER = """
@@ -35,10 +37,10 @@ print(_get_final_device_map("balanced", SanaControlNetPipeline, {}, init, diffus
 
 def write_configs(folder: Path, model: str = NAME) -> None:
     """Lay out the shipped configs of `model` as a checkpoint without weights."""
-    index: dict[str, object] = {"_class_name": "SanaControlNetPipeline", "_diffusers_version": "0.42.1"}
+    pipeline = PIPELINES[PUBLISHED[model].pipeline]
+    index: dict[str, object] = {"_class_name": pipeline.class_name, "_diffusers_version": "0.42.1"}
     for name, facts in catalogue.load(model).items():
-        library = "transformers" if name == "text_encoder" else "diffusers"
-        index[name] = [library, facts["class_name"]]
+        index[name] = [pipeline.by_name[name].library, facts["class_name"]]
         (folder / name).mkdir()
         config = {**facts["config"], "_class_name": facts["class_name"]}
         (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Write a full-size SANA ControlNet checkpoint with random weights, for benchmarks: nothing is downloaded.
+"""Write a full-size checkpoint of a catalogued model with random weights, for benchmarks: nothing is downloaded.
 
     python benchmarks/make_checkpoint.py sana_600m_controlnet FOLDER [--dtype bfloat16]
 
 Same architecture and dtypes on disk as a published one (float16 denoiser, bfloat16 text encoder and VAE). The tokenizer
-makes a token of each word and punctuation mark, so that prompts are about as long as Gemma's. About 7 GB for 0.6B and
-10 GB for 1.6B. Pictures are stripes and spots of many colours, which the control image and the prompt change, so that
-equal pictures mean something.
+makes a token of each word and punctuation mark, so that prompts are about as long as Gemma's. About 7 GB for 0.6B, 10
+GB for 1.6B, 15 GB for 4.8B. Pictures are stripes and spots of many colours, which the control image and the prompt
+change, so that equal pictures mean something.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import SanaControlNetPipeline
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from sana_deploy.declare.formats import Dtype, Format
-from sana_deploy.declare.pipelines import SANA_CONTROLNET
+from sana_deploy.declare.pipelines import Role
 from sana_deploy.declare.spec import CatalogueModel
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.rehearsal.meta_modules import stand_in
 
-DTYPES: dict[str, Dtype] = {
+DTYPES: dict[Role, Dtype] = {
     "text_encoder": "bfloat16",
     "vae": "bfloat16",
-    "transformer": "float16",
+    "denoiser": "float16",
     "controlnet": "float16",
 }
 
@@ -41,16 +40,17 @@ def make_checkpoint(name: str, folder: Path, dtype: Dtype | None = None) -> Path
     Components are stored in DTYPES, or all in `dtype`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = open_checkpoint(CatalogueModel(kind="catalogue", name=name)).components  # type: ignore[arg-type]
+    checkpoint = open_checkpoint(CatalogueModel(kind="catalogue", name=name))  # type: ignore[arg-type]
     generator = torch.Generator(device).manual_seed(0)
     modules = {}
-    for part, usual in DTYPES.items():
-        module = stand_in(facts[part], Format(dtype or usual)).to_empty(device=device)
+    for part in checkpoint.pipeline.components:
+        form = Format(dtype or DTYPES[part.role])
+        module = stand_in(checkpoint.components[part.name], form).to_empty(device=device)
         fill_randomly(module, generator)
-        modules[part] = module
-    scheduler = SANA_CONTROLNET.scheduler.make(diffusers)
-    pipeline = SanaControlNetPipeline(**modules, tokenizer=word_tokenizer(), scheduler=scheduler)
-    pipeline.save_pretrained(folder)
+        modules[part.name] = module
+    scheduler = checkpoint.pipeline.scheduler.make(diffusers)
+    pipeline_class = getattr(diffusers, checkpoint.pipeline.class_name)
+    pipeline_class(**modules, tokenizer=word_tokenizer(), scheduler=scheduler).save_pretrained(folder)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Ours against diffusers' balanced placement on the same virtual machines: who fits, peaks, bytes per step.
 
-    python benchmarks/placement.py [--out docs/placement.md] [--quick]
+    python benchmarks/placement.py [--out docs/placement.md] [--quick] [--models MODEL ...]
 
 Every cell is rehearsed twice in this run, in shapes: once with our plan and border hooks, once with the map that
 diffusers' `_get_final_device_map` gives for the same memory and dtypes, its hooks attached as `load_sub_model` does
@@ -28,6 +28,7 @@ MACHINES = (
     "4x24GiB", "[rtx4090,rtx3060]", "[rtx3090,rtx3070]", "2xv100", "a100", "8xh100",
 )  # fmt: skip
 MODELS = ("sana_600m_controlnet", "sana_1600m_controlnet")
+"""What the page has; any catalogued model can be named."""
 SIDES = (512, 1024, 2048, 4096)
 STEPS = 2
 KNOB_LETTERS = {
@@ -69,6 +70,7 @@ def cell(arguments: tuple[str, str, int]) -> Cell:
     diffusers.utils.logging.set_verbosity_error()
     from sana_deploy.declare.compose import compose_spec
     from sana_deploy.declare.spec import VirtualMachine
+    from sana_deploy.facts.checkpoint import settled
     from sana_deploy.facts.virtual_machine import describe_machine
 
     base = [f"model={model}", "machine=virtual", f"machine.gpus={machine}", f"workload.steps={STEPS}"]
@@ -78,7 +80,7 @@ def cell(arguments: tuple[str, str, int]) -> Cell:
     described = describe_machine(machine_spec)
     native = all(gpu.capability >= (8, 0) for gpu in described.gpus)
     precision = "mixed_bf16" if native else "mixed_fp32"
-    spec = compose_spec([*base, f"precision={precision}"])
+    spec = settled(compose_spec([*base, f"precision={precision}"]))
     return Cell(model, machine, side, precision, ours(spec), theirs(spec))
 
 
@@ -125,25 +127,24 @@ def theirs(spec: Any) -> Side:
     """Place with diffusers' map and hooks, and run the same request."""
     import torch
 
-    from sana_deploy.declare.pipelines import COMPONENTS
     from sana_deploy.facts.virtual_machine import describe_machine
 
-    dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items()}
+    names = spec.pipeline.names
+    dtypes = {name: getattr(torch, dtype) for name, dtype in spec.precision.components.items() if name in names}
     memory = {gpu.index: gpu.free_bytes for gpu in describe_machine(spec.machine).gpus}
-    found = balanced_map(spec.model.name, dtypes, memory)
-    if "cpu" in found.values() or set(found) != set(COMPONENTS):
-        return Side("CPU offload" if set(found) == set(COMPONENTS) else "loses a component")
+    found = balanced_map(spec.model.name, dtypes, memory, spec.pipeline.class_name)
+    if "cpu" in found.values() or set(found) != set(names):
+        return Side("CPU offload" if set(found) == set(names) else "loses a component")
     return accelerated(spec, found)
 
 
 def accelerated(spec: Any, found: dict[str, int]) -> Side:
     """Run the request with accelerate's hooks on a given map of whole components."""
+    import diffusers
     import torch
     from accelerate import dispatch_model
-    from diffusers import SanaControlNetPipeline
 
     from sana_deploy.declare.control_image import read_control_image
-    from sana_deploy.declare.pipelines import COMPONENTS
     from sana_deploy.facts.allocator import context_bytes, workspace_bytes
     from sana_deploy.facts.checkpoint import open_checkpoint
     from sana_deploy.facts.virtual_machine import describe_machine
@@ -165,18 +166,17 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
 
     try:
         modules = {}
-        for name in COMPONENTS:
+        for name in checkpoint.pipeline.names:
             device = torch.device("vgpu", found[name])
             modules[name] = host.place_module(stand_in(facts[name], spec.precision.formats[name]), name, device)
             dispatch_model(modules[name], device_map={"": device}, force_hooks=True)
-        pipeline = SanaControlNetPipeline(**modules, **host.load_helpers(checkpoint))
+        pipeline = getattr(diffusers, checkpoint.pipeline.class_name)(**modules, **host.load_helpers(checkpoint))
         pipeline.set_progress_bar_config(disable=True)
         work = spec.workload
-        picture = read_control_image(work, work.bounds)
+        picture = read_control_image(work, work.bounds) if checkpoint.pipeline.image else None
+        arguments = checkpoint.pipeline.arguments(work.request, work.bounds, picture)
         with host:
-            pipeline(work.prompt, control_image=picture, height=work.height, width=work.width,
-                     num_inference_steps=work.steps, guidance_scale=work.guidance_scale, output_type="pt",
-                     use_resolution_binning=False, callback_on_step_end=step_end)  # fmt: skip
+            pipeline(**arguments, output_type="pt", callback_on_step_end=step_end)
     except (torch.OutOfMemoryError, UnboundLocalError, RuntimeError) as problem:
         return Side(verdict_of(problem), placement=layout(found))
     shares = [
@@ -189,18 +189,20 @@ def accelerated(spec: Any, found: dict[str, int]) -> Side:
     return Side("fits", max(shares), step, layout(found), total_bytes=total)
 
 
-def balanced_map(model: str, dtypes: dict[str, Any], memory: dict[int, int]) -> dict[str, Any]:
+def balanced_map(
+    model: str, dtypes: dict[str, Any], memory: dict[int, int], class_name: str = "SanaControlNetPipeline"
+) -> dict[str, Any]:
     """Ask diffusers for its own map."""
     import diffusers
-    from diffusers import SanaControlNetPipeline
     from diffusers.pipelines.pipeline_loading_utils import _get_final_device_map
 
+    pipeline = getattr(diffusers, class_name)
     with tempfile.TemporaryDirectory() as folder:
         write_configs(Path(folder), model)
-        config = SanaControlNetPipeline.load_config(folder)
+        config = pipeline.load_config(folder)
         init = {name: entry for name, entry in config.items() if isinstance(entry, list)}
         return dict(
-            _get_final_device_map("balanced", SanaControlNetPipeline, {}, init, diffusers, memory, dtype=dtypes,
+            _get_final_device_map("balanced", pipeline, {}, init, diffusers, memory, dtype=dtypes,
                                   cached_folder=folder, local_files_only=True)
         )  # fmt: skip
 
@@ -218,7 +220,7 @@ def layout(device_map: dict[str, Any]) -> str:
     letters = {"text_encoder": "T", "vae": "V", "transformer": "D", "controlnet": "C"}
     places = sorted({str(place) for place in device_map.values()})
     return " ".join(
-        "".join(letter for name, letter in letters.items() if str(device_map[name]) == place) for place in places
+        "".join(letter for name, letter in letters.items() if str(device_map.get(name)) == place) for place in places
     )
 
 
@@ -234,7 +236,14 @@ def table(cells: list[Cell]) -> str:
         verdicts[0] += f" {item.ours.knobs}" if item.ours.knobs else ""
         fullest = [f"{side.worst_share:.0%}" if side.verdict == "fits" else "" for side in sides]
         moved = [f"{side.step_bytes / 2**20:.1f}" if side.verdict == "fits" else "" for side in sides]
-        columns = [item.model.split("_")[1], item.machine, str(item.side), *verdicts, *fullest, *moved]
+        columns = [
+            item.model.removeprefix("sana_").removesuffix("_controlnet"),
+            item.machine,
+            str(item.side),
+            *verdicts,
+            *fullest,
+            *moved,
+        ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join([*lines, "", *summary(cells)])
 
@@ -267,10 +276,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the table, with this text before it, to a file")
     parser.add_argument("--quick", action="store_true", help="two machines and one resolution only")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="catalogued models")
     options = parser.parse_args()
     machines, sides = (MACHINES[1:3], SIDES[1:2]) if options.quick else (MACHINES, SIDES)
     with ProcessPoolExecutor(2) as pool:
-        cells = list(pool.map(cell, itertools.product(MODELS, machines, sides)))
+        cells = list(pool.map(cell, itertools.product(options.models, machines, sides)))
     text = table(cells)
     print(text)
     if options.out:
