@@ -64,17 +64,7 @@ def calibrate(
     pipeline = checkpoint.pipeline
     wanted = pipeline.names if only is None else only
     vae = pipeline.of("vae")
-    points = (*PLAIN, *SLICED, *TILED) if vae in wanted else PLAIN
-    found: dict[Point, Measurements] = {}
-    formats = {**formats, vae: Format(formats[vae].dtype)}
-    # What the other looped components give waits beside the denoiser.
-    whole = {*wanted, *(pipeline.looped if pipeline.denoiser in wanted else ())}
-    profiler = Profiler(checkpoint, formats, whole)
-    for point in points:
-        if point is SLICED[0]:
-            profiler = Profiler(checkpoint, formats, (vae,))
-        found[point] = profiler.run(point, guided)
-        on_progress(len(found), len(points))
+    found = _measured(checkpoint, {**formats, vae: Format(formats[vae].dtype)}, guided, on_progress, wanted)
     calibrated: dict[Component, dict[Phase, dict[str, Any]]] = {name: {} for name in wanted}
     for name, phase in found[PLAIN[0]]:
         if name in wanted:
@@ -85,6 +75,27 @@ def calibrate(
         rows = [_rows(pipeline, point, guided, phase) for point in TILED]
         entry["tiling_bytes"] = _solve_tiling(entry, tiled, rows)
     return calibrated
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    formats: Mapping[Component, Format],
+    guided: bool,
+    on_progress: OnProgress,
+    wanted: Collection[Component],
+) -> dict[Point, Measurements]:
+    """Measure at PLAIN, and in its other modes where the VAE is wanted."""
+    pipeline, vae = checkpoint.pipeline, checkpoint.pipeline.of("vae")
+    points = (*PLAIN, *SLICED, *TILED) if vae in wanted else PLAIN
+    # What the other looped components give waits beside the denoiser.
+    profiler = Profiler(checkpoint, formats, {*wanted, *(pipeline.looped if pipeline.denoiser in wanted else ())})
+    found: dict[Point, Measurements] = {}
+    for point in points:
+        if point is SLICED[0]:
+            profiler = Profiler(checkpoint, formats, (vae,))
+        found[point] = profiler.run(point, guided)
+        on_progress(len(found), len(points))
+    return found
 
 
 def _solve_work(measured: Sequence[Measurement]) -> dict[str, Any]:
