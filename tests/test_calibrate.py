@@ -13,7 +13,7 @@ from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.facts import catalogue
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.plan.profile import VaeMode, profile_pipeline
-from sana_deploy.rehearsal.calibrate import MODELS, PLAIN, SLICED, TILED, calibrate, checkpoints
+from sana_deploy.rehearsal.calibrate import MODELS, PLAIN, SLICED, TILED, _deepened, _depths, calibrate, checkpoints
 from sana_deploy.rehearsal.measure import Point, Profiler
 
 SINGLY, IN_TILES = VaeMode(sliced=True), VaeMode(sliced=True, tiled=True)
@@ -82,3 +82,23 @@ def test_float16_needs_what_bfloat16_needs(tiny: object, model: str) -> None:
         assert measured.activation_bytes == other[key].activation_bytes
         assert measured.work.flops == other[key].work.flops
         assert measured.work.other_bytes == pytest.approx(other[key].work.other_bytes, rel=0.03), "float16 is clipped"
+
+
+def test_few_layers_tell_what_all_of_them_need(tiny: object) -> None:
+    checkpoint = open_checkpoint(compose_spec(["model=sana_sprint_600m"]).model)
+    depths = _depths(checkpoint, checkpoint.pipeline.names)
+    assert {name: (depth.fewer, depth.more) for name, depth in depths.items()} == {
+        checkpoint.pipeline.of("text_encoder"): (2, 4),
+        checkpoint.pipeline.denoiser: (2, 4),
+    }
+    formats, point = dict.fromkeys(checkpoint.pipeline.names, Format("bfloat16")), Point(512, 1)
+    fewer, more = (
+        Profiler(checkpoint, formats, {name: getattr(depth, key) for name, depth in depths.items()}).run(point, False)
+        for key in ("fewer", "more")
+    )
+    assert _deepened(more, fewer, depths) == Profiler(checkpoint, formats).run(point, False)
+
+
+def test_components_that_work_together_in_a_step_are_measured_whole() -> None:
+    checkpoint = open_checkpoint(compose_spec(["model=sana_600m_controlnet"]).model)
+    assert set(_depths(checkpoint, checkpoint.pipeline.names)) == {checkpoint.pipeline.of("text_encoder")}

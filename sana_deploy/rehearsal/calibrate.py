@@ -7,6 +7,8 @@ quantity, with and without guidance (which doubles the batch everywhere but in d
 
     quantity = constant + per_image x batch + per_pixel x pixels + per_image_pixel x batch x pixels
 
+Layers that are alike add the same each, so that two small numbers of them tell what all take (`_depths`).
+
 Quantities are `activation_bytes`, and per step of the phase `flops`, `product_bytes` and `other_bytes`; `operations`
 do not change with size. The VAE has two more: `sliced_bytes` is the peak when images pass one at a time, and
 `tiling_bytes` what collecting tiles adds to a tile's own peak, as constant + per_pixel + per_image_pixel of the
@@ -15,11 +17,13 @@ pixels that tiles cover.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
@@ -31,7 +35,7 @@ from ..facts.catalogue import FOLDER, NAMES
 from ..facts.checkpoint import Checkpoint, open_checkpoint
 from ..plan.needs import OnProgress, measured_as
 from ..plan.profile import VAE_TILE, VaeMode, covered_pixels, linear
-from .measure import Measurement, Measurements, Point, Profiler
+from .measure import Measurement, Measurements, Point, Profiler, layers_of
 
 PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
 SLICED = tuple(Point(side, batch, VaeMode(sliced=True)) for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
@@ -39,6 +43,8 @@ TILED = tuple(Point(side, batch, VaeMode(sliced=True, tiled=True)) for side, bat
 GUIDANCE = {"guided": True, "unguided": False}
 MODELS = ("tiny", "tiny_sana", "tiny_pag", "tiny_sprint", "tiny_sprint_img2img", *NAMES)
 _ALL = (Format(dtype, kept) for dtype in get_args(Dtype) for kept in (None, *get_args(Quantization)))
+_STRIDE = 2
+"""Layers that repeat: those of the text encoder attend near and far by turns."""
 FORMATS = tuple(dict.fromkeys(measured_as(form) for form in _ALL))
 """What shipped components are measured in."""
 
@@ -85,17 +91,65 @@ def _measured(
     wanted: Collection[Component],
 ) -> dict[Point, Measurements]:
     """Measure at PLAIN, and in its other modes where the VAE is wanted."""
-    pipeline, vae = checkpoint.pipeline, checkpoint.pipeline.of("vae")
-    points = (*PLAIN, *SLICED, *TILED) if vae in wanted else PLAIN
+    vae = checkpoint.pipeline.of("vae")
+    depths = _depths(checkpoint, wanted)
+    others = (*SLICED, *TILED) if vae in wanted else ()
+    count = itertools.count(1)
+    total = len(PLAIN) * (2 if depths else 1) + len(others)
+
+    def run(points: Sequence[Point], layers: Mapping[Component, int]) -> dict[Point, Measurements]:
+        profiler, found = Profiler(checkpoint, formats, layers), {}
+        for point in points:
+            found[point] = profiler.run(point, guided)
+            on_progress(next(count), total)
+        return found
+
     # What the other looped components give waits beside the denoiser.
-    profiler = Profiler(checkpoint, formats, {*wanted, *(pipeline.looped if pipeline.denoiser in wanted else ())})
-    found: dict[Point, Measurements] = {}
-    for point in points:
-        if point is SLICED[0]:
-            profiler = Profiler(checkpoint, formats, (vae,))
-        found[point] = profiler.run(point, guided)
-        on_progress(len(found), len(points))
+    kept = {*wanted, *(checkpoint.pipeline.looped if checkpoint.pipeline.denoiser in wanted else ())}
+    single = {name: 1 for name in checkpoint.components if name not in kept}
+    found = run(PLAIN, {**single, **{name: depth.more for name, depth in depths.items()}})
+    if depths:
+        fewer = run(PLAIN, {**single, vae: 1, **{name: depth.fewer for name, depth in depths.items()}})
+        found = {point: _deepened(found[point], fewer[point], depths) for point in PLAIN}
+    return found | run(others, {name: 1 for name in checkpoint.components if name != vae} if others else {})
+
+
+class _Depth(NamedTuple):
+    """Two numbers of layers to measure, and by how many times their difference the component has more."""
+
+    fewer: int
+    more: int
+    times: int
+
+
+def _depths(checkpoint: Checkpoint, wanted: Collection[Component]) -> dict[Component, _Depth]:
+    """Components of alike layers of which few are measured: each adds the same, and peaks stay where they are.
+
+    Where several components work in a step, results of one wait in the other from some layer on: these are whole.
+    """
+    found: dict[Component, _Depth] = {}
+    for name in wanted:
+        layers = layers_of(checkpoint.components[name])
+        if layers is None or (name in checkpoint.pipeline.looped and len(checkpoint.pipeline.looped) > 1):
+            continue
+        fewer = _STRIDE + layers % _STRIDE
+        if layers > fewer + _STRIDE:
+            found[name] = _Depth(fewer, fewer + _STRIDE, (layers - fewer - _STRIDE) // _STRIDE)
     return found
+
+
+def _deepened(more: Measurements, fewer: Measurements, depths: Mapping[Component, _Depth]) -> Measurements:
+    """What whole components need, given what they need with two numbers of layers."""
+
+    def deepened(one: Measurement, other: Measurement, times: int) -> Measurement:
+        work = {key: value + times * (value - getattr(other.work, key)) for key, value in vars(one.work).items()}
+        grown = one.activation_bytes + times * (one.activation_bytes - other.activation_bytes)
+        return Measurement(grown, replace(one.work, **work))
+
+    return {
+        (name, phase): deepened(one, fewer[name, phase], depths[name].times) if name in depths else one
+        for (name, phase), one in more.items()
+    }
 
 
 def _solve_work(measured: Sequence[Measurement]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ control image, residuals) counts as the denoiser's, and so does the pipeline's o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -64,6 +65,7 @@ class Measurement:
     work: Tally
 
 
+_LAYER_KEYS = ("num_layers", "num_hidden_layers")
 Measurements = dict[tuple[Component, Phase], Measurement]
 
 
@@ -73,7 +75,7 @@ class Profiler:
     Args:
         checkpoint: classes and configs.
         formats: dtype and quantisation of each component.
-        whole: components that are measured; others get a single layer, which changes nothing for these and is faster.
+        layers: those of components that get but their first ones, which changes nothing for others and is faster.
 
     Raises:
         CheckpointError: a config is incomplete.
@@ -81,17 +83,19 @@ class Profiler:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, formats: Mapping[Component, Format], whole: Collection[Component] | None = None
+        self,
+        checkpoint: Checkpoint,
+        formats: Mapping[Component, Format],
+        layers: Mapping[Component, int] = MappingProxyType({}),
     ) -> None:
         self.description = checkpoint.pipeline
         names = self.description.names
-        whole = names if whole is None else whole
         self.host = VirtualHost([ENDLESS * GIB] * len(names), "shapes")
         devices = {name: torch.device(DEVICE_TYPE, index) for index, name in enumerate(names)}
         parts: dict[str, Any] = {}
         for name, device in devices.items():
             facts = checkpoint.components[name]
-            module = stand_in(facts if name in whole else _single_layer(facts), formats[name])
+            module = stand_in(_shallow(facts, layers[name]) if name in layers else facts, formats[name])
             parts[name] = self.host.place_module(module, name, device)
         pipeline_class = getattr(diffusers, self.description.class_name)
         self.pipeline = pipeline_class(**parts, **self.host.load_helpers(checkpoint))
@@ -135,17 +139,22 @@ class Profiler:
             vae.disable_tiling()
 
 
-def _single_layer(facts: ComponentFacts) -> ComponentFacts:
-    """The component with a layer for each run of them: its results have the same shapes."""
+def layers_of(facts: ComponentFacts) -> int | None:
+    """How many alike layers a component has; None for one that is made of stages, such as the VAE."""
+    return next((int(facts.config[key]) for key in _LAYER_KEYS if key in facts.config), None)
+
+
+def _shallow(facts: ComponentFacts, layers: int) -> ComponentFacts:
+    """The component with its first so many layers, in each stage of a VAE: its results have the same shapes."""
     config = dict(facts.config)
+    for key in _LAYER_KEYS:
+        if key in config:
+            config[key] = min(int(config[key]), layers)
     for key in ("encoder_layers_per_block", "decoder_layers_per_block"):
         if key in config:
-            config[key] = [min(count, 1) for count in config[key]]
-    for key in ("num_layers", "num_hidden_layers"):
-        if key in config:
-            config[key] = 1
+            config[key] = [min(int(count), layers) for count in config[key]]
     if "layer_types" in config:
-        config["layer_types"] = config["layer_types"][:1]
+        config["layer_types"] = config["layer_types"][:layers]
     return replace(facts, config=config)
 
 
