@@ -1,6 +1,6 @@
 """Every catalogued model on machines of one and two GPUs: does it fit, how fast, how full, and does a rehearsal agree.
 
-    python benchmarks/models.py [--out docs/models.md] [--models MODEL ...] [--machines MACHINE ...]
+    python benchmarks/models.py [--out docs/models.md] [--models MODEL ...] [--machines MACHINE ...] [--kept FILE]
 
 Each cell is compiled with `precision=auto` and the knobs that change no picture, for one image in the pipeline's own
 steps at the model's own resolution, and what fits is rehearsed in shapes. Seconds are the plan's. Beside ours is what
@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from placement import KNOB_LETTERS, Side, layout, theirs
 
-MACHINES = ("2xrtx3070", "2xrtx3060", "2xrtx4060ti16gb", "rtx4090")
+MACHINES = ("2xrtx3070", "2xrtx3060", "rtx4090")
 ALL_PIPELINES = ("sana_1600m", "sana15_4800m", "sana_sprint_1600m")
 """Models that are shown under every pipeline that they are made for; others under their own."""
 QUANTIZED = ("int8", "nf4")
@@ -124,26 +125,41 @@ def summary(cells: Sequence[Cell]) -> str:
     )
 
 
+def read(path: Path | None) -> dict[tuple[str, str, str], Cell]:
+    """The cells of an earlier run."""
+    found = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else ():
+        values = json.loads(text)
+        done = Cell(**{**values, "theirs": values["theirs"] and Side(**values["theirs"])})
+        found[done.model, done.pipeline, done.machine] = done
+    return found
+
+
 def main() -> None:
     """Work through the cells and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="also write the page to a file")
     parser.add_argument("--models", nargs="+", help="catalogued models; all unless given")
     parser.add_argument("--machines", nargs="+", default=MACHINES)
+    parser.add_argument("--kept", type=Path, help="a file that cells go to, and are taken from where they are in it")
     options = parser.parse_args()
     from sana_deploy.facts import catalogue
 
-    started, cells = time.monotonic(), []
+    started = time.monotonic()
     cases = [
         (model, pipeline, machine)
         for model, machine in itertools.product(options.models or catalogue.NAMES, options.machines)
         for pipeline in catalogue.pipelines(model)[: None if model in ALL_PIPELINES else 1]
     ]
+    kept = read(options.kept)
     with ProcessPoolExecutor(2) as pool:
-        for done in pool.map(cell, cases):
-            cells.append(done)
+        for done in pool.map(cell, [case for case in cases if case not in kept]):
+            kept[done.model, done.pipeline, done.machine] = done
             print(line(done), flush=True)
-    cells.sort(key=lambda one: one.pipeline)
+            if options.kept:
+                with options.kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(done)) + "\n")
+    cells = sorted((kept[case] for case in cases), key=lambda one: one.pipeline)
     table = "\n".join([HEAD, *map(line, cells), "", summary(cells)])
     print(f"{summary(cells)}\n{time.monotonic() - started:.0f} s")
     if options.out:
