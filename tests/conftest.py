@@ -21,6 +21,7 @@ from sana_deploy.declare.pipelines import PIPELINES
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.facts.tiny import ensure_tiny
+from sana_deploy.serve.engines import prepare_ray
 
 CHECKOUT = Path(__file__).parent.parent
 SMALL = ("workload.height=64", "workload.width=96", "workload.steps=2")
@@ -40,6 +41,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["SANA_DEPLOY_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_for_ray() -> None:
+    """Set what Ray reads when it is imported, before any test imports it."""
+    prepare_ray()
 
 
 @pytest.fixture(scope="session")
@@ -111,9 +118,6 @@ def _shortly(call: Any) -> Any:
 @pytest.fixture(scope="session")
 def ray_pair(cache: Path) -> Iterator[Any]:
     """Two replicas that sleep on Ray Serve, started once for all tests."""
-    from sana_deploy.serve.engines import prepare_ray
-
-    prepare_ray()
     from on_ray import Shared
 
     shared = Shared()

@@ -329,7 +329,6 @@ def test_what_cannot_be_served_is_said_in_a_sentence(here: Run, arguments: list[
 
 def test_a_port_that_is_taken_is_named() -> None:
     taken = server.listen("127.0.0.1", 0)
-    taken.listen()
     port = taken.getsockname()[1]
     with pytest.raises(UsageError, match=f"127.0.0.1:{port} cannot be listened on: Address already in use") as caught:
         server.listen("127.0.0.1", port)
