@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from family import planned
 from PIL import Image
-from serving import Running, Sleeping, running
+from serving import Running, running
+from sleeping import Sleeping
 
 from sana_deploy import load_pipeline
 from sana_deploy.run.generate import generate
