@@ -1,0 +1,141 @@
+"""Stages of several requests at once on one placed pipeline: which overlap, what that takes, and images per second.
+
+While one request denoises on its GPU, the next one encodes on another and the one before decodes there. A stage is what
+a request does on the same GPUs at a stretch; it has them to itself (`run/turns.py`). So a GPU holds what one stage
+takes there, as with one request, and what waits there of the others. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..declare.pipelines import PHASES, Phase
+from ..declare.runtime import RUNTIMES
+from ..facts.allocator import workspace_bytes
+from ..facts.machine import Gpu
+from .cost import Placement, SlotUse
+from .profile import ComponentProfile, PipelineProfile
+from .records import Overlap, OverlapUse, Place, Stage
+from .seconds import LAUNCH_SECONDS
+from .units import component_of
+
+MOST_IN_FLIGHT = 3
+"""One request encodes, one denoises and one decodes: more would wait for each other."""
+WORTH = 0.98
+"""Stages overlap where a picture then takes at most this share of the seconds."""
+
+
+def overlap_of(
+    profile: PipelineProfile,
+    placement: Placement,
+    gpus: Mapping[int, Gpu],
+    uses: Mapping[int, SlotUse],
+    seconds: Mapping[Phase, float] | None,
+    batch: int,
+) -> Overlap | None:
+    """Plan how the stages of requests overlap; None where that gains nothing or does not fit.
+
+    Halves of guidance keep GPUs busy that would do something else meanwhile: they are drawn one after the other.
+
+    Args:
+        profile: with its knobs applied.
+        placement: where its units are.
+        gpus: by index; with the bytes that are free.
+        uses: what each GPU holds with one request.
+        seconds: of a request by phase; None where they are not known.
+        batch: images of a request.
+    """
+    if not seconds or profile.further:
+        return None
+    stages = stages_of(profile, placement, seconds)
+    for count in range(min(MOST_IN_FLIGHT, len(stages)), 1, -1):
+        each = cycle_seconds(stages, count, launch_seconds(profile))
+        if each > WORTH * sum(seconds.values()):
+            return None
+        extra = {index: (count - 1) * waiting_bytes(profile, placement, index, gpus[index]) for index in uses}
+        if all(use.peak_bytes + extra[index] <= gpus[index].free_bytes for index, use in uses.items()):
+            return Overlap(
+                in_flight=count,
+                stages=list(stages),
+                slots=[
+                    OverlapUse(slot=index, waiting_bytes=extra[index], peak_bytes=use.peak_bytes + extra[index])
+                    for index, use in uses.items()
+                ],
+                seconds_per_image=round(each / batch, 4),
+                images_per_second=round(batch / each, 4),
+            )
+    return None
+
+
+def stages_of(profile: PipelineProfile, placement: Placement, seconds: Mapping[Phase, float]) -> tuple[Stage, ...]:
+    """The stages of a request in order: phases that work on the same GPUs one after the other are one."""
+    stages: list[Stage] = []
+    for phase in PHASES:
+        places = _places(profile, placement, phase)
+        if not places:
+            continue
+        if stages and stages[-1].places == places:
+            before = stages.pop()
+            whole = round(before.seconds + seconds[phase], 4)
+            stages.append(Stage(phases=[*before.phases, phase], places=places, seconds=whole))
+        else:
+            stages.append(Stage(phases=[phase], places=places, seconds=round(seconds[phase], 4)))
+    return tuple(stages)
+
+
+def _places(profile: PipelineProfile, placement: Placement, phase: Phase) -> list[Place]:
+    """Where units work in a phase."""
+    working = {
+        name
+        for name in placement
+        if any(call.phase == phase for call in profile.pipeline.by_name[component_of(name)].calls)
+    }
+    return sorted({placement[name] for name in working}, key=str)
+
+
+def cycle_seconds(stages: Sequence[Stage], in_flight: int, launches: float = 0.0) -> float:
+    """Seconds from one request to the next where so many are in flight: those of the bottleneck.
+
+    That is the GPU with most to do in a request, the one interpreter that launches what is in no graph, or, where few
+    requests are in flight, the way of a request divided by them.
+
+    Args:
+        launches: seconds of a request that Python takes to launch its kernels.
+    """
+    busy = {place: sum(stage.seconds for stage in stages if place in stage.places) for place in _all_places(stages)}
+    return max(*busy.values(), launches, sum(stage.seconds for stage in stages) / in_flight)
+
+
+def _all_places(stages: Sequence[Stage]) -> set[Place]:
+    return {place for stage in stages for place in stage.places}
+
+
+def launch_seconds(profile: PipelineProfile) -> float:
+    """Seconds of a request in which Python launches kernels, for no other thread at the same time."""
+    return sum(
+        work.operations * LAUNCH_SECONDS * (profile.steps if phase == "denoise" else 1)
+        for part in profile.parts.values()
+        for phase, work in part.work.items()
+        if not (phase == "denoise" and RUNTIMES[part.execution].graphs)
+    )
+
+
+def waiting_bytes(profile: PipelineProfile, placement: Placement, place: Place, gpu: Gpu) -> int:
+    """Bytes that a request in flight takes on a GPU on which it does not work.
+
+    The denoiser's GPU has its embeddings, control image and last residuals, others of the denoising loop have copies of
+    what stays the same from step to step. Each thread that works has a workspace of cuBLAS's own.
+    """
+    parts = {name: part for name, part in profile.parts.items() if placement[name] == place}
+    home = max((_waiting(part) for part in parts.values() if part.name == profile.pipeline.denoiser), default=0)
+    steady = sum(
+        one.bytes_each
+        for one in profile.crossings
+        if one.dst in parts and placement[one.src] != place and one.tensor in profile.pipeline.steady
+    )
+    return home + steady + workspace_bytes(gpu.capability)
+
+
+def _waiting(denoiser: ComponentProfile) -> int:
+    """The most that the pipeline itself holds on the denoiser's GPU outside of the denoising loop."""
+    return max((size for phase, size in denoiser.activations.items() if phase != "denoise"), default=0)
