@@ -87,10 +87,8 @@ class Admission:
 
     def planned(self, workload: Workload) -> bool:
         """Whether a workload is within the planned one: it takes no more bytes anywhere. Steps take none."""
-        bounds = self.resolved.plan.spec.workload
-        small = workload.height <= bounds.height and workload.width <= bounds.width
-        same = bounds.guided or not workload.guided or not self.resolved.plan.pipeline.counts_guidance
-        return small and workload.batch <= bounds.batch and same
+        plan = self.resolved.plan
+        return plan.spec.workload.bounds.covers(workload, plan.pipeline.counts_guidance)
 
     def need(self, workload: Workload, different: bool = False) -> Need:
         """What a workload takes on the place that lacks most, or has least to spare.

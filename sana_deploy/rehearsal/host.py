@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -95,6 +95,10 @@ class VirtualHost(VirtualGpus):
 
     def synchronize(self, device: torch.device) -> None:
         """Return at once: a virtual GPU works when it is asked."""
+
+    def mark(self, device: torch.device) -> Callable[[], object]:
+        """Mark nothing: a virtual GPU works when it is asked."""
+        return lambda: None
 
     def reset_peak(self, device: torch.device) -> None:
         """Keep the books: those of a rehearsal begin with loading."""

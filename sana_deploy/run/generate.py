@@ -7,10 +7,10 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -34,13 +34,35 @@ StepDone = Callable[[int, int], None]
 """Called after each denoising step with the steps done and the steps in all."""
 
 
+class Stages(Protocol):
+    """How a request shares devices with others that are in flight; see `overlap.py`."""
+
+    def devices(self, phase: Phase) -> Sequence[torch.device]:
+        """The devices that a phase works on."""
+        ...
+
+    def enter(self, phase: Phase) -> None:
+        """Wait until the request may work in a phase."""
+
+    def step_done(self) -> None:
+        """A denoising step was given to its device."""
+
+
 @dataclass
 class PhaseClock:
-    """Border observer: seconds from a phase's first entry to the next phase's first entry."""
+    """Border observer: seconds from a phase's first entry to the next phase's first entry.
+
+    Attributes:
+        devices: all that components are on.
+        stages: of a request that shares them; what it waits for others is in no phase.
+        on_end: called at the end of a phase of such a request, before others may have its devices.
+    """
 
     pipeline: PipelineDescription
     host: Host
     devices: list[torch.device]
+    stages: Stages | None = None
+    on_end: Callable[[], object] = lambda: None
     seconds: dict[str, float] = field(default_factory=dict)
     current: Phase | None = None
     since: float = 0.0
@@ -52,12 +74,22 @@ class PhaseClock:
 
     def switch(self, phase: Phase | None) -> None:
         """End the current phase, wait for its devices, and begin `phase`."""
-        for device in self.devices:
+        for device in self._busy():
             self.host.synchronize(device)
         now = time.perf_counter()
         if self.current:
             self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self.since
+        if phase and self.stages:
+            self.on_end()
+            self.stages.enter(phase)
+            now = time.perf_counter()
         self.current, self.since = phase, now
+
+    def _busy(self) -> Sequence[torch.device]:
+        """The devices that the current phase works on: on others, those of other requests may be at work."""
+        if self.stages is None:
+            return self.devices
+        return self.stages.devices(self.current) if self.current else ()
 
 
 @dataclass
@@ -86,6 +118,7 @@ def generate(
     request: Asked,
     on_step: StepDone | None = None,
     state: RequestState | None = None,
+    stages: Stages | None = None,
 ) -> tuple[list[Image], Measured]:
     """Run `request` once.
 
@@ -95,6 +128,7 @@ def generate(
         request: its content, or that of several which share guidance and conditioning scales.
         on_step: called after every denoising step.
         state: a new one that this call gathers in, for a caller that reads it afterwards, also where the call fails.
+        stages: how it shares its devices with other requests; peaks are then those of all since they were reset.
 
     Returns:
         `workload.batch` images of (height, width), and what was measured.
@@ -107,12 +141,13 @@ def generate(
 
     border, state = border_of(pipeline), state or RequestState()
     guard = NumericsGuard(border.pipeline, _dtypes(pipeline))
-    clock = _started_clock(pipeline)
+    clock = _started_clock(pipeline, stages, guard.check)
+    state.overlaps = stages is not None
     state.observers.append(clock)
     state.on_outputs.append(guard)
     started = time.perf_counter()
     try:
-        pixels, per_step = run_request(pipeline, workload, request, _also(guard.step_done, on_step), state)
+        pixels, per_step = run_request(pipeline, workload, request, _also(guard.step_done, stages, on_step), state)
         guard.check()
     finally:
         clock.switch(None)
@@ -120,20 +155,22 @@ def generate(
     return to_images(pipeline, pixels), _measured(clock, state, per_step, elapsed)
 
 
-def _started_clock(pipeline: DiffusionPipeline) -> PhaseClock:
-    """A clock for all devices of a placed pipeline; their peaks begin anew."""
+def _started_clock(pipeline: DiffusionPipeline, stages: Stages | None, on_end: Callable[[], object]) -> PhaseClock:
+    """A clock for all devices of a placed pipeline; their peaks begin anew, unless others work there."""
     border, names = border_of(pipeline), sorted(set(pipeline.hf_device_map.values()))
-    clock = PhaseClock(border.pipeline, border.host, [torch.device(name) for name in names])
-    for device in clock.devices:
+    clock = PhaseClock(border.pipeline, border.host, [torch.device(name) for name in names], stages, on_end)
+    for device in clock.devices if stages is None else ():
         clock.host.reset_peak(device)
     return clock
 
 
-def _also(first: Callable[[], None], on_step: StepDone | None) -> StepDone:
+def _also(first: Callable[[], None], stages: Stages | None, on_step: StepDone | None) -> StepDone:
     """Call `first` after each step, then what the caller gave."""
 
     def stepped(done: int, of: int) -> None:
         first()
+        if stages:
+            stages.step_done()
         if on_step:
             on_step(done, of)
 

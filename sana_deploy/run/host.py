@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import diffusers
@@ -48,6 +48,10 @@ class Host(Protocol):
 
     def synchronize(self, device: torch.device) -> None:
         """Wait until `device` has done all work that it was given."""
+
+    def mark(self, device: torch.device) -> Callable[[], object]:
+        """Mark what `device` was given so far; calling the result waits until that is done."""
+        ...
 
     def reset_peak(self, device: torch.device) -> None:
         """Begin to look for the peak of `device` anew, where the host can."""
@@ -106,6 +110,14 @@ class PresentHost:
         """Wait for a GPU; the CPU has always ended."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+
+    def mark(self, device: torch.device) -> Callable[[], object]:
+        """Record an event on a GPU; the CPU has always ended."""
+        if device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event.synchronize
 
     def reset_peak(self, device: torch.device) -> None:
         """Reset what PyTorch's allocator remembers of a GPU."""
