@@ -21,6 +21,8 @@ from .units import component_of
 
 MOST_IN_FLIGHT = 3
 """One request encodes, one denoises and one decodes: more would wait for each other."""
+_REQUESTS = 64
+"""Requests that are followed to see how fast they come: the first quarter fills the stages."""
 WORTH = 0.98
 """Stages overlap where a picture then takes at most this share of the seconds."""
 
@@ -53,14 +55,12 @@ def overlap_of(
         if each > WORTH * sum(seconds.values()):
             return None
         extra = {index: (count - 1) * waiting_bytes(profile, placement, index, gpus[index]) for index in uses}
-        if all(use.peak_bytes + extra[index] <= gpus[index].free_bytes for index, use in uses.items()):
+        peaks = {index: use.peak_bytes + extra[index] for index, use in uses.items()}
+        if all(peak <= gpus[index].free_bytes for index, peak in peaks.items()):
             return Overlap(
                 in_flight=count,
                 stages=list(stages),
-                slots=[
-                    OverlapUse(slot=index, waiting_bytes=extra[index], peak_bytes=use.peak_bytes + extra[index])
-                    for index, use in uses.items()
-                ],
+                slots=[OverlapUse(slot=i, waiting_bytes=extra[i], peak_bytes=peak) for i, peak in peaks.items()],
                 seconds_per_image=round(each / batch, 4),
                 images_per_second=round(batch / each, 4),
             )
@@ -94,20 +94,45 @@ def _places(profile: PipelineProfile, placement: Placement, phase: Phase) -> lis
 
 
 def cycle_seconds(stages: Sequence[Stage], in_flight: int, launches: float = 0.0) -> float:
-    """Seconds from one request to the next where so many are in flight: those of the bottleneck.
+    """Seconds from one request to the next where so many are in flight: those of the bottleneck, or more.
 
-    That is the GPU with most to do in a request, the one interpreter that launches what is in no graph, or, where few
-    requests are in flight, the way of a request divided by them.
+    No request comes sooner than the GPU with most to do in a request has done it, nor than the one interpreter has
+    launched what is in no graph.
 
     Args:
         launches: seconds of a request that Python takes to launch its kernels.
     """
-    busy = {place: sum(stage.seconds for stage in stages if place in stage.places) for place in _all_places(stages)}
-    return max(*busy.values(), launches, sum(stage.seconds for stage in stages) / in_flight)
+    ended = ends(stages, in_flight, _REQUESTS)
+    steady = ended[_REQUESTS // 4 :]
+    places = {place for stage in stages for place in stage.places}
+    busiest = max(sum(stage.seconds for stage in stages if place in stage.places) for place in places)
+    return max(launches, busiest, (steady[-1] - steady[0]) / (len(steady) - 1))
 
 
-def _all_places(stages: Sequence[Stage]) -> set[Place]:
-    return {place for stage in stages for place in stage.places}
+def ends(stages: Sequence[Stage], in_flight: int, requests: int) -> list[float]:
+    """Seconds at which each of so many requests ends that all wait from the start, with turns as `run/turns.py` has."""
+    now, at, until = 0.0, dict[int, int](), dict[int, float]()
+    ended, begun = list[float](), 0
+    while len(ended) < requests:
+        while begun < requests and len(at) < in_flight:
+            at[begun], begun = 0, begun + 1
+        for number in sorted(at.keys() - until.keys()):
+            # Whoever works has its places, and of those that wait the one that began first.
+            before = (other for other in at if other in until or other < number)
+            if not any(_share(stages[at[number]], stages[at[other]]) for other in before):
+                until[number] = now + stages[at[number]].seconds
+        now = min(until.values())
+        for number in [number for number, end in until.items() if end == now]:
+            del until[number]
+            at[number] += 1
+            if at[number] == len(stages):
+                del at[number]
+                ended.append(now)
+    return ended
+
+
+def _share(one: Stage, other: Stage) -> bool:
+    return not set(one.places).isdisjoint(other.places)
 
 
 def launch_seconds(profile: PipelineProfile) -> float:

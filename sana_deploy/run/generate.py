@@ -7,10 +7,10 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,78 +18,20 @@ from PIL.Image import Image
 
 from .._files import write_bytes
 from .._units import human_bytes
-from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
+from ..declare.pipelines import PHASES, Component, PipelineDescription
 from ..declare.workload import Workload
 from ..errors import RunError
 from ..plan.units import component_call
 from .asked import Asked, arguments_of, check_asked
 from .hook import border_of
-from .host import Host
 from .outcome import Measured
+from .phase_clock import PhaseClock, Stages
 from .request_state import Event, RequestState
 from .traffic import Movement, Traffic, by_pair
 
 _HOST_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 StepDone = Callable[[int, int], None]
 """Called after each denoising step with the steps done and the steps in all."""
-
-
-class Stages(Protocol):
-    """How a request shares devices with others that are in flight; see `overlap.py`."""
-
-    def devices(self, phase: Phase) -> Sequence[torch.device]:
-        """The devices that a phase works on."""
-        ...
-
-    def enter(self, phase: Phase) -> None:
-        """Wait until the request may work in a phase."""
-
-    def step_done(self) -> None:
-        """A denoising step was given to its device."""
-
-
-@dataclass
-class PhaseClock:
-    """Border observer: seconds from a phase's first entry to the next phase's first entry.
-
-    Attributes:
-        devices: all that components are on.
-        stages: of a request that shares them; what it waits for others is in no phase.
-        on_end: called at the end of a phase of such a request, before others may have its devices.
-    """
-
-    pipeline: PipelineDescription
-    host: Host
-    devices: list[torch.device]
-    stages: Stages | None = None
-    on_end: Callable[[], object] = lambda: None
-    seconds: dict[str, float] = field(default_factory=dict)
-    current: Phase | None = None
-    since: float = 0.0
-
-    def __call__(self, event: Event, call: str) -> None:
-        phase = self.pipeline.phase_of.get(component_call(call))
-        if event == "enter" and phase and phase != self.current:
-            self.switch(phase)
-
-    def switch(self, phase: Phase | None) -> None:
-        """End the current phase, wait for its devices, and begin `phase`."""
-        for device in self._busy():
-            self.host.synchronize(device)
-        now = time.perf_counter()
-        if self.current:
-            self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self.since
-        if phase and self.stages:
-            self.on_end()
-            self.stages.enter(phase)
-            now = time.perf_counter()
-        self.current, self.since = phase, now
-
-    def _busy(self) -> Sequence[torch.device]:
-        """The devices that the current phase works on: on others, those of other requests may be at work."""
-        if self.stages is None:
-            return self.devices
-        return self.stages.devices(self.current) if self.current else ()
 
 
 @dataclass
@@ -128,21 +70,19 @@ def generate(
         request: its content, or that of several which share guidance and conditioning scales.
         on_step: called after every denoising step.
         state: a new one that this call gathers in, for a caller that reads it afterwards, also where the call fails.
-        stages: how it shares its devices with other requests; peaks are then those of all since they were reset.
+        stages: how it shares devices with other requests; peaks are then those of all.
 
     Returns:
         `workload.batch` images of (height, width), and what was measured.
 
     Raises:
-        RunError: out of memory, a failed operation, a component whose result is NaN or infinite, or an image that is
-            NaN or one flat colour.
+        RunError: out of memory, a failed operation, a result or an image of NaN or infinity, or of one flat colour.
     """
     from .nan_guard import NumericsGuard
 
     border, state = border_of(pipeline), state or RequestState()
     guard = NumericsGuard(border.pipeline, _dtypes(pipeline))
-    clock = _started_clock(pipeline, stages, guard.check)
-    state.overlaps = stages is not None
+    clock, state.overlaps = _started_clock(pipeline, stages, guard.check), stages is not None
     state.observers.append(clock)
     state.on_outputs.append(guard)
     started = time.perf_counter()

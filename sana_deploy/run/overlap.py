@@ -87,7 +87,7 @@ class Overlapped:
 
 
 class InFlight:
-    """A request in flight: its own pipeline, and the stages that it goes through; a `generate.Stages`."""
+    """A request in flight: its own pipeline, and the stages that it goes through; a `phase_clock.Stages`."""
 
     def __init__(self, whole: Overlapped, turn: Turn) -> None:
         self._whole, self._turn = whole, turn
@@ -108,8 +108,9 @@ class InFlight:
 
     def give_back(self) -> None:
         """Have weights leave that came for a request which failed."""
-        for weights in border_of(self.pipeline).offloaded.values() if self._state else ():
-            weights.leave_after(self._state)
+        if self._state is not None:
+            for weights in border_of(self.pipeline).offloaded.values():
+                weights.leave_after(self._state)
 
     def devices(self, phase: Phase) -> Sequence[torch.device]:
         """The devices that a phase works on."""
