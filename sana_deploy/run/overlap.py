@@ -17,7 +17,6 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from ..declare.pipelines import Phase
-from ..declare.runtime import RUNTIMES
 from ..declare.workload import Workload
 from ..plan.artifact import ResolvedPlan
 from ..plan.records import Overlap
@@ -54,7 +53,7 @@ class Overlapped:
             for phase, places in self.places.items()
         }
         self._planned = resolved.plan.spec.workload.bounds
-        self._first_alone = _FIRST_ALONE if RUNTIMES[resolved.plan.runtime].graphs else 0
+        self._first_alone = _FIRST_ALONE if any(border_of(pipeline).graphs.values()) else 0
         self._drawn: Recent[Workload, int] = Recent(_MOST_SHAPES)
 
     @contextlib.contextmanager
