@@ -176,7 +176,9 @@ class LocalEngine:
                 self._queue.put(tickets, first=True)
                 return
             if not self._draw(replica, tickets):
-                self._lose(replica)
+                if not self._ready:
+                    why = "the last replica was lost: its GPU does not compute any more"
+                    self._end(RunError(why, where="serve"))
                 return
 
     def _draw(self, replica: Replica, tickets: Sequence[Ticket]) -> bool:
@@ -209,7 +211,8 @@ class LocalEngine:
         names = ", ".join(dict.fromkeys(ticket.job.order.name for ticket in tickets))
         log.error("drawing failed for %s", names, exc_info=problem)
         if not _recovers(replica):
-            self._give_back(replica, tickets, problem)
+            self._lose(replica)
+            self._give_back(tickets, problem)
             return False
         if len(tickets) == 1:
             self._fail(tickets[0].job, problem)
@@ -217,25 +220,24 @@ class LocalEngine:
         self._observer.retried(len(tickets))
         for number, ticket in enumerate(tickets):
             if not self._draw(replica, [ticket]):
-                self._give_back(replica, tickets[number + 1 :], problem)
+                self._give_back(tickets[number + 1 :], problem)
                 return False
         return True
 
-    def _give_back(self, replica: Replica, tickets: Sequence[Ticket], problem: BaseException) -> None:
+    def _give_back(self, tickets: Sequence[Ticket], problem: BaseException) -> None:
         """A replica was lost with these: another one draws them, but none twice, for one of them may be the reason."""
-        others = self._ready - (replica not in self._gone)
         again = [ticket for ticket in tickets if not ticket.job.over and not ticket.job.retried]
         for ticket in tickets:
-            if ticket not in again or not others:
+            if ticket not in again or not self._ready:
                 self._fail(ticket.job, problem)
         for ticket in again:
             ticket.job.retried = True
-        if again and others:
+        if again and self._ready:
             self._observer.retried(len(again))
             self._queue.put(again, first=True)
 
     def _lose(self, replica: Replica) -> None:
-        """A replica has ended, whichever of its threads saw it; with the last one all orders fail."""
+        """A replica has ended, whichever of its threads saw it: none of them takes anything more."""
         with self._lock:
             if replica in self._gone:
                 return
@@ -243,8 +245,6 @@ class LocalEngine:
             self._ready -= 1
             self._hands -= at_once(replica)
         log.error("a replica was lost, %d are left", self._ready)
-        if not self._ready:
-            self._end(RunError("the last replica was lost: its GPU does not compute any more", where="serve"))
 
     def _end(self, problem: SanaDeployError) -> None:
         """Nothing can be drawn any more."""
