@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.admission import Admission
 from sana_deploy.plan.artifact import Plan
 from sana_deploy.plan.digest import digest_of
-from sana_deploy.plan.overlap import cycle_seconds, ends
+from sana_deploy.plan.overlap import cycle_seconds, schedule
 from sana_deploy.plan.records import Place, Stage
 
 LARGE = ("hardware=multi_gpu_balanced", "model=sana_600m_controlnet", "machine=virtual")
@@ -96,15 +97,22 @@ def test_the_denoiser_s_gpu_never_waits_where_the_other_one_has_less_to_do(
 
 @given(st.lists(st.tuples(st.sets(st.sampled_from([0, 1, 2]), min_size=1), Seconds), min_size=1, max_size=4),
        st.integers(1, 4))  # fmt: skip
-def test_requests_end_in_the_order_of_a_way_that_gets_no_shorter(
+def test_a_place_has_one_request_at_a_time_and_a_request_one_stage(
     path: list[tuple[set[int], float]], in_flight: int
 ) -> None:
     stages = [stage(sorted(places), seconds) for places, seconds in path]
-    ended, way = ends(stages, in_flight, 12), sum(one.seconds for one in stages)
+    visits, way = schedule(stages, in_flight, 12), sum(one.seconds for one in stages)
+    ended = [one.end for one in visits if one.stage == len(stages) - 1]
     assert ended == sorted(ended)
-    assert ended[0] >= way * 0.999
-    assert ended[-1] <= 12 * way * 1.001
-    assert ends(stages, 1, 3) == pytest.approx([way, 2 * way, 3 * way])
+    assert way * 0.999 <= ended[0] <= ended[-1] <= 12 * way * 1.001
+    for one, other in itertools.combinations(visits, 2):
+        at_once = one.begin < other.end and other.begin < one.end
+        assert not at_once or not set(stages[one.stage].places) & set(stages[other.stage].places)
+    for number in range(12):
+        own = sorted((one for one in visits if one.request == number), key=lambda one: one.stage)
+        assert all(one.end <= after.begin for one, after in itertools.pairwise(own))
+    alone = [one.end for one in schedule(stages, 1, 3) if one.stage == len(stages) - 1]
+    assert alone == pytest.approx([way, 2 * way, 3 * way])
 
 
 def test_one_gpu_gains_nothing_and_plans_without_seconds_say_nothing() -> None:

@@ -8,6 +8,7 @@ takes there, as with one request, and what waits there of the others. Imports no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ..declare.pipelines import PHASES, Phase
 from ..declare.runtime import RUNTIMES
@@ -102,33 +103,45 @@ def cycle_seconds(stages: Sequence[Stage], in_flight: int, launches: float = 0.0
     Args:
         launches: seconds of a request that Python takes to launch its kernels.
     """
-    ended = ends(stages, in_flight, _REQUESTS)
-    steady = ended[_REQUESTS // 4 :]
+    visits = schedule(stages, in_flight, _REQUESTS)
+    steady = [visit.end for visit in visits if visit.stage == len(stages) - 1][_REQUESTS // 4 :]
     places = {place for stage in stages for place in stage.places}
     busiest = max(sum(stage.seconds for stage in stages if place in stage.places) for place in places)
     return max(launches, busiest, (steady[-1] - steady[0]) / (len(steady) - 1))
 
 
-def ends(stages: Sequence[Stage], in_flight: int, requests: int) -> list[float]:
-    """Seconds at which each of so many requests ends that all wait from the start, with turns as `run/turns.py` has."""
-    now, at, until = 0.0, dict[int, int](), dict[int, float]()
-    ended, begun = list[float](), 0
-    while len(ended) < requests:
+@dataclass(frozen=True)
+class Visit:
+    """A request in one of its stages, from `begin` to `end` in seconds."""
+
+    request: int
+    stage: int
+    begin: float
+    end: float
+
+
+def schedule(stages: Sequence[Stage], in_flight: int, requests: int) -> list[Visit]:
+    """What so many requests do that all wait from the start, in the order in which stages end.
+
+    Turns are those of `run/turns.py`: of requests that want the same place, the one that began first has it.
+    """
+    now, at, working = 0.0, dict[int, int](), dict[int, Visit]()
+    done, begun = list[Visit](), 0
+    while len(done) < requests * len(stages):
         while begun < requests and len(at) < in_flight:
             at[begun], begun = 0, begun + 1
-        for number in sorted(at.keys() - until.keys()):
+        for number in sorted(at.keys() - working.keys()):
             # Whoever works has its places, and of those that wait the one that began first.
-            before = (other for other in at if other in until or other < number)
+            before = (other for other in at if other in working or other < number)
             if not any(_share(stages[at[number]], stages[at[other]]) for other in before):
-                until[number] = now + stages[at[number]].seconds
-        now = min(until.values())
-        for number in [number for number, end in until.items() if end == now]:
-            del until[number]
+                working[number] = Visit(number, at[number], now, now + stages[at[number]].seconds)
+        now = min(visit.end for visit in working.values())
+        for number in [number for number, visit in sorted(working.items()) if visit.end == now]:
+            done.append(working.pop(number))
             at[number] += 1
             if at[number] == len(stages):
                 del at[number]
-                ended.append(now)
-    return ended
+    return done
 
 
 def _share(one: Stage, other: Stage) -> bool:

@@ -24,6 +24,7 @@ from .asked import Asked
 from .generate import StepDone, generate
 from .hook import border_of
 from .outcome import Measured
+from .phase_clock import PhaseClock
 from .recent import Recent
 from .request_state import RequestState
 from .turns import Turn, Turns
@@ -104,6 +105,12 @@ class InFlight:
         """Draw; arguments, results and errors are `generate.generate`'s."""
         self._state = state or RequestState()
         return generate(self.pipeline, workload, request, on_step, self._state, self)
+
+    def lead(self, state: RequestState) -> None:
+        """Have a call that gathers in `state` enter stages as it goes on; `generate` does so itself."""
+        border = border_of(self.pipeline)
+        self._state, state.overlaps = state, True
+        state.observers.insert(0, PhaseClock(border.pipeline, border.host, [], self))
 
     def give_back(self) -> None:
         """Have weights leave that came for a request which failed."""
