@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
@@ -22,6 +23,8 @@ from sana_deploy.plan.artifact import Plan
 from sana_deploy.plan.digest import digest_of
 from sana_deploy.plan.overlap import cycle_seconds, schedule
 from sana_deploy.plan.records import Place, Stage
+from sana_deploy.report.terminal import render_plan
+from sana_deploy.report.wording import overlap_words
 
 LARGE = ("hardware=multi_gpu_balanced", "model=sana_600m_controlnet", "machine=virtual")
 APART = ("hardware.pin.transformer=1", "hardware.pin.controlnet=1", "hardware.pin.text_encoder=0")
@@ -178,6 +181,19 @@ def test_plans_of_earlier_versions_overlap_nothing(path: Path) -> None:
     assert (released.overlap is None) == (path.stem < "1.5")
 
 
+def test_throughput_takes_the_placement_whose_stages_overlap_best() -> None:
+    large = ("model=sana_1600m_controlnet", "hardware.replicas=1")
+    fastest = planned(*large, "hardware.objective=latency", gpus="2x8GiB")
+    most = planned(*large, "hardware.objective=throughput", gpus="2x8GiB")
+    assert fastest.overlap is not None
+    assert most.overlap is not None
+    assert most.overlap.images_per_second > 1.15 * fastest.overlap.images_per_second
+    assert [one.places for one in most.overlap.stages] == [[0], [1], [0]]
+    assert most.estimates.seconds_per_image is not None
+    assert fastest.estimates.seconds_per_image is not None
+    assert most.estimates.seconds_per_image < 1.01 * fastest.estimates.seconds_per_image
+
+
 def test_each_replica_has_its_own() -> None:
     plan = planned("hardware.replicas=2", gpus="4x8GiB")
     assert len(plan.each()) == 2
@@ -195,3 +211,15 @@ def test_a_batch_pays_where_its_pictures_come_sooner_than_one_by_one_with_overla
     assert apart.between(shape) == apart.seconds(shape) == over.seconds(shape)
     assert over.between(larger) == over.seconds(larger)  # which is drawn alone
     assert over.batch(shape, 4) <= apart.batch(shape, 4)
+
+
+def test_reports_say_how_soon_pictures_come_and_nothing_where_stages_do_not_overlap() -> None:
+    plan = planned(*VAE_BESIDE)
+    assert plan.overlap is not None
+    said = f"3 requests at once overlap to ~{plan.overlap.images_per_second:.3g} images/s"
+    assert overlap_words(plan) == said
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(render_plan(plan))
+    assert said in captured.get()
+    assert overlap_words(planned(gpus="1xrtx4090")) == ""

@@ -102,7 +102,7 @@ def replica_of(
         diagnostics=[*diagnostics, *_rate_remarks(used)],
         knob_prices={knob: price_of(knob, plain, chosen.knobs, placement, gpus, batch) for knob in chosen.knobs},
         vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if profile.vae_mode.tiled else None,
-        overlap=overlap_of(profile, placement, gpus, chosen.uses, chosen.seconds, batch),
+        overlap=overlap_of(profile, chosen, gpus, batch),
     )
 
 

@@ -14,7 +14,9 @@ from ..declare.pipelines import PHASES, Phase
 from ..declare.runtime import RUNTIMES
 from ..facts.allocator import workspace_bytes
 from ..facts.machine import Gpu
-from .cost import Placement, SlotUse
+from .cost import Placement
+from .grid import Candidate
+from .knobs import under
 from .profile import ComponentProfile, PipelineProfile
 from .records import Overlap, OverlapUse, Place, Stage
 from .seconds import LAUNCH_SECONDS
@@ -28,26 +30,34 @@ WORTH = 0.98
 """Stages overlap where a picture then takes at most this share of the seconds."""
 
 
-def overlap_of(
-    profile: PipelineProfile,
-    placement: Placement,
-    gpus: Mapping[int, Gpu],
-    uses: Mapping[int, SlotUse],
-    seconds: Mapping[Phase, float] | None,
-    batch: int,
-) -> Overlap | None:
+def most_images(profile: PipelineProfile, ranked: Sequence[Candidate], gpus: Mapping[int, Gpu]) -> list[Candidate]:
+    """Candidates in the order of images per second, with overlap where it fits; those that tie as they were.
+
+    Args:
+        profile: without any knob.
+        ranked: candidates, whose seconds are known or not.
+        gpus: by index.
+    """
+
+    def each(chosen: Candidate) -> float:
+        overlap = overlap_of(under(profile, chosen.knobs), chosen, gpus, 1)
+        return overlap.seconds_per_image if overlap else sum((chosen.seconds or {}).values())
+
+    return sorted(ranked, key=each)
+
+
+def overlap_of(profile: PipelineProfile, chosen: Candidate, gpus: Mapping[int, Gpu], batch: int) -> Overlap | None:
     """Plan how the stages of requests overlap; None where that gains nothing or does not fit.
 
     Halves of guidance keep GPUs busy that would do something else meanwhile: they are drawn one after the other.
 
     Args:
         profile: with its knobs applied.
-        placement: where its units are.
+        chosen: where its units are, and what that costs.
         gpus: by index; with the bytes that are free.
-        uses: what each GPU holds with one request.
-        seconds: of a request by phase; None where they are not known.
         batch: images of a request.
     """
+    placement, uses, seconds = chosen.placement, chosen.uses, chosen.seconds
     if not seconds or profile.further:
         return None
     stages = stages_of(profile, placement, seconds)
