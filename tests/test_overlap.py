@@ -16,15 +16,17 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from sana_deploy._units import GIB
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.declare.workload import Request, Workload
 from sana_deploy.errors import RunError
-from sana_deploy.facts.machine import Machine
+from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.artifact import ResolvedPlan
 from sana_deploy.run.generate import generate
 from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
+from sana_deploy.run.offload import OffloadedWeights
 from sana_deploy.run.overlap import InFlight, Overlapped, own_pipeline
 from sana_deploy.run.request_state import RequestState
 
@@ -44,9 +46,6 @@ class LeftError(Exception):
 @pytest.fixture(scope="module")
 def resolved(tiny: Path) -> ResolvedPlan:
     """A plan for two GPUs that runs on the CPU, for want of GPUs: its slots are places all the same."""
-    from sana_deploy._units import GIB
-    from sana_deploy.facts.machine import Gpu
-
     gpus = tuple(Gpu(i, "NVIDIA GeForce RTX 3060", 8 * GIB, 8 * GIB, (8, 6), 28) for i in range(2))
     return compile_spec(compose_spec([*SMALL, *APART]), Machine("present", gpus, 64 * GIB)).resolve()
 
@@ -307,28 +306,25 @@ def test_a_preview_has_the_decoder_s_gpu_besides_that_of_the_loop(
         looking = pool.submit(draw)
         other = start(overlapped, cases[1], "vae.encode")
         assert other.holds["vae.encode"].reached.wait(SECONDS)
-        assert looking.done() or not seen.is_set() or overlapped.turns._flying
         other.holds["vae.encode"].go_on.set()
         assert [looking.result(SECONDS), other.future.result(SECONDS)] == exact
     assert seen.is_set()
 
 
 def test_offloaded_weights_stay_for_the_request_that_they_came_for() -> None:
-    from sana_deploy.run.offload import OffloadedWeights
-
     weights = OffloadedWeights(torch.nn.Linear(4, 4), "text_encoder", torch.device("cpu"))
-    user, other = RequestState(overlaps=True), RequestState(overlaps=True)
-    weights.arrive(user)
-    weights.leave_after(other)
-    assert weights.there
-    weights.leave_after(user)
-    assert not weights.there
-    weights.arrive(user)
+
+    def stay(user: RequestState, goes_on: RequestState) -> bool:
+        weights.arrive(user)
+        weights.leave_after(goes_on)
+        return weights.there
+
+    user, other, single = RequestState(overlaps=True), RequestState(overlaps=True), RequestState()
+    assert stay(user, other)
+    assert not stay(user, user)
+    assert stay(user, other)
     del user
     gc.collect()
     weights.leave_after(other)
     assert not weights.there
-    single = RequestState()
-    weights.arrive(single)
-    weights.leave_after(other)  # nobody overlaps with it: it was called by itself, and ended
-    assert not weights.there
+    assert not stay(single, other), "nobody overlaps with it: it was called by itself, and ended"

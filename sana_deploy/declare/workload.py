@@ -42,7 +42,6 @@ class Workload(Declared):
         return small and other.batch <= self.batch and same
 
 
-
 class Request(Declared):
     """The content of one call, which changes neither bytes nor, but for `strength`, seconds within a workload.
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..declare.pipelines import PHASES, Phase
-from ..declare.runtime import RUNTIMES
 from ..facts.allocator import workspace_bytes
 from ..facts.machine import Gpu
 from .cost import Placement
@@ -164,8 +163,13 @@ def launch_seconds(profile: PipelineProfile) -> float:
         work.operations * LAUNCH_SECONDS * (profile.steps if phase == "denoise" else 1)
         for part in profile.parts.values()
         for phase, work in part.work.items()
-        if not (phase == "denoise" and RUNTIMES[part.execution].graphs)
+        if not _in_graphs(part, phase)
     )
+
+
+def _in_graphs(part: ComponentProfile, phase: Phase) -> bool:
+    """Whether graphs launch a component's kernels: in other phases than the loop's, its components have no calls."""
+    return part.graphed and (phase == "denoise" or "denoise" not in part.work)
 
 
 def waiting_bytes(profile: PipelineProfile, placement: Placement, place: Place, gpu: Gpu) -> int:

@@ -53,6 +53,10 @@ class Overlapped:
             phase: [torch.device(resolved.slot_devices.get(place, "cpu")) for place in places if place != "cpu"]
             for phase, places in self.places.items()
         }
+        expected = border_of(pipeline).expected
+        for use in overlap.slots:
+            if device := resolved.slot_devices.get(use.slot):
+                expected[device] = use.peak_bytes, expected[device][1]
         self._planned = resolved.plan.spec.workload.bounds
         self._first_alone = _FIRST_ALONE if any(border_of(pipeline).graphs.values()) else 0
         self._drawn: Recent[Workload, int] = Recent(_MOST_SHAPES)
