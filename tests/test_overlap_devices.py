@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from sana_deploy import compile_plan
 from sana_deploy._units import GIB
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.compose import compose_spec
+from sana_deploy.errors import RunError
 from sana_deploy.facts.machine import Gpu, Machine
 from sana_deploy.plan.artifact import ResolvedPlan
 from sana_deploy.rehearsal.overlap import Stand
@@ -95,13 +97,65 @@ def test_a_gpu_is_one_step_behind_at_most_so_that_copies_of_others_wait_for_no_m
     assert len(events) == 7, "a request alone is not held back"
 
 
+class NotedAside:
+    """A stream aside that notes who is on it."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def enter(self) -> None:
+        self.events.append("aside")
+
+    def leave(self) -> None:
+        self.events.append("back")
+
+    def synchronize(self) -> None:
+        self.events.append("wait")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_comes_before_the_loop_goes_aside_and_nothing_of_the_loop_does(
+    resolved: ResolvedPlan, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    events = list[str]()
+    whole, work = overlapped_on(None, resolved), resolved.plan.spec.workload
+    whole.home, whole.aside = torch.device("cuda:1"), NotedAside(events)  # the CPU stands for both GPUs
+
+    def observe(event: str, call: str) -> None:
+        events.append(call if event == "enter" else f"end {call}")
+        if fails and call == "vae.encode":
+            raise RunError("it failed")
+
+    state = RequestState()
+    state.observers.append(observe)
+    try:
+        with whole.request(work.bounds) as flying:
+            scheduler = flying.pipeline.scheduler
+            latents = flying.pipeline.prepare_latents
+            prepare, steps = flying.pipeline.prepare_image, scheduler.set_timesteps
+            vars(flying.pipeline)["prepare_image"] = lambda *a, **k: (events.append("image"), prepare(*a, **k))[1]
+            vars(flying.pipeline)["prepare_latents"] = lambda *a, **k: (events.append("latents"), latents(*a, **k))[1]
+            vars(scheduler)["set_timesteps"] = lambda *a, **k: (events.append("timesteps"), steps(*a, **k))[1]
+            flying.generate(work.bounds, work.request, state=state)
+    except RunError:
+        assert fails
+    before = ["aside", "text_encoder.forward", "end text_encoder.forward", "text_encoder.forward",
+              "end text_encoder.forward", "back", "wait", "aside", "image", "vae.encode"]  # fmt: skip
+    assert events[: len(before)] == before
+    after = events[len(before) :]
+    assert after[:2] == (["back", "wait"] if fails else ["end vae.encode", "back"])
+    if not fails:
+        assert after[2:6] == ["wait", "timesteps", "latents", "controlnet.forward"]
+        assert "aside" not in after
+
+
 def test_results_are_sent_to_another_gpu_once_they_are_there(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = compile_plan([*APART, "machine=virtual", "machine.gpus=2xrtx4090", "machine.fidelity=numbers"])
     stand, events, state = Stand(plan), list[str](), RequestState()
     monkeypatch.setattr(stand.host, "synchronize", lambda device: events.append(str(device)))
     state.on_outputs.append(lambda name, method, output: events.append(name))
     stand.draw(plan.spec.workload.request, state)
-    after = [later for event, later in zip(events, events[1:], strict=False) if event in ("text_encoder", "vae")]
+    after = [later for event, later in itertools.pairwise(events) if event in ("text_encoder", "vae")]
     assert after[:3] == ["vgpu:0"] * 3, "two prompts and the control image"
-    loop = [later for event, later in zip(events, events[1:], strict=False) if event == "controlnet"]
+    loop = [later for event, later in itertools.pairwise(events) if event == "controlnet"]
     assert loop == ["transformer"] * 4, "which is on the same GPU, and waits for nothing"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..declare.pipelines import PHASES, Phase
-from ..facts.allocator import workspace_bytes
+from ..facts.allocator import ROUNDING, SEGMENT, workspace_bytes
 from ..facts.machine import Gpu
 from .cost import Placement
 from .grid import Candidate
@@ -185,7 +185,8 @@ def waiting_bytes(profile: PipelineProfile, placement: Placement, place: Place, 
         for one in profile.crossings
         if one.dst in parts and placement[one.src] != place and one.tensor in profile.pipeline.steady
     )
-    return home + steady + workspace_bytes(gpu.capability)
+    aside = SEGMENT + ROUNDING if home else 0  # what is made on a stream aside is in blocks of its own
+    return home + aside + steady + workspace_bytes(gpu.capability)
 
 
 def _waiting(denoiser: ComponentProfile) -> int:

@@ -123,6 +123,9 @@ class VirtualHost(VirtualGpus):
         """Ordinary copies: a virtual GPU works when it is asked."""
         return PlainCourier()
 
+    def aside(self, device: torch.device) -> None:
+        """Have one order of work: a virtual GPU works when it is asked."""
+
     def compiler(self, device: torch.device) -> None:
         """Compile nothing: a virtual GPU runs what an eager one would; see `Host`."""
 

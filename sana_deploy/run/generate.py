@@ -99,6 +99,8 @@ def _started_clock(pipeline: DiffusionPipeline, stages: Stages | None, on_end: C
     """A clock for all devices of a placed pipeline; their peaks begin anew, unless others work there."""
     border, names = border_of(pipeline), sorted(set(pipeline.hf_device_map.values()))
     clock = PhaseClock(border.pipeline, border.host, [torch.device(name) for name in names], stages, on_end)
+    if stages:
+        stages.listen(clock.begin)
     for device in clock.devices if stages is None else ():
         clock.host.reset_peak(device)
     return clock

@@ -14,6 +14,7 @@ from ..declare.pipelines import Component
 from ..errors import RunError
 from ..facts.checkpoint import Checkpoint
 from ..plan.artifact import ResolvedPlan
+from .aside import Aside, CudaAside
 from .courier import Courier, CudaCourier, PlainCourier
 from .graphs import CudaRecorder, Recorder
 from .mirror import copied_to, digest
@@ -82,6 +83,9 @@ class Host(Protocol):
     def courier(self, source: torch.device, destination: torch.device) -> Courier:
         """What sends a component's results between two devices."""
 
+    def aside(self, device: torch.device) -> Aside | None:
+        """A stream aside of `device`; None for a device that has one order of work only."""
+
     def compiler(self, device: torch.device) -> str | None:
         """The backend of `torch.compile` that compiles for `device`; None where nothing is compiled."""
 
@@ -149,6 +153,10 @@ class PresentHost:
         """Copies beside the work of two GPUs; an ordinary one where the CPU takes part."""
         both = source.type == destination.type == "cuda"
         return CudaCourier(source, destination) if both else PlainCourier()
+
+    def aside(self, device: torch.device) -> Aside | None:
+        """A further stream of a GPU; the CPU has none."""
+        return CudaAside(device) if device.type == "cuda" else None
 
     def compiler(self, device: torch.device) -> str | None:
         """Inductor for a GPU; what runs on the CPU is eager."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -32,6 +34,7 @@ from .turns import Turn, Turns
 _FIRST_ALONE = 2
 """Requests of each shape that are drawn alone where there are graphs, which are captured meanwhile."""
 _MOST_SHAPES = 64
+_BEFORE_LOOP: tuple[Phase, ...] = ("encode", "prepare")
 
 
 class Overlapped:
@@ -48,12 +51,14 @@ class Overlapped:
     def __init__(self, pipeline: DiffusionPipeline, resolved: ResolvedPlan, overlap: Overlap) -> None:
         self.pipeline, self.overlap = pipeline, overlap
         self.turns = Turns(overlap.in_flight)
+        border = border_of(pipeline)
+        self.home, self.aside = border.home, border.host.aside(border.home)
         self.places = {phase: frozenset(stage.places) for stage in overlap.stages for phase in stage.phases}
         self.devices = {
             phase: [torch.device(resolved.slot_devices.get(place, "cpu")) for place in places if place != "cpu"]
             for phase, places in self.places.items()
         }
-        expected = border_of(pipeline).expected
+        expected = border.expected
         for use in overlap.slots:
             if device := resolved.slot_devices.get(use.slot):
                 expected[device] = use.peak_bytes, expected[device][1]
@@ -78,6 +83,8 @@ class Overlapped:
                 _let_go(problem)  # before others get the places: what the calls held is still there
                 flying.give_back()
                 raise
+            finally:
+                flying.leave()
             shape = _shape(workload)
             self._drawn.put(shape, 1 + (self._drawn.get(shape) or 0))
 
@@ -97,6 +104,8 @@ class InFlight:
         self._whole, self._turn = whole, turn
         self.pipeline = own_pipeline(whole.pipeline)
         self._state: RequestState | None = None
+        self._phase: Phase | None = None
+        self._is_aside = False
         self._step_before: Callable[[], object] | None = None
 
     def generate(
@@ -114,7 +123,9 @@ class InFlight:
         """Have a call that gathers in `state` enter stages as it goes on; `generate` does so itself."""
         border = border_of(self.pipeline)
         self._state, state.overlaps = state, True
-        state.observers.insert(0, PhaseClock(border.pipeline, border.host, [], self))
+        clock = PhaseClock(border.pipeline, border.host, [], self)
+        self.listen(clock.begin)
+        state.observers.insert(0, clock)
 
     def give_back(self) -> None:
         """Have weights leave that came for a request which failed."""
@@ -126,9 +137,36 @@ class InFlight:
         """The devices that a phase works on."""
         return self._whole.devices.get(phase, ())
 
+    def listen(self, begin: Callable[[Phase], None]) -> None:
+        """Begin phases before their tensors are made, not when their first component begins; see `phase_clock.Stages`.
+
+        Memory of the loop's own tensors is given back while the GPU works with them: it must not be aside.
+        """
+        for owner, method, phase in _first_calls(self.pipeline):
+            if inner := getattr(owner, method, None):
+                vars(owner)[method] = _beginning(inner, begin, phase)
+
     def enter(self, phase: Phase) -> None:
-        """Wait for the places of a phase; those of the one before are given back, unless it needs them too."""
+        """Wait for the places of a phase; those of the one before are given back, unless it needs them too.
+
+        What it does besides on the denoiser's GPU until the loop begins goes aside.
+        """
+        if phase == self._phase:
+            return
+        self.leave()
+        self._phase = phase
         self._whole.turns.take(self._turn, self._whole.places.get(phase, ()))
+        aside = self._whole.aside
+        if aside and phase in _BEFORE_LOOP and self._whole.home not in self.devices(phase):
+            self._is_aside = True
+            aside.enter()
+
+    def leave(self) -> None:
+        """Wait for what went aside, and have nothing more go there."""
+        if self._is_aside and self._whole.aside:
+            self._is_aside = False
+            self._whole.aside.leave()
+            self._whole.aside.synchronize()
 
     def step_done(self) -> None:
         """Let the GPU be one step behind at most: what others copy to and from it waits for all that it was given."""
@@ -140,6 +178,20 @@ class InFlight:
     def besides(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
         """Have the places of another phase too while the block runs; only in the denoising loop."""
         return self._whole.turns.also(self._turn, self._whole.places.get(phase, ()))
+
+
+def _first_calls(pipeline: DiffusionPipeline) -> tuple[tuple[Any, str, Phase], ...]:
+    """What a pipeline of diffusers calls first in a phase."""
+    return (pipeline, "prepare_image", "prepare"), (pipeline.scheduler, "set_timesteps", "denoise")
+
+
+def _beginning(inner: Callable[..., Any], begin: Callable[[Phase], None], phase: Phase) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        begin(phase)
+        return inner(*args, **kwargs)
+
+    return outer
 
 
 def own_pipeline(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -22,6 +22,9 @@ class Stages(Protocol):
         """The devices that a phase works on."""
         ...
 
+    def listen(self, begin: Callable[[Phase], None]) -> None:
+        """Have the request's pipeline call `begin` before it makes tensors of a phase."""
+
     def enter(self, phase: Phase) -> None:
         """Wait until the request may work in a phase."""
 
@@ -50,7 +53,12 @@ class PhaseClock:
 
     def __call__(self, event: Event, call: str) -> None:
         phase = self.pipeline.phase_of.get(component_call(call))
-        if event == "enter" and phase and phase != self.current:
+        if event == "enter" and phase:
+            self.begin(phase)
+
+    def begin(self, phase: Phase) -> None:
+        """Begin `phase`, unless it has begun."""
+        if phase != self.current:
             self.switch(phase)
 
     def switch(self, phase: Phase | None) -> None:
