@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,17 @@ class NotedAside:
         self.events.append("wait")
 
 
+def noting(owner: Any, method: str, events: list[str]) -> None:
+    """Have a request's own pipeline or scheduler note a call."""
+    inner = getattr(owner, method)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        events.append(method)
+        return inner(*args, **kwargs)
+
+    vars(owner)[method] = noted
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_comes_before_the_loop_goes_aside_and_nothing_of_the_loop_does(
     resolved: ResolvedPlan, monkeypatch: pytest.MonkeyPatch, fails: bool
@@ -130,22 +142,19 @@ def test_what_comes_before_the_loop_goes_aside_and_nothing_of_the_loop_does(
     state.observers.append(observe)
     try:
         with whole.request(work.bounds) as flying:
-            scheduler = flying.pipeline.scheduler
-            latents = flying.pipeline.prepare_latents
-            prepare, steps = flying.pipeline.prepare_image, scheduler.set_timesteps
-            vars(flying.pipeline)["prepare_image"] = lambda *a, **k: (events.append("image"), prepare(*a, **k))[1]
-            vars(flying.pipeline)["prepare_latents"] = lambda *a, **k: (events.append("latents"), latents(*a, **k))[1]
-            vars(scheduler)["set_timesteps"] = lambda *a, **k: (events.append("timesteps"), steps(*a, **k))[1]
+            noting(flying.pipeline, "prepare_image", events)
+            noting(flying.pipeline, "prepare_latents", events)
+            noting(flying.pipeline.scheduler, "set_timesteps", events)
             flying.generate(work.bounds, work.request, state=state)
     except RunError:
         assert fails
     before = ["aside", "text_encoder.forward", "end text_encoder.forward", "text_encoder.forward",
-              "end text_encoder.forward", "back", "wait", "aside", "image", "vae.encode"]  # fmt: skip
+              "end text_encoder.forward", "back", "wait", "aside", "prepare_image", "vae.encode"]  # fmt: skip
     assert events[: len(before)] == before
     after = events[len(before) :]
     assert after[:2] == (["back", "wait"] if fails else ["end vae.encode", "back"])
     if not fails:
-        assert after[2:6] == ["wait", "timesteps", "latents", "controlnet.forward"]
+        assert after[2:6] == ["wait", "set_timesteps", "prepare_latents", "controlnet.forward"]
         assert "aside" not in after
 
 

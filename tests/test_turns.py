@@ -226,7 +226,6 @@ def test_nothing_is_held_twice_and_all_end_whatever_fails(seed: int) -> None:
     chance = random.Random(seed)
     turns, guard = Turns(chance.randint(1, 4)), threading.Lock()
     works: dict[int, int] = {}
-    orders: dict[int, list[int]] = {0: [], 1: [], 2: []}
     paths = [[set(chance.sample(range(3), chance.randint(1, 2))) for _ in range(4)] for _ in range(24)]
     fails, alone = {chance.randrange(24) for _ in range(6)}, {chance.randrange(24) for _ in range(3)}
 
@@ -237,8 +236,6 @@ def test_nothing_is_held_twice_and_all_end_whatever_fails(seed: int) -> None:
                 with guard:
                     assert not places & works.keys()
                     works.update(dict.fromkeys(places, number))
-                    for place in places if step == 0 else ():
-                        orders[place].append(turn.number)
                 with guard:
                     for place in places:
                         del works[place]
