@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from serving import Sleeping
+from sleeping import Sleeping
 from test_serve_engine import Loaded, Noted, no_thread_is_left, order, using  # noqa: F401
 
 from sana_deploy._units import GIB

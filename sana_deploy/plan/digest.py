@@ -5,8 +5,8 @@ number, and a key that a later version added only where it says something: it is
 `pipeline_class` where it names the one pipeline that earlier versions knew, `runtime` where it is eager, `split` where
 it is none. What was declared of runtime, split and replicas is left out: these keys of the plan are what was decided.
 So are `exactness`, which follows from them, images per second, which follow from seconds, `overlap`, which follows from
-places, `faster`, which was not taken, and keys of a request that the pipeline does not read. Digests of 1.0 to 1.3 cover
-their number; 1.3 goes on to stand in its place.
+places, `faster`, which was not taken, and keys of a request that the pipeline does not read. Digests of 1.0 to 1.3
+cover their number; 1.3 goes on to stand in its place.
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ from .turns import Turn, Turns
 _FIRST_ALONE = 2
 """Requests of each shape that are drawn alone where there are graphs, which are captured meanwhile."""
 _MOST_SHAPES = 64
-_BEFORE_LOOP: tuple[Phase, ...] = ("encode", "prepare")
 
 
 class Overlapped:
@@ -62,7 +61,7 @@ class Overlapped:
         for use in overlap.slots:
             if device := resolved.slot_devices.get(use.slot):
                 expected[device] = use.peak_bytes, expected[device][1]
-        self._planned = resolved.plan.spec.workload.bounds
+        self._planned, self._counts_guidance = resolved.plan.spec.workload.bounds, border.pipeline.counts_guidance
         self._first_alone = _FIRST_ALONE if any(border_of(pipeline).graphs.values()) else 0
         self._drawn: Recent[Workload, int] = Recent(_MOST_SHAPES)
 
@@ -94,7 +93,7 @@ class Overlapped:
 
     def _is_alone(self, workload: Workload) -> bool:
         seldom = (self._drawn.get(_shape(workload)) or 0) < self._first_alone
-        return seldom or not self._planned.covers(workload)
+        return seldom or not self._planned.covers(workload, self._counts_guidance)
 
 
 class InFlight:
@@ -105,6 +104,7 @@ class InFlight:
         self.pipeline = own_pipeline(whole.pipeline)
         self._state: RequestState | None = None
         self._phase: Phase | None = None
+        self._in_loop = False
         self._is_aside = False
         self._step_before: Callable[[], object] | None = None
 
@@ -154,10 +154,10 @@ class InFlight:
         if phase == self._phase:
             return
         self.leave()
-        self._phase = phase
+        self._phase, self._in_loop = phase, self._in_loop or phase == "denoise"
         self._whole.turns.take(self._turn, self._whole.places.get(phase, ()))
         aside = self._whole.aside
-        if aside and phase in _BEFORE_LOOP and self._whole.home not in self.devices(phase):
+        if aside and not self._in_loop and self._whole.home not in self.devices(phase):
             self._is_aside = True
             aside.enter()
 
