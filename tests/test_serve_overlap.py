@@ -203,6 +203,8 @@ def test_a_client_that_leaves_frees_its_stage_for_the_others(real: PipelineRepli
 def test_the_service_overlaps_stages_where_the_plan_does_unless_it_is_turned_off(
     resolved: ResolvedPlan, option: str, at_once: int
 ) -> None:
-    engine = engine_of(resolved, Serving.from_mapping({"overlap": option}), Resolve(), Observer())
+    engine = engine_of(
+        resolved, Serving.from_mapping({"overlap": option}), Resolve(), resolved.plan.spec.workload, Observer()
+    )
     (replica,) = engine._replicas
     assert replica.at_once == at_once  # type: ignore[attr-defined]

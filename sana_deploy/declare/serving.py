@@ -110,6 +110,11 @@ class Serving(Declared):
         return parse_bytes(self.max_body)
 
     @property
+    def overlaps(self) -> bool:
+        """Whether stages of requests overlap where the plan has room for it."""
+        return self.overlap == "auto" and self.engine == "local"
+
+    @property
     def batch_bound(self) -> int:
         """Pictures drawn at once at most, whatever an estimate says."""
         return MOST_BATCH if self.batch == "auto" else self.batch
