@@ -42,11 +42,12 @@ from sana_deploy.declare.policies import quantization_of
 from sana_deploy.errors import InvalidSpecError
 from sana_deploy.facts.allocator import context_bytes
 from sana_deploy.facts.machine import probe_torch
-from sana_deploy.run.generate import PhaseClock, run_request
+from sana_deploy.run.generate import run_request
 from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.nan_guard import NumericsGuard
 from sana_deploy.run.offload import pinned
+from sana_deploy.run.phase_clock import PhaseClock
 from sana_deploy.run.place import place, unplace
 from sana_deploy.run.quantize import require
 

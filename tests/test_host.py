@@ -16,9 +16,10 @@ from sana_deploy.errors import InfeasibleError, RunError
 from sana_deploy.facts.checkpoint import Checkpoint
 from sana_deploy.rehearsal.host import VirtualHost
 from sana_deploy.rehearsal.rehearse import open_host
-from sana_deploy.run.generate import PhaseClock, generate
+from sana_deploy.run.generate import generate
 from sana_deploy.run.hook import border_of
 from sana_deploy.run.host import Host, PresentHost
+from sana_deploy.run.phase_clock import PhaseClock
 from sana_deploy.run.weights import LoadRequest, Progress
 
 Small = Callable[..., DeploySpec]

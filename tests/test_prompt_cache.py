@@ -22,7 +22,6 @@ from sana_deploy.run.host import PresentHost
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.place import bind, unplace
 from sana_deploy.run.request_state import RequestState
-from sana_deploy.run.traffic import Traffic
 
 Small = Callable[..., DeploySpec]
 pytestmark = pytest.mark.usefixtures("short_prompts")
@@ -229,9 +228,9 @@ def test_offloaded_weights_do_not_travel_for_a_prompt_that_is_known(
     weights, journeys = border_of(pipeline).offloaded["text_encoder"], list[bool]()
     arrive = weights.arrive
 
-    def noted(traffic: Traffic) -> None:
+    def noted(user: RequestState) -> None:
         journeys.append(weights.there)
-        arrive(traffic)
+        arrive(user)
 
     monkeypatch.setattr(weights, "arrive", noted)
     exact = drawn(plain, spec)

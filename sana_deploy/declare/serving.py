@@ -72,6 +72,7 @@ class Serving(Declared):
         queue: pictures that may wait.
         most_images: pictures of one request.
         batch: pictures drawn at once, or `auto` for what the plan's estimate says.
+        overlap: of `engine=local`: stages of several requests at once where the plan has room for it, or never.
         admit: sizes beyond the plan's workload that are taken: those that fit, or none.
         most_steps: denoising steps of one request; None for three times the plan's.
         timeout: seconds that a request may take in all.
@@ -94,6 +95,7 @@ class Serving(Declared):
     queue: Count = 64
     most_images: Annotated[int, Field(ge=1, le=256)] = 10
     batch: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = "auto"
+    overlap: Literal["auto", "off"] = "auto"
     admit: Literal["fitting", "planned"] = "fitting"
     most_steps: Steps | None = None
     timeout: Seconds = 600.0
@@ -106,6 +108,11 @@ class Serving(Declared):
     def max_body_bytes(self) -> int:
         """`max_body` in bytes."""
         return parse_bytes(self.max_body)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether stages of requests overlap where the plan has room for it."""
+        return self.overlap == "auto" and self.engine == "local"
 
     @property
     def batch_bound(self) -> int:

@@ -31,6 +31,16 @@ class Workload(Declared):
     guided: bool
     strength: Strength = 1.0
 
+    def covers(self, other: Workload, counts_guidance: bool = True) -> bool:
+        """Whether `other` is within this workload: it takes no more bytes anywhere. Steps take none.
+
+        Args:
+            counts_guidance: guidance doubles rows in this pipeline.
+        """
+        small = other.height <= self.height and other.width <= self.width
+        same = self.guided or not other.guided or not counts_guidance
+        return small and other.batch <= self.batch and same
+
 
 class Request(Declared):
     """The content of one call, which changes neither bytes nor, but for `strength`, seconds within a workload.

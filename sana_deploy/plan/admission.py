@@ -6,7 +6,7 @@ takes there is costed as a candidate of the search would be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NoReturn
@@ -22,6 +22,7 @@ from .cost import host_bytes, slot_use
 from .execution import executed
 from .guidance_split import split_guidance
 from .knobs import under
+from .overlap import cycle_seconds, launch_seconds, stages_of
 from .profile import ComponentProfile, PipelineProfile, profile_pipeline
 from .records import Place, place_words
 from .seconds import phase_seconds
@@ -57,10 +58,13 @@ class Admission:
         resolved: the plan where it is bound; GPUs have what was free when it was bound, less `hardware.keep_free`.
         checkpoint: the plan's.
         other_shapes: whether sizes beyond the planned one are taken where they fit; else all of them are refused.
+        overlaps: whether stages of several requests overlap where the plan says so.
     """
 
-    def __init__(self, resolved: ResolvedPlan, checkpoint: Checkpoint, other_shapes: bool = True) -> None:
-        self.resolved, self._other_shapes = resolved, other_shapes
+    def __init__(
+        self, resolved: ResolvedPlan, checkpoint: Checkpoint, other_shapes: bool = True, overlaps: bool = False
+    ) -> None:
+        self.resolved, self._other_shapes, self._overlaps = resolved, other_shapes, overlaps
         self._each = [_Replica(one, checkpoint) for one in resolved.each()]
 
     def check(self, workload: Workload) -> None:
@@ -87,10 +91,8 @@ class Admission:
 
     def planned(self, workload: Workload) -> bool:
         """Whether a workload is within the planned one: it takes no more bytes anywhere. Steps take none."""
-        bounds = self.resolved.plan.spec.workload
-        small = workload.height <= bounds.height and workload.width <= bounds.width
-        same = bounds.guided or not workload.guided or not self.resolved.plan.pipeline.counts_guidance
-        return small and workload.batch <= bounds.batch and same
+        plan = self.resolved.plan
+        return plan.spec.workload.bounds.covers(workload, plan.pipeline.counts_guidance)
 
     def need(self, workload: Workload, different: bool = False) -> Need:
         """What a workload takes on the place that lacks most, or has least to spare.
@@ -112,9 +114,13 @@ class Admission:
         """
         if not self._costs(workload):
             return None
-        each = [one.seconds(workload, different) for one in self._each]
-        known = [seconds for seconds in each if seconds is not None]
-        return max(known) if len(known) == len(each) else None
+        return _longest(one.seconds(workload, different) for one in self._each)
+
+    def between(self, workload: Workload) -> float | None:
+        """Seconds from one request of a workload to the next on the slowest replica, estimated; None as `seconds`."""
+        if not self._overlaps or not self.planned(workload):
+            return self.seconds(workload)
+        return _longest(one.between(workload) for one in self._each) if self._costs(workload) else None
 
     def batch(self, workload: Workload, most: int, forced: bool = False) -> int:
         """Pictures of one size and different content that are best drawn at once, at most `most`.
@@ -122,7 +128,7 @@ class Admission:
         Args:
             forced: take the largest batch that fits, where the estimate would say which one pays.
         """
-        best, each = 1, self.seconds(workload)
+        best, each = 1, self.between(workload)
         for batch in range(2, most + 1):
             together = workload.model_copy(update={"batch": batch})
             if not self._costs(together) or self.need(together, True).lacking_bytes > 0:
@@ -185,6 +191,15 @@ class _Replica:
         phases = phase_seconds(self.profile(workload, different), self._placement, self._gpus)
         return None if phases is None else sum(phases.values())
 
+    def between(self, workload: Workload) -> float | None:
+        """Seconds from one request to the next, estimated; those of one where stages do not overlap."""
+        profile, overlap = self.profile(workload, False), self._plan.overlap
+        phases = phase_seconds(profile, self._placement, self._gpus)
+        if phases is None or overlap is None:
+            return None if phases is None else sum(phases.values())
+        stages = stages_of(profile, self._placement, phases)
+        return cycle_seconds(stages, overlap.in_flight, launch_seconds(profile))
+
     def _profiled(self, workload: Workload, different: bool) -> PipelineProfile:
         plan = self._plan
         formats = {name: part.format for name, part in plan.components.items()}
@@ -198,6 +213,12 @@ class _Replica:
             profile = split_guidance(profile, self._checkpoint, workload, formats, _refuse_to_measure)
         knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]
         return executed(under(profile, knobs), plan.runtime)
+
+
+def _longest(each: Iterable[float | None]) -> float | None:
+    """The largest; None where one is not known."""
+    known = list(each)
+    return None if None in known else max(seconds for seconds in known if seconds is not None)
 
 
 def _place_of(device: str) -> Place:

@@ -25,6 +25,7 @@ from .cost import (
 from .grid import Candidate
 from .identity import record_of
 from .knobs import price_of, under
+from .overlap import overlap_of
 from .profile import VAE_TILE, PipelineProfile
 from .records import (
     Considered,
@@ -101,6 +102,7 @@ def replica_of(
         diagnostics=[*diagnostics, *_rate_remarks(used)],
         knob_prices={knob: price_of(knob, plain, chosen.knobs, placement, gpus, batch) for knob in chosen.knobs},
         vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if profile.vae_mode.tiled else None,
+        overlap=overlap_of(profile, chosen, gpus, batch),
     )
 
 

@@ -51,6 +51,16 @@ POOL_BASIS = {"slots.*.pool_bytes": "estimated"}
 """The same for plans whose components execute in graphs."""
 
 
+OVERLAP_BASIS = {
+    "overlap.stages.*.seconds": "estimated",
+    "overlap.slots.*.waiting_bytes": "estimated",
+    "overlap.slots.*.peak_bytes": "estimated",
+    "overlap.seconds_per_image": "estimated",
+    "overlap.images_per_second": "estimated",
+}
+"""The same for plans whose stages overlap."""
+
+
 def basis_of(first: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """How each quantity of a plan was obtained.
 
@@ -68,5 +78,6 @@ def _own(replica: Mapping[str, Any]) -> dict[str, str]:
         **BASIS,
         **(UNITS_BASIS if replica.get("units") else {}),
         **(FASTER_BASIS if replica.get("faster") else {}),
+        **(OVERLAP_BASIS if replica.get("overlap") else {}),
         **(POOL_BASIS if RUNTIMES[replica.get("runtime", "eager")].graphs else {}),
     }

@@ -21,6 +21,7 @@ from .auto_precision import choose_precision
 from .faster import faster_ways
 from .grid import Candidate, Rules
 from .needs import Measure
+from .overlap import most_images
 from .profile import PipelineProfile, profile_pipeline
 from .records import Place, Replica
 from .rejections import Rejection
@@ -188,7 +189,7 @@ def _search(spec: DeploySpec, machine: Machine, profile: PipelineProfile) -> Sea
     if isinstance(hardware, CustomMap):
         rules = Rules(allow_emulated=emulated, force=hardware.force, host_bytes=host)
         return search_custom(profile, machine.gpus, rules, dict(hardware.device_map), hardware.knobs)
-    # A replica draws most images per second where each takes the fewest seconds.
+    # A replica draws most images per second where each takes the fewest seconds, or where stages overlap best.
     objective = "latency" if hardware.objective == "throughput" else hardware.objective
     if not machine.gpus:
         return search_host(profile, Rules(hardware.allow, objective, emulated, hardware.force, host))
@@ -197,7 +198,10 @@ def _search(spec: DeploySpec, machine: Machine, profile: PipelineProfile) -> Sea
         return search_single(profile, machine.gpus, rules, hardware.gpu)
     units = {unit.name for unit in profile.units}
     pins = {name: place for name, place in hardware.pin.items() if place is not None and name in units}
-    return search_balanced(profile, machine.gpus, rules, pins)
+    search = search_balanced(profile, machine.gpus, rules, pins)
+    if hardware.objective == "throughput":
+        search.ranked = most_images(profile, search.ranked, {gpu.index: gpu for gpu in machine.gpus})
+    return search
 
 
 def _check_indices(spec: DeploySpec, machine: Machine) -> None:

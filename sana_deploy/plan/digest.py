@@ -4,9 +4,9 @@ Equal decisions have equal digests, whatever minor version wrote them. From 1.4 
 number, and a key that a later version added only where it says something: it is left out where it is empty, and
 `pipeline_class` where it names the one pipeline that earlier versions knew, `runtime` where it is eager, `split` where
 it is none. What was declared of runtime, split and replicas is left out: these keys of the plan are what was decided.
-So are `exactness`, which follows from them, images per second, which follow from seconds, `faster`, which was not
-taken, and keys of a request that the pipeline does not read. Digests of 1.0 to 1.3 cover their number; 1.3
-goes on to stand in its place.
+So are `exactness`, which follows from them, images per second, which follow from seconds, `overlap`, which follows from
+places, `faster`, which was not taken, and keys of a request that the pipeline does not read. Digests of 1.0 to 1.3
+cover their number; 1.3 goes on to stand in its place.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from ..declare.pipelines import PIPELINES, SANA_CONTROLNET
 from ..facts.shapes import digest
 
-_OUTSIDE_DIGEST = ("digest", "tool_version", "libraries", "exactness", "faster", "images_per_second")
-_OUTSIDE_BASIS = re.compile(r"(replicas\.\*\.)?faster\.|images_per_second$")
+_OUTSIDE_DIGEST = ("digest", "tool_version", "libraries", "exactness", "faster", "images_per_second", "overlap")
+_OUTSIDE_BASIS = re.compile(r"(replicas\.\*\.)?(faster|overlap)\.|images_per_second$")
 _COVERED_BY_1_3 = {
     "schema_version", "spec", "checkpoint", "slots", "home", "device_map", "components", "knobs", "transfers",
     "estimates", "considered", "rejections", "diagnostics", "basis", "feasible", "knob_prices", "vae_tile",

@@ -163,6 +163,35 @@ class Faster(Record):
     overrides: list[str]
 
 
+class Stage(Record):
+    """What a request does on the same GPUs at a stretch: its phases, where, and seconds of a request."""
+
+    phases: list[str]
+    places: list[Place]
+    seconds: float
+
+
+class OverlapUse(Record):
+    """What one slot holds where stages overlap: bytes that wait there of other requests, and the peak with them."""
+
+    slot: int
+    waiting_bytes: int
+    peak_bytes: int
+
+
+class Overlap(Record):
+    """How the stages of several requests overlap: so many requests at once, each stage alone on its places.
+
+    `seconds_per_image` are those from one image to the next while requests come one after the other.
+    """
+
+    in_flight: int
+    stages: list[Stage]
+    slots: list[OverlapUse]
+    seconds_per_image: float
+    images_per_second: float
+
+
 class KnobPrice(Record):
     """What a knob that is on saves on the GPU that it helps most, and what it costs; None where that is not known."""
 
@@ -248,3 +277,4 @@ class Replica(Record):
     split: Split = "none"
     exactness: Exactness | None = None
     faster: list[Faster] = []
+    overlap: Overlap | None = None

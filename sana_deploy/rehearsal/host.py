@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -96,6 +96,10 @@ class VirtualHost(VirtualGpus):
     def synchronize(self, device: torch.device) -> None:
         """Return at once: a virtual GPU works when it is asked."""
 
+    def mark(self, device: torch.device) -> Callable[[], object]:
+        """Mark nothing: a virtual GPU works when it is asked."""
+        return lambda: None
+
     def reset_peak(self, device: torch.device) -> None:
         """Keep the books: those of a rehearsal begin with loading."""
 
@@ -118,6 +122,9 @@ class VirtualHost(VirtualGpus):
     def courier(self, source: torch.device, destination: torch.device) -> PlainCourier:
         """Ordinary copies: a virtual GPU works when it is asked."""
         return PlainCourier()
+
+    def aside(self, device: torch.device) -> None:
+        """Have one order of work: a virtual GPU works when it is asked."""
 
     def compiler(self, device: torch.device) -> None:
         """Compile nothing: a virtual GPU runs what an eager one would; see `Host`."""

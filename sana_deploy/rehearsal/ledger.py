@@ -59,13 +59,20 @@ class Tally:
     other_bytes: int = 0
 
 
+class _AtWork(threading.local):
+    """What each thread does."""
+
+    phase, component, loading = "load", "pipeline", False
+
+
 @dataclass
 class Ledger:
-    """Bookkeeping of one rehearsal. `capacities` are bytes that tensors may take per GPU."""
+    """Bookkeeping of one rehearsal. `capacities` are bytes that tensors may take per GPU.
+
+    Each thread works in a phase of its own: those of several requests may be in one book.
+    """
 
     capacities: list[int]
-    phase: str = "load"
-    component: str = "pipeline"
     weights: list[int] = field(default_factory=list)
     activations: list[int] = field(default_factory=list)
     peaks: list[Peak] = field(default_factory=list)
@@ -80,9 +87,19 @@ class Ledger:
         self.peaks = [Peak() for _ in range(count)]
         self._held: dict[int, tuple[int, int, bool]] = {}
         self._heirs: dict[int, int] = {}
-        self._loading = False
+        self._work = _AtWork()
         self._since = [0] * count
         self._lock = threading.RLock()
+
+    @property
+    def phase(self) -> str:
+        """The phase that this thread works in."""
+        return self._work.phase
+
+    @property
+    def component(self) -> str:
+        """The component that works in this thread."""
+        return self._work.component
 
     def live(self, gpu: int) -> int:
         """Bytes held on `gpu` now."""
@@ -107,9 +124,9 @@ class Ledger:
                     f"{self.phase}; of {human_bytes(self.capacities[gpu])} for tensors, "
                     f"{human_bytes(self.weights[gpu])} are weights and {human_bytes(self.activations[gpu])} activations"
                 )
-            self._held[key] = (gpu, taken, self._loading)
+            self._held[key] = (gpu, taken, self._work.loading)
             self._heirs |= dict.fromkeys(inherits, key)
-            (self.weights if self._loading else self.activations)[gpu] += taken
+            (self.weights if self._work.loading else self.activations)[gpu] += taken
             self._note(gpu)
             return True
 
@@ -153,40 +170,44 @@ class Ledger:
     @contextlib.contextmanager
     def owning(self, component: str) -> Iterator[None]:
         """Count what is claimed inside as weights of `component`."""
-        before, self.component, self._loading = self.component, component, True
+        work = self._work
+        before, work.component, work.loading = work.component, component, True
         try:
             yield
         finally:
-            self.component, self._loading = before, False
+            work.component, work.loading = before, False
 
     def enter(self, phase: str, component: str) -> None:
         """A component begins to work."""
         self._turn()
-        self.phase, self.component = phase, component
+        self._work.phase, self._work.component = phase, component
 
     def leave(self) -> None:
         """The component has ended; what follows is the pipeline's own."""
         self._turn()
-        self.component = "pipeline"
+        self._work.component = "pipeline"
 
     def _turn(self) -> None:
-        self.timeline.append(Moment(self.phase, self.component, list(self._since)))
-        self._since = [self.live(gpu) for gpu in range(len(self.capacities))]
+        with self._lock:
+            self.timeline.append(Moment(self.phase, self.component, list(self._since)))
+            self._since = [self.live(gpu) for gpu in range(len(self.capacities))]
 
     def moved(self, src: str, dst: str, size: int) -> None:
         """Count a copy between devices, unless weights are being laid out."""
-        if not self._loading:
-            self.traffic[src, dst] += size
+        if not self._work.loading:
+            with self._lock:
+                self.traffic[src, dst] += size
 
     def add_work(self, flops: int, touched: int) -> None:
         """Count one operation of the working component: its FLOPs, and the bytes it reads and writes."""
-        work = self.work.setdefault((self.phase, self.component), Tally())
-        work.operations += 1
-        work.flops += flops
-        if flops:
-            work.product_bytes += touched
-        else:
-            work.other_bytes += touched
+        with self._lock:
+            work = self.work.setdefault((self.phase, self.component), Tally())
+            work.operations += 1
+            work.flops += flops
+            if flops:
+                work.product_bytes += touched
+            else:
+                work.other_bytes += touched
 
     def count(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         """Count one operation, with PyTorch's own FLOP formula where it has one (2 per multiply-add)."""

@@ -9,6 +9,7 @@ an inner tensor: real numbers on the CPU (fidelity *numbers*), or nothing but sh
 
 from __future__ import annotations
 
+import threading
 import weakref
 from contextlib import ExitStack
 from typing import Any
@@ -45,8 +46,15 @@ _INDEXING = {
 }
 
 
+class _Entered(threading.local):
+    """What each thread leaves when it is done."""
+
+    def __init__(self) -> None:
+        self.stacks: list[ExitStack] = []
+
+
 class VirtualGpus:
-    """The virtual GPUs of one rehearsal; a context manager while tensors are made on them.
+    """The virtual GPUs of one rehearsal; a context manager, in each thread, while tensors are made on them.
 
     Args:
         capacities: bytes that each GPU offers to tensors (its memory less context and what others use).
@@ -57,19 +65,21 @@ class VirtualGpus:
         register_device_type()
         self.fidelity = fidelity
         self.ledger = Ledger(capacities)
-        self._stack = ExitStack()
+        self._entered = _Entered()
 
     def __enter__(self) -> VirtualGpus:
+        stack = ExitStack()
+        self._entered.stacks.append(stack)
         # Makes `torch.tensor(data, device=...)` and `x[[1, 2]]` build on the CPU and move, which a mode can see.
         lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
-        self._stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
-        self._stack.enter_context(_Calls(self))
-        self._stack.enter_context(_Factories(self))
+        stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
+        stack.enter_context(_Calls(self))
+        stack.enter_context(_Factories(self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._entered.stacks.pop().close()
 
     def take(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Put a weight on `device`: the tensor itself where its data is kept, else its shape.

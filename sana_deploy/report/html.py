@@ -29,6 +29,7 @@ from .wording import (
     image_words,
     knob_sentence,
     knob_words,
+    overlap_words,
     pool_words,
     rejection_words,
     replicas_words,
@@ -112,7 +113,7 @@ def _workload(plan: Plan) -> str:
         f"{work.width} x {work.height} px, batch {work.batch}, {steps_words(plan)}, guidance {work.guidance_scale:g}"
     )
     exactness = f"in all {plan.exactness}" if plan.exactness else ""
-    return ", ".join(filter(None, [shape, runtime_words(plan), exactness, replicas_words(plan)]))
+    return ", ".join(filter(None, [shape, runtime_words(plan), exactness, replicas_words(plan), overlap_words(plan)]))
 
 
 def _legend(plan: Plan) -> list[tuple[str, str]]:

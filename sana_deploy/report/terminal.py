@@ -29,6 +29,7 @@ from .wording import (
     image_words,
     knob_sentence,
     numbers_words,
+    overlap_words,
     pool_words,
     rejection_words,
     replicas_words,
@@ -85,6 +86,7 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
     )  # fmt: skip
     load = f"{work.width}x{work.height} px, batch {work.batch}, {steps_words(plan)}, guidance {work.guidance_scale:g}"
     blocks: list[RenderableType] = [head, Text(load + _seconds_and_exactness(plan), style="dim"), _runtime_line(plan)]
+    blocks += [Text(line, style="dim") for line in [overlap_words(plan)] if line]
     blocks += _replica_lines(plan, unicode)
     if "cpu" in plan.device_map.values():
         blocks += [Text(f"CPU    {human_bytes(host_memory())} of memory", style="bold"), *_component_lines(plan, "cpu")]

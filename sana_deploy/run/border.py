@@ -66,10 +66,10 @@ class Border(NotCopied, Listeners):
         state.calls[name] += 1
         for other, weights in self.offloaded.items():
             if other != name:
-                weights.leave()
+                weights.leave_after(state)
         self._notify("enter", f"{name}.{method}")
         if works and name in self.offloaded:
-            self.offloaded[name].arrive(state.traffic)
+            self.offloaded[name].arrive(state)
 
     def ready(self, name: str, method: str, args: Any, kwargs: Any) -> None:
         """A component has its inputs."""

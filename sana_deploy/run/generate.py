@@ -18,46 +18,20 @@ from PIL.Image import Image
 
 from .._files import write_bytes
 from .._units import human_bytes
-from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
+from ..declare.pipelines import PHASES, Component, PipelineDescription
 from ..declare.workload import Workload
 from ..errors import RunError
 from ..plan.units import component_call
 from .asked import Asked, arguments_of, check_asked
 from .hook import border_of
-from .host import Host
 from .outcome import Measured
+from .phase_clock import PhaseClock, Stages
 from .request_state import Event, RequestState
 from .traffic import Movement, Traffic, by_pair
 
 _HOST_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 StepDone = Callable[[int, int], None]
 """Called after each denoising step with the steps done and the steps in all."""
-
-
-@dataclass
-class PhaseClock:
-    """Border observer: seconds from a phase's first entry to the next phase's first entry."""
-
-    pipeline: PipelineDescription
-    host: Host
-    devices: list[torch.device]
-    seconds: dict[str, float] = field(default_factory=dict)
-    current: Phase | None = None
-    since: float = 0.0
-
-    def __call__(self, event: Event, call: str) -> None:
-        phase = self.pipeline.phase_of.get(component_call(call))
-        if event == "enter" and phase and phase != self.current:
-            self.switch(phase)
-
-    def switch(self, phase: Phase | None) -> None:
-        """End the current phase, wait for its devices, and begin `phase`."""
-        for device in self.devices:
-            self.host.synchronize(device)
-        now = time.perf_counter()
-        if self.current:
-            self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self.since
-        self.current, self.since = phase, now
 
 
 @dataclass
@@ -86,6 +60,7 @@ def generate(
     request: Asked,
     on_step: StepDone | None = None,
     state: RequestState | None = None,
+    stages: Stages | None = None,
 ) -> tuple[list[Image], Measured]:
     """Run `request` once.
 
@@ -95,24 +70,24 @@ def generate(
         request: its content, or that of several which share guidance and conditioning scales.
         on_step: called after every denoising step.
         state: a new one that this call gathers in, for a caller that reads it afterwards, also where the call fails.
+        stages: how it shares devices with other requests; peaks are then those of all.
 
     Returns:
         `workload.batch` images of (height, width), and what was measured.
 
     Raises:
-        RunError: out of memory, a failed operation, a component whose result is NaN or infinite, or an image that is
-            NaN or one flat colour.
+        RunError: out of memory, a failed operation, a result or an image of NaN or infinity, or of one flat colour.
     """
     from .nan_guard import NumericsGuard
 
     border, state = border_of(pipeline), state or RequestState()
     guard = NumericsGuard(border.pipeline, _dtypes(pipeline))
-    clock = _started_clock(pipeline)
+    clock, state.overlaps = _started_clock(pipeline, stages, guard.check), stages is not None
     state.observers.append(clock)
     state.on_outputs.append(guard)
     started = time.perf_counter()
     try:
-        pixels, per_step = run_request(pipeline, workload, request, _also(guard.step_done, on_step), state)
+        pixels, per_step = run_request(pipeline, workload, request, _also(guard.step_done, stages, on_step), state)
         guard.check()
     finally:
         clock.switch(None)
@@ -120,20 +95,24 @@ def generate(
     return to_images(pipeline, pixels), _measured(clock, state, per_step, elapsed)
 
 
-def _started_clock(pipeline: DiffusionPipeline) -> PhaseClock:
-    """A clock for all devices of a placed pipeline; their peaks begin anew."""
+def _started_clock(pipeline: DiffusionPipeline, stages: Stages | None, on_end: Callable[[], object]) -> PhaseClock:
+    """A clock for all devices of a placed pipeline; their peaks begin anew, unless others work there."""
     border, names = border_of(pipeline), sorted(set(pipeline.hf_device_map.values()))
-    clock = PhaseClock(border.pipeline, border.host, [torch.device(name) for name in names])
-    for device in clock.devices:
+    clock = PhaseClock(border.pipeline, border.host, [torch.device(name) for name in names], stages, on_end)
+    if stages:
+        stages.listen(clock.begin)
+    for device in clock.devices if stages is None else ():
         clock.host.reset_peak(device)
     return clock
 
 
-def _also(first: Callable[[], None], on_step: StepDone | None) -> StepDone:
+def _also(first: Callable[[], None], stages: Stages | None, on_step: StepDone | None) -> StepDone:
     """Call `first` after each step, then what the caller gave."""
 
     def stepped(done: int, of: int) -> None:
         first()
+        if stages:
+            stages.step_done()
         if on_step:
             on_step(done, of)
 

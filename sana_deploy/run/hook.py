@@ -18,7 +18,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from ..declare.pipelines import DEFAULT, PIPELINES
+from ..declare.pipelines import DEFAULT, PIPELINES, Call
 from ..errors import RunError
 from ..plan.units import component_of
 from .border import Border
@@ -77,7 +77,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Push the outputs to where they are needed."""
         self.border.leave(self.name, "forward", output)
-        return self._push(output, self.calls["forward"].output)
+        return self._push(output, self.calls["forward"])
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Wrap the methods that are no `forward`."""
@@ -189,7 +189,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
                 output = attempt(work, module, self._retry_tile(module, method, args), self.border.state, self._release)
             self.border.leave(self.name, method, output)
             if not self.calls[method].keeps:
-                output = self._push(output, self.calls[method].output)
+                output = self._push(output, self.calls[method])
             return copies.repeated(output) if copies else output
 
         return outer
@@ -235,10 +235,14 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             return state.steady(self.name, name, value, self.device)
         return move(value, self.device, state.traffic, name)
 
-    def _push(self, value: Any, name: str) -> Any:
+    def _push(self, value: Any, call: Call) -> Any:
         if self.sender is not None:
             return self.sender(value)
-        return move(value, self.target, self.border.state.traffic, name)
+        state = self.border.state
+        # A copy between GPUs has both wait for it, and another request may be at work on the other one.
+        if state.overlaps and call.phase != "denoise" and self.device != self.target:
+            self.border.host.synchronize(self.device)
+        return move(value, self.target, state.traffic, call.output)
 
 
 def attach(

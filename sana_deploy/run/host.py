@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import diffusers
@@ -14,6 +14,7 @@ from ..declare.pipelines import Component
 from ..errors import RunError
 from ..facts.checkpoint import Checkpoint
 from ..plan.artifact import ResolvedPlan
+from .aside import Aside, CudaAside
 from .courier import Courier, CudaCourier, PlainCourier
 from .graphs import CudaRecorder, Recorder
 from .mirror import copied_to, digest
@@ -49,6 +50,10 @@ class Host(Protocol):
     def synchronize(self, device: torch.device) -> None:
         """Wait until `device` has done all work that it was given."""
 
+    def mark(self, device: torch.device) -> Callable[[], object]:
+        """Mark what `device` was given so far; calling the result waits until that is done."""
+        ...
+
     def reset_peak(self, device: torch.device) -> None:
         """Begin to look for the peak of `device` anew, where the host can."""
 
@@ -78,6 +83,9 @@ class Host(Protocol):
     def courier(self, source: torch.device, destination: torch.device) -> Courier:
         """What sends a component's results between two devices."""
 
+    def aside(self, device: torch.device) -> Aside | None:
+        """A stream aside of `device`; None for a device that has one order of work only."""
+
     def compiler(self, device: torch.device) -> str | None:
         """The backend of `torch.compile` that compiles for `device`; None where nothing is compiled."""
 
@@ -106,6 +114,14 @@ class PresentHost:
         """Wait for a GPU; the CPU has always ended."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+
+    def mark(self, device: torch.device) -> Callable[[], object]:
+        """Record an event on a GPU; the CPU has always ended."""
+        if device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event.synchronize
 
     def reset_peak(self, device: torch.device) -> None:
         """Reset what PyTorch's allocator remembers of a GPU."""
@@ -137,6 +153,10 @@ class PresentHost:
         """Copies beside the work of two GPUs; an ordinary one where the CPU takes part."""
         both = source.type == destination.type == "cuda"
         return CudaCourier(source, destination) if both else PlainCourier()
+
+    def aside(self, device: torch.device) -> Aside | None:
+        """A further stream of a GPU; the CPU has none."""
+        return CudaAside(device) if device.type == "cuda" else None
 
     def compiler(self, device: torch.device) -> str | None:
         """Inductor for a GPU; what runs on the CPU is eager."""

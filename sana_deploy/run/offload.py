@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .quantize import like, map_parts, own_tensors, stored_bytes
-from .traffic import Traffic
+
+if TYPE_CHECKING:
+    from .request_state import RequestState
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
@@ -34,6 +38,7 @@ class OffloadedWeights:
     def __init__(self, module: nn.Module, name: str, device: torch.device) -> None:
         self.module, self.name, self.device = module, name, device
         self._kept: list[tuple[dict[str, Any], str, Any]] = []
+        self._user: Callable[[], RequestState | None] = lambda: None
         if device.type == "cuda":
             for own, key, value in own_tensors(module):
                 own[key] = like(value, map_parts(value.detach(), pinned))
@@ -43,15 +48,22 @@ class OffloadedWeights:
         """Whether the weights are on the GPU."""
         return bool(self._kept)
 
-    def arrive(self, traffic: Traffic) -> None:
-        """Copy the weights to the GPU; nothing happens where they are there already."""
+    def arrive(self, user: RequestState) -> None:
+        """Copy the weights to the GPU for a request; nothing is copied where they are there already."""
+        self._user = weakref.ref(user)
         if self._kept:
             return
         for own, key, value in own_tensors(self.module):
             moved = map_parts(value.detach(), lambda part: part.to(self.device, non_blocking=True))
-            traffic.add(value.device, self.device, f"{self.name} weights", stored_bytes(value))
+            user.traffic.add(value.device, self.device, f"{self.name} weights", stored_bytes(value))
             self._kept.append((own, key, value))
             own[key] = like(value, moved)
+
+    def leave_after(self, request: RequestState) -> None:
+        """Have the weights leave since `request` goes on, unless another one that overlaps with it brought them."""
+        user = self._user()
+        if user is None or user is request or not user.overlaps:
+            self.leave()
 
     def leave(self) -> None:
         """Put the module's own parameters back, so that the copies are freed."""

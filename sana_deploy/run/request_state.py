@@ -75,6 +75,7 @@ class RequestState(Listeners):
         prompt_cache_hits: how often the text encoder's result was there already.
         eager_calls: how often a component with graphs ran eagerly, by component and reason.
         compiling: what was compiled, and what was not.
+        overlaps: other requests are at work meanwhile.
     """
 
     traffic: Traffic = field(default_factory=Traffic)
@@ -88,6 +89,7 @@ class RequestState(Listeners):
     prompt_cache_hits: int = 0
     eager_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     compiling: Compiling = field(default_factory=Compiling)
+    overlaps: bool = False
 
     def eager_sentences(self) -> list[str]:
         """Which components with graphs ran eagerly, how often and why."""

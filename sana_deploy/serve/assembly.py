@@ -32,8 +32,8 @@ def assemble(
         keys: bearer keys; none are asked for where it is empty.
         engine_of: makes the engine, which tells what it is given what happens.
     """
-    plan, metrics = resolved.plan, Metrics(resolved)
-    admission = Admission(resolved, open_checkpoint(plan.model), options.admit == "fitting")
+    plan, metrics = resolved.plan, Metrics(resolved, options.overlaps)
+    admission = Admission(resolved, open_checkpoint(plan.model), options.admit == "fitting", options.overlaps)
     engine = engine_of(metrics)
     metrics.watch(lambda: engine.standing)
     return Service(plan, Orders(plan, defaults, admission, options), engine, options, metrics, keys)

@@ -161,7 +161,7 @@ class Observer:
 
 
 class Replica(Protocol):
-    """A placed pipeline, used by one thread at a time."""
+    """A placed pipeline, used by one thread at a time, or by as many as it says in `at_once` when it is loaded."""
 
     def load(self) -> None:
         """Make it ready to draw.
@@ -182,6 +182,11 @@ class Replica(Protocol):
     def recover(self) -> bool:
         """Give back what a failed drawing left; whether the replica can go on."""
         ...
+
+
+def at_once(replica: Replica) -> int:
+    """Batches that a loaded replica draws at once, each in a thread of its own."""
+    return getattr(replica, "at_once", 1)
 
 
 @dataclass(frozen=True)

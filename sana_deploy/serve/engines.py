@@ -42,7 +42,8 @@ def engine_of(
         warm_up = WarmUp.of(plan, defaults, options.startup)
     common = common_options(resolved, options, observer)
     if options.engine == "local":
-        return LocalEngine([PipelineReplica(one) for one in resolved.each()], warm_up=warm_up, **common)
+        replicas = [PipelineReplica(one, overlap=options.overlaps) for one in resolved.each()]
+        return LocalEngine(replicas, warm_up=warm_up, **common)
     check_for_ray(plan, wanted, Scaling.of(plan, options).most)
     prepare_ray()
     from .ray_cluster import Cluster

@@ -1,4 +1,4 @@
-"""The engine within this process: a thread for each replica, and one queue in front of them all."""
+"""The engine within this process: threads for each replica, as many as it draws at once, and one queue for them all."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from .engine import (
     Standing,
     StoppedError,
     TooLateError,
+    at_once,
 )
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class LocalEngine:
         self._jobs: set[Job] = set()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._ready = self._working = 0
+        self._ready = self._hands = self._working = 0
+        self._gone: set[Replica] = set()
         self._draining = self._started = False
         self._loop: asyncio.AbstractEventLoop
         self._lost: asyncio.Future[SanaDeployError]
@@ -116,7 +118,7 @@ class LocalEngine:
             raise NotServingError("the model is still loading" if self._started else "the engine was not started")
         waiting = len(self._queue)
         if waiting + pictures > self._most:
-            seconds = (waiting + self._working) * self._pace / self._ready
+            seconds = (waiting + self._working) * self._pace / self._hands
             places = f"{waiting} of {self._most} places in the queue are taken"
             raise QueueFullError(f"{places} and {pictures} {'are' if pictures > 1 else 'is'} needed", seconds)
 
@@ -155,12 +157,28 @@ class LocalEngine:
         except BaseException as problem:
             self._in_loop(_set_exception, loaded, problem)
             return
+        hands = at_once(replica)
         with self._lock:
             self._ready += 1
+            self._hands += hands
         self._in_loop(_set_result, loaded, None)
+        for number in range(1, hands):
+            name = f"{threading.current_thread().name}, {number}"
+            thread = threading.Thread(target=self._work, args=(replica,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._work(replica)
+
+    def _work(self, replica: Replica) -> None:
+        """Draw what comes on a loaded replica; runs in each of its threads."""
         while tickets := self._queue.take():
+            if replica in self._gone:
+                self._queue.put(tickets, first=True)
+                return
             if not self._draw(replica, tickets):
-                self._lose()
+                if not self._ready:
+                    why = "the last replica was lost: its GPU does not compute any more"
+                    self._end(RunError(why, where="serve"))
                 return
 
     def _draw(self, replica: Replica, tickets: Sequence[Ticket]) -> bool:
@@ -193,6 +211,7 @@ class LocalEngine:
         names = ", ".join(dict.fromkeys(ticket.job.order.name for ticket in tickets))
         log.error("drawing failed for %s", names, exc_info=problem)
         if not _recovers(replica):
+            self._lose(replica)
             self._give_back(tickets, problem)
             return False
         if len(tickets) == 1:
@@ -209,21 +228,23 @@ class LocalEngine:
         """A replica was lost with these: another one draws them, but none twice, for one of them may be the reason."""
         again = [ticket for ticket in tickets if not ticket.job.over and not ticket.job.retried]
         for ticket in tickets:
-            if ticket not in again or self._ready < 2:
+            if ticket not in again or not self._ready:
                 self._fail(ticket.job, problem)
         for ticket in again:
             ticket.job.retried = True
-        if again and self._ready > 1:
+        if again and self._ready:
             self._observer.retried(len(again))
             self._queue.put(again, first=True)
 
-    def _lose(self) -> None:
-        """A replica has ended; with the last one all orders fail."""
+    def _lose(self, replica: Replica) -> None:
+        """A replica has ended, whichever of its threads saw it: none of them takes anything more."""
         with self._lock:
+            if replica in self._gone:
+                return
+            self._gone.add(replica)
             self._ready -= 1
+            self._hands -= at_once(replica)
         log.error("a replica was lost, %d are left", self._ready)
-        if not self._ready:
-            self._end(RunError("the last replica was lost: its GPU does not compute any more", where="serve"))
 
     def _end(self, problem: SanaDeployError) -> None:
         """Nothing can be drawn any more."""

@@ -21,9 +21,10 @@ class Metrics(Observer):
 
     Args:
         resolved: the plan, for the memory that it expects of each device.
+        overlaps: whether stages of several requests overlap where the plan says so.
     """
 
-    def __init__(self, resolved: ResolvedPlan) -> None:
+    def __init__(self, resolved: ResolvedPlan, overlaps: bool = False) -> None:
         self.registry = CollectorRegistry()
         here = self.registry
         self.requests = Counter("sana_requests", "Answers by route and status.", ["route", "code"], registry=here)
@@ -45,15 +46,21 @@ class Metrics(Observer):
             "sana_retried", "Pictures drawn again after a failure of their batch or replica.", registry=here
         )
         self.peak = Gauge(
-            "sana_gpu_peak_bytes", "Most bytes of tensors on a GPU in the last batch.", ["device"], registry=here
+            "sana_gpu_peak_bytes",
+            "Most bytes of tensors on a GPU in the last batch, or so far where stages overlap.",
+            ["device"],
+            registry=here,
         )
         planned = Gauge(
             "sana_gpu_planned_bytes", "Bytes of tensors that the plan expects there at most.", ["device"], registry=here
         )
         for replica in resolved.each():
+            overlap = replica.plan.overlap if overlaps else None
+            waiting = {use.slot: use.waiting_bytes for use in overlap.slots} if overlap else {}
             for slot in replica.plan.slots:
                 if device := replica.slot_devices.get(slot.index):
-                    planned.labels(device).set(slot.weights_bytes + slot.activation_bytes)
+                    own = slot.weights_bytes + slot.activation_bytes
+                    planned.labels(device).set(own + waiting.get(slot.index, 0))
 
     def watch(self, standing: Callable[[], Standing]) -> None:
         """Read the engine's standing whenever the metrics are read."""
