@@ -126,9 +126,10 @@ def test_the_text_encoder_s_graphs_share_the_pool_and_stay_eager_where_its_weigh
     eager = profile_of("sana_1600m_controlnet", 512, 1)
     graphed, encoder = executed(eager, "graphs"), eager.components["text_encoder"]
     embeddings = sum(one.bytes_each for one in eager.crossings if one.src == "text_encoder")
-    assert encoder.activations["encode"] > eager.components["transformer"].activations["denoise"]
+    largest = max(eager.components[name].activations["denoise"] for name in ("transformer", "controlnet"))
+    assert encoder.activations["encode"] < largest
+    assert slot_use(graphed, dict.fromkeys(eager.parts, 0), 0).pool_bytes == pool_bytes(largest), "that of the largest"
     pool = pool_bytes(encoder.activations["encode"])
-    assert slot_use(graphed, dict.fromkeys(eager.parts, 0), 0).pool_bytes == pool, "the largest of all"
     alone = slot_use(graphed, {"text_encoder": 0}, 0)
     assert (alone.pool_bytes, alone.activation_bytes) == (pool, pool + embeddings), "they are copied out of the pool"
     waiting = under(graphed, ["text_encoder_offload"])
