@@ -30,8 +30,9 @@ SMALL = ("workload.height=64", "workload.width=96", "workload.steps=2")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give all tests on Ray to one of pytest's processes, so that one Ray is started."""
     for item in items:
-        call = getattr(item, "callspec", None)
-        if "ray_pair" in getattr(item, "fixturenames", ()) or (call and "ray" in call.params.values()):
+        given = getattr(item, "callspec", None)
+        named = any(isinstance(value, str) and value == "ray" for value in given.params.values()) if given else False
+        if named or "ray_pair" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ray"))
 
 
