@@ -113,7 +113,8 @@ def _normed(norm: nn.Module, kind: str, x: Tensor) -> Tensor:
 
 def _residual(layer: Any, x: Tensor) -> Work:
     h = yield from conv(layer.conv1, x)
-    h = yield from conv(layer.conv2, layer.nonlinearity(h))
+    h = layer.nonlinearity(h)  # under the same name: nothing else may hold what is yielded, or its source
+    h = yield from conv(layer.conv2, h)
     return _normed(layer.norm, layer.norm_type, h) + x
 
 
