@@ -12,7 +12,8 @@ from sana_deploy.declare.formats import Dtype, Format
 from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.facts import catalogue
 from sana_deploy.facts.checkpoint import open_checkpoint
-from sana_deploy.plan.profile import VaeMode, profile_pipeline
+from sana_deploy.plan.passing import VaeMode
+from sana_deploy.plan.profile import profile_pipeline
 from sana_deploy.rehearsal.calibrate import MODELS, PLAIN, SLICED, TILED, _deepened, _depths, calibrate, checkpoints
 from sana_deploy.rehearsal.measure import Point, Profiler
 

@@ -136,6 +136,7 @@ def test_a_map_cannot_name_knobs_that_exclude_each_other(monkeypatch: pytest.Mon
 
 
 def test_an_included_knob_is_on_with_the_one_that_includes_it() -> None:
+    assert clash(["vae_bands", "vae_tiling"]) == ("vae_tiling", "vae_bands")
     assert completed(["vae_tiling", "encode_once"]) == ("encode_once", "vae_slicing", "vae_tiling")
 
 

@@ -1,4 +1,4 @@
-"""Out of memory: decode is tried once more in tiles, anything else says where, what was planned, and what would fit."""
+"""Out of memory: decode is tried again in bands and in tiles, anything else says where, and what would fit."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sana_deploy.run.decode_retry import vae_settings
 from sana_deploy.run.hook import border_of
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.request_state import RequestState
+from sana_deploy.run.rows.one_device import bands_of
 
 Small = Callable[..., DeploySpec]
 ONE = ["machine=virtual", "machine.gpus=rtx4090", "hardware=single_gpu", "precision=fp32", "machine.fidelity=shapes"]
@@ -44,21 +45,46 @@ def run_short_of_memory(small: Small, place: str, spare: int, *overrides: str) -
 LARGE = ["workload.height=2048", "workload.width=1536", "workload.steps=1"]
 
 
-def test_decode_is_done_again_in_tiles_once_and_said_aloud(small: Small, caplog: pytest.LogCaptureFixture) -> None:
-    pipeline, run, state = run_short_of_memory(small, "vae.decode", 200 * MIB, *LARGE)
+def test_decode_is_done_again_in_bands_first_and_said_aloud(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, run, state = run_short_of_memory(small, "vae.decode", 300 * MIB, *LARGE)
     before = vae_settings(pipeline.vae)
     assert run().report.gpus[0].phase == "prepare"
     (remark,) = state.remarks
     assert remark in caplog.text
-    assert "decoded again in tiles of 1024 px, stride 896" in remark
+    assert remark == "the VAE ran out of memory in decode: decoded again in 16 bands of rows"
     assert vae_settings(pipeline.vae) == before, "for this once"
+
+
+def test_decode_is_done_in_tiles_where_bands_do_not_help(small: Small, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, run, state = run_short_of_memory(small, "vae.decode", 200 * MIB, *LARGE)
+    before = vae_settings(pipeline.vae)
+    run()
+    assert [remark.partition("decoded again in ")[2] for remark in state.remarks] == [
+        "16 bands of rows",
+        "tiles of 1024 px, stride 896",
+    ]
+    assert vae_settings(pipeline.vae) == before
+
+
+def test_a_plan_in_bands_is_tried_in_more_of_them_and_never_in_tiles_where_pixels_must_stay(small: Small) -> None:
+    wanted = ["hardware.on_decode_oom=bands", "hardware=custom_map", "hardware.knobs=[vae_bands]"]
+    where = "hardware.device_map={text_encoder: 0, vae: 0, transformer: 0, controlnet: 0}"
+    pipeline, run, state = run_short_of_memory(small, "vae.decode", 260 * MIB, *LARGE, *wanted, where)
+    assert bands_of(pipeline.vae) == 2
+    run()
+    assert [remark.partition("decoded again in ")[2] for remark in state.remarks] == ["16 bands of rows"]
+    assert bands_of(pipeline.vae) == 2, "for this once"
+    _, run, state = run_short_of_memory(small, "vae.decode", 200 * MIB, *LARGE, *wanted, where)
+    with pytest.raises(RunError, match="in vae during decode"):
+        run()
+    assert len(state.remarks) == 1
 
 
 def test_an_image_of_one_tile_takes_smaller_tiles_and_names_the_risk(small: Small) -> None:
     size = ["workload.height=1024", "workload.width=1024", "workload.steps=1"]
-    _, run, state = run_short_of_memory(small, "vae.decode", 70 * MIB, *size)
+    _, run, state = run_short_of_memory(small, "vae.decode", 60 * MIB, *size)
     run()
-    assert "tiles of 512 px, stride 384; tiles this small may show" in state.remarks[0]
+    assert "tiles of 512 px, stride 384; tiles this small may show" in state.remarks[1]
 
 
 @pytest.mark.parametrize("spare", [200 * MIB, MIB])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +17,7 @@ from sana_deploy._units import GIB, MIB
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.formats import Format
 from sana_deploy.declare.hardware import Objective
-from sana_deploy.declare.knobs import KNOBS, Knob
+from sana_deploy.declare.knobs import BANDS, KNOBS, Knob
 from sana_deploy.declare.pipelines import COMPONENTS, SANA_CONTROLNET, Component, Crossing, Phase
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InfeasibleError, InvalidSpecError, PlanError
@@ -26,7 +27,8 @@ from sana_deploy.plan.cost import bytes_per_request, slot_use
 from sana_deploy.plan.execution import executed
 from sana_deploy.plan.grid import Rules
 from sana_deploy.plan.knobs import under
-from sana_deploy.plan.profile import ComponentProfile, PipelineProfile, VaeMode, Work
+from sana_deploy.plan.passing import VaeMode, Work
+from sana_deploy.plan.profile import ComponentProfile, PipelineProfile
 from sana_deploy.plan.records import Place
 from sana_deploy.plan.search import ROOMY, search_balanced
 from sana_deploy.plan.seconds import phase_seconds
@@ -65,7 +67,15 @@ def profiles(draw: st.DrawFn, further: Mapping[Component, int] = MappingProxyTyp
     )
     vae = components["vae"].weights_bytes
     modes, rows = {mode: component("vae", vae) for mode in VaeMode.all()}, draw(st.sampled_from([1, 2]))
+    modes |= {mode: in_bands(modes[replace(mode, bands=1)], mode.bands) for mode in VaeMode.all(BANDS)}
     return PipelineProfile(SANA_CONTROLNET, components, crossings, 20, rows, modes, further=beside)
+
+
+def in_bands(whole: ComponentProfile, count: int) -> ComponentProfile:
+    """Less memory and more kernels than the whole takes."""
+    activations = {phase: size * (count + 2) // (3 * count) for phase, size in whole.activations.items()}
+    work = {phase: replace(one, operations=one.operations * count) for phase, one in whole.work.items()}
+    return replace(whole, activations=activations, work=work)
 
 
 @st.composite
@@ -76,7 +86,7 @@ def gpu_lists(draw: st.DrawFn, most: int = 3) -> list[Gpu]:
     return [Gpu(i, row.name, s * GIB, s * GIB, row.capability, row.multiprocessors) for i, (s, row) in enumerate(rows)]
 
 
-TRIED: tuple[Knob, ...] = ("vae_slicing", "text_encoder_offload", "vae_tiling")
+TRIED: tuple[Knob, ...] = ("vae_slicing", "text_encoder_offload", "vae_tiling", "vae_bands")
 
 
 def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tuple[object, ...] | None:
@@ -84,14 +94,17 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
     by_index = {gpu.index: gpu for gpu in gpus}
     allowed = set(rules.allow)
     found = []
-    for chosen in itertools.product([False, True], repeat=3):
+    for *chosen, bands in itertools.product([False, True], [False, True], [False, True], (1, *BANDS)):
         slicing, offload, tiling = chosen
-        knobs = {knob for knob, on in zip(TRIED, chosen, strict=True) if on}
-        if (tiling and not slicing) or not knobs <= allowed | ({"vae_slicing"} if "vae_tiling" in allowed else set()):
+        banded = bands > 1
+        knobs = {knob for knob, on in zip(TRIED, (*chosen, banded), strict=True) if on}
+        if (tiling and (banded or not slicing)) or not knobs <= allowed | (
+            {"vae_slicing"} if "vae_tiling" in allowed else set()
+        ):
             continue
         if profile.image_rows > 1 and "encode_once" in allowed:
             knobs.add("encode_once")
-        changed = under(profile, knobs)
+        changed = under(replace(profile, band_count=bands), knobs)
         for places in itertools.product(by_index, repeat=len(profile.units)):
             placement: dict[str, Place] = dict(zip([unit.name for unit in profile.units], places, strict=True))
             uses = {i: slot_use(changed, placement, i, by_index[i]) for i in set(places)}
@@ -109,15 +122,17 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
             moved, count = bytes_per_request(changed, placement), len(knobs) + split
             speed = tuple(-part for part in by_index[placement["transformer"]].speed)  # type: ignore[index]
             found.append(
-                (tiling, offload, split, slicing, worst, moved, speed, sum(seconds.values()), count, len(uses))
+                (tiling, offload, split, slicing, worst, moved, speed, sum(seconds.values()), count, len(uses), bands)
             )
     crowd = {row: max(row[4], ROOMY) for row in found}
-    least = min((crowd[row] for row in found if not (row[0] or row[1] or row[3])), default=math.inf)
+    least = min((crowd[row] for row in found if not (row[0] or row[1] or row[3] or row[10] > 1)), default=math.inf)
     keys: dict[Objective, Callable[[Any], tuple[Any, ...]]] = {
         "balance": lambda r: (
             r[0],
+            r[10] > 1,
             r[1],
             r[2],
+            r[10],
             crowd[r] > least,
             r[3],
             crowd[r],
@@ -127,7 +142,7 @@ def brute_force(profile: PipelineProfile, gpus: list[Gpu], rules: Rules) -> tupl
             r[4],
         ),
         "latency": lambda r: (round(r[7], 6), r[8], r[4], r[5], r[6]),
-        "fit": lambda r: (r[8], r[9], r[4], r[5], r[6]),
+        "fit": lambda r: (r[8], r[10], r[9], r[4], r[5], r[6]),
     }
     return min((keys[rules.objective](row) for row in found), default=None)
 
@@ -167,16 +182,17 @@ def check_the_best(profile: PipelineProfile, gpus: list[Gpu], allow: set[Knob], 
     speed = tuple(-part for part in home.speed)
     ties = (best.worst_utilisation, best.bytes_per_request, speed)
     if objective == "balance":
-        assert (on["vae_tiling"], on["text_encoder_offload"], on["split_controlnet"]) == expected[:3]
+        dear = on["vae_tiling"], on["vae_bands"], on["text_encoder_offload"], on["split_controlnet"]
+        assert (*dear, best.bands) == expected[:5]
         seconds = round(sum(best.seconds.values()), 6)
         crowd = max(best.worst_utilisation, ROOMY)
-        assert (on["vae_slicing"], crowd) == expected[4:6]
-        assert seconds == pytest.approx(expected[6], abs=2e-6)
-        assert (best.bytes_per_request, speed, best.worst_utilisation) == expected[7:] or seconds != expected[6]
+        assert (on["vae_slicing"], crowd) == expected[6:8]
+        assert seconds == pytest.approx(expected[8], abs=2e-6)
+        assert (best.bytes_per_request, speed, best.worst_utilisation) == expected[9:] or seconds != expected[8]
     elif objective == "latency":
         assert sum(best.seconds.values()) == pytest.approx(expected[0], abs=2e-6)
     else:
-        assert (len(best.knobs), len(best.uses), *ties) == expected
+        assert (len(best.knobs), best.bands, len(best.uses), *ties) == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -282,7 +298,7 @@ def test_bfloat16_before_compute_capability_8_is_refused_with_what_works(small: 
 
 def test_what_does_not_fit_says_how_much_is_missing(small: Small, machine: Describe) -> None:
     with pytest.raises(
-        InfeasibleError, match=r"0 of 2 placements fit, each under 2 sets of knobs .* GiB too much"
+        InfeasibleError, match=r"0 of 2 placements fit, each under 4 sets of knobs .* GiB too much"
     ) as caught:
         compile_spec(small(LARGE, "hardware=single_gpu"), machine(6, 6.5))
     assert caught.value.facts["shortfall_bytes"] > 0
@@ -352,7 +368,7 @@ def test_every_hint_fits_when_it_is_taken(small: Small, machine: Describe) -> No
     for request, box in (
         ((*AT_1024, "hardware=single_gpu"), machine(8, 8)),
         ((*AT_1024, "hardware=single_gpu", "hardware.allow=[]"), machine(12)),
-        (("workload.height=2048", "workload.width=2048"), machine(8, 8)),
+        (("workload.height=4096", "workload.width=4096"), machine(8, 8)),
         ((*AT_1024, "precision=fp32"), machine(16)),
         (AT_1024, machine(15, capability=(7, 5))),
         ((*AT_1024, "hardware=custom_map", ON_ONE), machine(12)),
@@ -371,7 +387,7 @@ def test_every_hint_fits_when_it_is_taken(small: Small, machine: Describe) -> No
 
 def test_the_largest_image_offered_is_the_largest(small: Small, machine: Describe) -> None:
     with pytest.raises(InfeasibleError) as caught:
-        compile_spec(small(LARGE, "workload.height=2048", "workload.width=2048"), machine(8, 8))
+        compile_spec(small(LARGE, "workload.height=4096", "workload.width=4096"), machine(8, 8))
     side = int(caught.value.hint.partition("workload.height=")[2].split()[0])
     with pytest.raises(InfeasibleError):
         compile_spec(small(LARGE, f"workload.height={side + 32}", f"workload.width={side + 32}"), machine(8, 8))
@@ -408,13 +424,16 @@ def test_what_is_kept_free_is_taken_off_once_in_hints(small: Small, machine: Des
 
 def test_a_knob_that_would_help_is_told_from_what_never_fits(small: Small, machine: Describe) -> None:
     large = (LARGE, "workload.height=2048", "workload.width=2048", "hardware=single_gpu")
+    whole = "hardware.allow=[encode_once,vae_slicing,split_controlnet,text_encoder_offload]"
     with pytest.raises(InfeasibleError) as caught:
-        compile_spec(small(*large), machine(12))
+        compile_spec(small(*large, whole), machine(12))
     assert caught.value.facts["fits_with_a_knob"] is True
-    wanted = "hardware.allow=[encode_once,vae_slicing,split_controlnet,text_encoder_offload,vae_tiling]"
-    assert caught.value.hint.startswith(f"this fits: {wanted} (can change pixels)")
+    in_bands = whole.replace("]", ",vae_bands]")
+    assert caught.value.hint.startswith(f"this fits: {in_bands}; or ")
+    wanted = whole.replace("]", ",vae_tiling]")
     tiled = compile_spec(small(*large, wanted), machine(12))
     assert tiled.knobs == ["encode_once", "vae_slicing", "text_encoder_offload", "vae_tiling"]
+    assert tiled.vae_band_count is None
     assert tiled.vae_tile is not None
     assert tuple(tiled.vae_tile.model_dump().values()) == (1024, 1024, 896, 896)
     with pytest.raises(InfeasibleError, match="No knob makes it fit on this machine") as caught:

@@ -22,8 +22,8 @@ Replicas = Annotated[int, Field(ge=1, le=1024)] | Literal["auto", "max"]
 """How many whole pipelines are planned beside each other, on GPUs of their own."""
 
 
-OnDecodeOom = Literal["tile", "raise"]
-"""When the VAE runs out of memory in decode: decode once more in tiles and say so, or give up."""
+OnDecodeOom = Literal["tile", "bands", "raise"]
+"""When the VAE runs out of memory in decode: again in bands of rows and, with `tile`, then in tiles; or give up."""
 
 
 Split = Literal["none", "guidance"]
@@ -52,7 +52,8 @@ class Placed(Declared):
     """What all strategies share.
 
     Attributes:
-        on_decode_oom: when the VAE runs out of memory in decode, decode once more in tiles and say so, or give up.
+        on_decode_oom: when the VAE runs out of memory in decode, decode again in bands of rows and, with `tile`, where
+            that does not do, in tiles, which can change pixels; both are said aloud. `raise` gives up.
         force: go on where memory is expected to run out: on the GPUs of a custom map, or on the host.
     """
 

@@ -19,6 +19,8 @@ pixels."""
 EXACTNESSES: tuple[Exactness, ...] = get_args(Exactness)
 """The most exact first."""
 _CHANGES = "can change pixels"
+BANDS = (2, 4, 8, 16)
+"""How many bands of rows an image may be taken in."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class KnobDescription:
         needs_gpu: whether it has something to do only where its component is on a GPU.
         apart: for a knob of placements, the roles that it puts on two devices: a placement is what turns it on.
         of_copies: whether it acts on copies of one control image, so that different ones gain nothing from it.
+        counts: into how many parts it may cut, of which the planner chooses one. Empty where it cuts nothing.
     """
 
     name: str
@@ -54,6 +57,7 @@ class KnobDescription:
     needs_gpu: bool = False
     apart: tuple[Role, Role] | None = None
     of_copies: bool = False
+    counts: tuple[int, ...] = ()
 
     @property
     def changes_pixels(self) -> str:
@@ -100,11 +104,19 @@ KNOBS: dict[str, KnobDescription] = {
             needs_gpu=True,
         ),
         KnobDescription(
+            name="vae_bands",
+            role="vae",
+            help="the VAE takes an image in bands of rows",
+            exactness="rounding",
+            counts=BANDS,
+        ),
+        KnobDescription(
             name="vae_tiling",
             role="vae",
             help="the VAE takes tiles of 1024 px",
             exactness="changes",
             includes=("vae_slicing",),
+            excludes=("vae_bands",),
             asked=True,
         ),
     )

@@ -212,6 +212,7 @@ class _Replica:
         if split:
             profile = split_guidance(profile, self._checkpoint, workload, formats, _refuse_to_measure)
         knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]
+        profile = replace(profile, band_count=plan.vae_band_count or 1)
         return executed(under(profile, knobs), plan.runtime)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .._models import Diagnostic
@@ -26,7 +27,8 @@ from .grid import Candidate
 from .identity import record_of
 from .knobs import price_of, under
 from .overlap import overlap_of
-from .profile import VAE_TILE, PipelineProfile
+from .passing import VAE_TILE
+from .profile import PipelineProfile
 from .records import (
     Considered,
     Estimates,
@@ -89,7 +91,8 @@ def replica_of(
     gpus = {gpu.index: gpu for gpu in machine.gpus}
     placement, batch = chosen.placement, spec.workload.batch
     used = [gpus[index] for index in sorted({place for place in placement.values() if place != "cpu"})]
-    plain, profile = profile, under(profile, chosen.knobs)
+    plain = replace(profile, band_count=chosen.bands)
+    profile = under(plain, chosen.knobs)
     return Replica(
         slots=[_slot(profile, placement, gpu) for gpu in used],
         **_placed(profile, placement),
@@ -102,6 +105,7 @@ def replica_of(
         diagnostics=[*diagnostics, *_rate_remarks(used)],
         knob_prices={knob: price_of(knob, plain, chosen.knobs, placement, gpus, batch) for knob in chosen.knobs},
         vae_tile=Tile(**dict(zip(Tile.model_fields, VAE_TILE, strict=True))) if profile.vae_mode.tiled else None,
+        vae_band_count=chosen.bands if chosen.bands > 1 else None,
         overlap=overlap_of(profile, chosen, gpus, batch),
     )
 

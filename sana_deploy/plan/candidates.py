@@ -52,6 +52,8 @@ class Feasible:
 class Rows:
     """Candidates in arrays, one entry per row: what a key is made of. `free` is bytes per GPU position.
 
+    `bands` are those that the VAE takes an image in.
+
     `seconds` are whole microseconds, so that equal placements tie whatever their order of summation.
     """
 
@@ -61,6 +63,7 @@ class Rows:
     moved: Integers
     seconds: Floats
     knobs: Mapping[Knob, NDArray[np.bool_]]
+    bands: Integers
     home_rank: Integers
     free: Integers
 

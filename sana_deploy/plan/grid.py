@@ -23,7 +23,7 @@ from .knobs import of_placement, parted
 from .placements import CPU, Places
 from .profile import PipelineProfile
 from .seconds import phase_seconds
-from .setting import NOTHING, Floats, Integers, Setting
+from .setting import NOTHING, Floats, Integers, Setting, Tried
 
 Reason = Literal["split", "dtype", "host memory", "memory"]
 REASONS: tuple[Reason, ...] = ("memory", "host memory", "dtype", "split")
@@ -32,7 +32,10 @@ FITS = -1
 
 @dataclass(frozen=True)
 class Candidate:
-    """A placement under a set of knobs, and what it costs; `seconds` per phase, None where a CPU takes part."""
+    """A placement under a set of knobs, and what it costs; `seconds` per phase, None where a CPU takes part.
+
+    `bands` are those that the VAE takes an image in.
+    """
 
     placement: Placement
     knobs: tuple[Knob, ...]
@@ -40,6 +43,7 @@ class Candidate:
     worst_utilisation: float
     bytes_per_request: int
     seconds: Mapping[Phase, float] | None
+    bands: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,11 @@ class CostSheet:
 class PlacementGrid:
     """What one search works out placements with: the profile under each set of knobs, GPUs and rules."""
 
-    def __init__(
-        self, profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, settings: Sequence[tuple[Knob, ...]]
-    ) -> None:
+    def __init__(self, profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, settings: Sequence[Tried]) -> None:
         self.profile, self.gpus, self.rules = profile, gpus, rules
         self.units = [unit.name for unit in profile.units]
         self.by_index = {gpu.index: gpu for gpu in gpus}
-        self.settings = [Setting.of(number, knobs, profile, gpus) for number, knobs in enumerate(settings)]
+        self.settings = [Setting.of(number, tried, gpus) for number, tried in enumerate(settings)]
         self._emulated = [
             np.array([not is_native(profile.parts[name].format.dtype, gpu) for gpu in gpus] + [False])
             for name in self.units
@@ -187,6 +189,7 @@ class PlacementGrid:
             moved=joined.moved,
             seconds=joined.seconds,
             knobs={**on, **joined.parted},
+            bands=np.array([one.profile.vae_mode.bands for one in self.settings], np.int64)[setting],
             home_rank=ranks[joined.places[:, self.units.index(self.profile.pipeline.denoiser)]],
             free=np.array([gpu.free_bytes for gpu in self.gpus], np.int64),
         )
@@ -206,4 +209,5 @@ class PlacementGrid:
         worst = max((use.peak_bytes / max(self.by_index[i].free_bytes, 1) for i, use in uses.items()), default=0.0)
         on = ordered((*knobs, *of_placement(self.profile.pipeline, placement)))
         moved = bytes_per_request(profile, placement)
-        return Candidate(placement, on, uses, worst, moved, phase_seconds(profile, placement, self.by_index))
+        seconds = phase_seconds(profile, placement, self.by_index)
+        return Candidate(placement, on, uses, worst, moved, seconds, profile.vae_mode.bands)

@@ -60,6 +60,7 @@ EFFECTS: dict[Knob, Effect] = {
     "vae_slicing": Effect(lambda profile: profile.with_vae(sliced=True)),
     "split_controlnet": Effect(),
     "text_encoder_offload": Effect(_offloaded(role="text_encoder")),
+    "vae_bands": Effect(lambda profile: profile.with_vae(bands=profile.band_count)),
     "vae_tiling": Effect(lambda profile: profile.with_vae(tiled=True)),
 }
 """By name; every knob of the registry has one."""

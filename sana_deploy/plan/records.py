@@ -257,7 +257,8 @@ class RejectionCount(Record):
 class Replica(Record):
     """One pipeline of several beside each other: what of a plan is its own. Slots are those of the machine.
 
-    A plan is the first one, with what all of them share.
+    A plan is the first one, with what all of them share. `vae_band_count` are the bands of rows that the VAE takes an
+    image in; None where it takes it whole.
     """
 
     slots: list[Slot]
@@ -272,6 +273,7 @@ class Replica(Record):
     diagnostics: list[Diagnostic]
     knob_prices: dict[str, KnobPrice] = {}
     vae_tile: Tile | None = None
+    vae_band_count: int | None = None
     units: dict[str, PlacedUnit] = {}
     runtime: Execution = "eager"
     split: Split = "none"

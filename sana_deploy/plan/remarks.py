@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .._models import Diagnostic
 from .._units import human_bytes
@@ -105,7 +106,7 @@ def forced_remarks(profile: PipelineProfile, chosen: Candidate, machine: Machine
         for i, use in chosen.uses.items()
         if use.peak_bytes > free[i]
     ]
-    needed = host_bytes(under(profile, chosen.knobs), chosen.placement)
+    needed = host_bytes(under(replace(profile, band_count=chosen.bands), chosen.knobs), chosen.placement)
     if needed > machine.host_bytes and machine.kind != "virtual":
         short.append(host_sentence(needed, machine.host_bytes))
     if not short:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from .placements import CHUNK, CPU, Places, canonical_placements
 from .profile import PipelineProfile
 from .records import Place
 from .rejections import Rejection, RejectionTally
+from .setting import Tried
 from .shortlist import Key, KeyOf, Shortlist
 
 
@@ -70,35 +72,45 @@ def search_balanced(
     A further unit is on another GPU than the first one of its component: it is there to work at the same time.
 
     `balance` takes the fewest seconds, then the fewest bytes moved, among placements whose fullest GPU is at most ROOMY
-    full, and the emptiest fullest GPU where none is. Before that it wants, one after the other: no tiling, no offload,
-    ControlNet beside the transformer, and no slicing; slicing goes on where otherwise nothing fits, or where keeping
-    ControlNet with the transformer would fill a GPU beyond ROOMY, and more than splitting it off. `latency` takes the
-    fewest seconds per request, `fit` the fewest knobs, then the fewest GPUs. Ties go to a faster denoiser (for
-    `balance` before emptier GPUs) and to lower indices, so that the result is deterministic.
+    full, and the emptiest fullest GPU where none is. Before that it wants, one after the other: no tiling, no bands, no
+    offload, ControlNet beside the transformer, few bands, and no slicing; slicing goes on where otherwise nothing fits,
+    or where keeping ControlNet with the transformer would fill a GPU beyond ROOMY, and more than splitting it off.
+    `latency` takes the fewest seconds per request, `fit` the fewest knobs, then the fewest bands, then the fewest GPUs.
+    Ties go to a faster denoiser (for `balance` before emptier GPUs) and to lower indices, so that the result is
+    deterministic.
 
     Args:
         pins: unit name -> GPU index.
         chunk: placements that are looked at together; it bounds the memory, and changes nothing in the result.
     """
     apart = {unit.name: unit.component for unit in profile.further}
-    blocks = canonical_placements([unit.name for unit in profile.units], gpus, pins or {}, chunk, apart)
-    return _search(profile, gpus, rules, blocks, _settings(profile, rules.allow), _balanced_key, chunk)
+    blocks = partial(canonical_placements, [unit.name for unit in profile.units], gpus, pins or {}, chunk, apart)
+    return _whole_first(profile, gpus, rules, blocks, _balanced_key, chunk)
 
 
 def search_single(profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, gpu: int | None) -> Search:
     """Search the placements that put everything on one GPU: fewest knobs, then the fastest GPU, then the emptiest."""
     chosen = np.array([i for i, one in enumerate(gpus) if gpu in (None, one.index)], np.int16)
     places = np.repeat(chosen[:, None], len(profile.units), axis=1)
-    return _search(profile, gpus, rules, [places], _settings(profile, rules.allow), _single_key)
+    return _whole_first(profile, gpus, rules, lambda: [places], _single_key)
 
 
 def search_custom(
     profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, placement: Placement, knobs: Iterable[Knob] = ()
 ) -> Search:
-    """Check the one placement the user wrote, with the knobs that are to be on."""
+    """Check the one placement the user wrote, with the knobs that are to be on.
+
+    Where it is forced, what cuts does so into as few parts as fit, and into the most where none does.
+    """
     position: dict[Place, int] = {"cpu": CPU, **{gpu.index: i for i, gpu in enumerate(gpus)}}
     places = np.array([[position[placement[unit.name]] for unit in profile.units]], np.int16)
-    return _search(profile, gpus, rules, [places], [useful(profile, knobs)], _balanced_key)
+    tried = _counted(profile, useful(profile, knobs))
+    if rules.force and len(tried) > 1:
+        fitting = _search(profile, gpus, replace(rules, force=False), [places], tried, _balanced_key)
+        if fitting.best:
+            return fitting
+        tried = tried[-1:]
+    return _search(profile, gpus, rules, [places], tried, _balanced_key)
 
 
 def search_host(profile: PipelineProfile, rules: Rules) -> Search:
@@ -109,11 +121,36 @@ def search_host(profile: PipelineProfile, rules: Rules) -> Search:
     return plain if plain.best else _search(profile, (), rules, [places], sets, _balanced_key)
 
 
-def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[tuple[Knob, ...]]:
+def _whole_first(
+    profile: PipelineProfile,
+    gpus: Sequence[Gpu],
+    rules: Rules,
+    blocks: Callable[[], Iterable[Places]],
+    key: KeyOf,
+    limit: int = CHUNK,
+) -> Search:
+    """Search without what cuts into parts or is dearer, and then with it where that may find something better.
+
+    It cannot where no placement is short of memory, nor where `balance`, which avoids dear knobs before all else, has
+    found one.
+    """
+    settings = _settings(profile, rules.allow)
+    order, tried = list(KNOBS), {knob for one in settings for knob in one.knobs}
+    if cutting := [i for i, knob in enumerate(order) if knob in tried and KNOBS[knob].counts]:
+        plain = [one for one in settings if not {*order[cutting[0] :]} & {*one.knobs}]
+        found = _search(profile, gpus, rules, blocks(), plain, key, limit)
+        short = any(rejection.reason == "memory" for rejection in found.rejections)
+        if not short or (found.best and rules.objective == "balance"):
+            return found
+    return _search(profile, gpus, rules, blocks(), settings, key, limit)
+
+
+def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[Tried]:
     """Every set of knobs to try, none first, but those that change nothing in the request.
 
     A knob that is always on is in every set where it is allowed and has something to do; one of placements is in none,
-    since placements turn it on. Knobs of one role vary before those of the next.
+    since placements turn it on; one that cuts is tried with every number of parts that saves memory. Knobs of one role
+    vary before those of the next.
     """
     allowed = completed(allow)
     always = [knob for knob in useful(profile, allow) if KNOBS[knob].always]
@@ -121,12 +158,33 @@ def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[tuple[Kno
     free = sorted(filter(_may_vary, allowed), key=lambda knob: roles.index(KNOBS[knob].role))
     chosen = [[knob for i, knob in enumerate(free) if number >> i & 1] for number in range(1 << len(free))]
     sets = dict.fromkeys(completed([*always, *knobs]) for knobs in chosen)
-    kept: dict[tuple[Knob, ...], PipelineProfile] = {}
+    kept: list[Tried] = []
+    found: list[PipelineProfile] = []
     for knobs in (knobs for knobs in sets if not clash(knobs)):
-        changed = under(profile, knobs)
-        if changed not in kept.values():
-            kept[knobs] = changed
-    return list(kept)
+        for one in _counted(profile, knobs):
+            changed = under(one.profile, knobs)
+            if changed not in found:
+                found.append(changed)
+                kept.append(one)
+    return kept
+
+
+def _counted(profile: PipelineProfile, knobs: tuple[Knob, ...]) -> list[Tried]:
+    """Knobs with every number of parts that those of them may take, fewest first; as they are where none cuts.
+
+    More parts that take no less memory are left out.
+    """
+    counts = next((KNOBS[knob].counts for knob in knobs if KNOBS[knob].counts), ())
+    if not counts:
+        return [Tried(knobs, profile)]
+    kept, least = [], None
+    for count in counts:
+        one = Tried(knobs, replace(profile, band_count=count))
+        taken = sum(part.activation_bytes for part in under(one.profile, knobs).components.values())
+        if least is None or taken < least:
+            kept.append(one)
+            least = taken
+    return kept
 
 
 def _may_vary(knob: Knob) -> bool:
@@ -143,12 +201,12 @@ def _balanced_key(rows: Rows, objective: Objective) -> Key:
     if objective == "latency":
         return [rows.seconds, rows.count_knobs(), *ties]
     if objective == "fit":
-        return [rows.count_knobs(), rows.count_further_places(), *ties]
+        return [rows.count_knobs(), rows.bands, rows.count_further_places(), *ties]
     dear, cheap = _dearest_first()
     varied = [rows.knobs[knob] for knob in (*dear, *cheap) if _may_vary(knob)]
     crowd = np.maximum(rows.worst, ROOMY)
     fuller = crowd > crowd[~np.logical_or.reduce(varied)].min(initial=np.inf)
-    knobs: Key = [*(rows.knobs[knob] for knob in dear), fuller, *(rows.knobs[knob] for knob in cheap)]
+    knobs: Key = [*(rows.knobs[knob] for knob in dear), rows.bands, fuller, *(rows.knobs[knob] for knob in cheap)]
     return [*knobs, crowd, rows.seconds, rows.moved, rows.home_rank, *ties]
 
 
@@ -164,9 +222,9 @@ def _single_key(rows: Rows, objective: Objective) -> Key:
     if objective == "latency":
         return [rows.seconds, rows.count_knobs(), *ties]
     if objective == "fit":
-        return [rows.count_knobs(), *ties]
+        return [rows.count_knobs(), rows.bands, *ties]
     dear, cheap = _dearest_first()
-    return [*(rows.knobs[knob] for knob in (*dear, *cheap)), *ties]
+    return [*(rows.knobs[knob] for knob in (*dear, *cheap)), rows.bands, *ties]
 
 
 def _search(
@@ -174,7 +232,7 @@ def _search(
     gpus: Sequence[Gpu],
     rules: Rules,
     blocks: Iterable[Places],
-    settings: Sequence[tuple[Knob, ...]],
+    settings: Sequence[Tried],
     key: KeyOf,
     limit: int = CHUNK,
 ) -> Search:

@@ -17,7 +17,8 @@ from ..declare.runtime import RUNTIMES
 from ..facts.known_gpus import KnownGpu
 from ..facts.machine import Gpu
 from .cost import Placement
-from .profile import ComponentProfile, PipelineProfile, Work
+from .passing import Work
+from .profile import ComponentProfile, PipelineProfile
 from .streaming import saved_seconds
 from .units import component_of
 

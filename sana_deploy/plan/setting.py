@@ -27,6 +27,14 @@ NOTHING = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A set of knobs to try, and the profile to turn them on in, which says into how many parts they cut."""
+
+    knobs: tuple[Knob, ...]
+    profile: PipelineProfile
+
+
+@dataclass(frozen=True)
 class Setting:
     """One set of knobs: its position among those of a search, the profile under it, and what sets of units need.
 
@@ -45,15 +53,15 @@ class Setting:
     lacking: Integers
 
     @classmethod
-    def of(cls, number: int, knobs: tuple[Knob, ...], profile: PipelineProfile, gpus: Sequence[Gpu]) -> Setting:
-        """Cost every set of units under `knobs` on every GPU."""
-        changed, names = under(profile, knobs), [unit.name for unit in profile.units]
+    def of(cls, number: int, tried: Tried, gpus: Sequence[Gpu]) -> Setting:
+        """Cost every set of units on every GPU."""
+        changed, names = under(tried.profile, tried.knobs), [unit.name for unit in tried.profile.units]
         needs = _needs(changed, names, 0)
         filled, lacking = np.zeros((len(gpus) + 1, len(needs))), np.full((len(gpus) + 1, len(needs)), NOTHING)
         for i, gpu in enumerate(gpus):
             peaks = needs + workspace_bytes(gpu.capability) + overhead(gpu)
             filled[i], lacking[i] = peaks / max(gpu.free_bytes, 1), peaks - gpu.free_bytes
-        return cls(number, knobs, changed, gpus, needs, filled.ravel(), lacking.ravel())
+        return cls(number, tried.knobs, changed, gpus, needs, filled.ravel(), lacking.ravel())
 
     @cached_property
     def on_host(self) -> Integers:

@@ -10,9 +10,9 @@ quantity, with and without guidance (which doubles the batch everywhere but in d
 Layers that are alike add the same each, so that two small numbers of them tell what all take (`_depths`).
 
 Quantities are `activation_bytes`, and per step of the phase `flops`, `product_bytes` and `other_bytes`; `operations`
-do not change with size. The VAE has two more: `sliced_bytes` is the peak when images pass one at a time, and
+do not change with size. The VAE has three more: `sliced_bytes` is the peak when images pass one at a time,
 `tiling_bytes` what collecting tiles adds to a tile's own peak, as constant + per_pixel + per_image_pixel of the
-pixels that tiles cover.
+pixels that tiles cover, and `banded` all quantities when an image passes in bands, as `plan/bands.py` says.
 """
 
 from __future__ import annotations
@@ -33,13 +33,18 @@ from ..declare.pipelines import Component, Phase, PipelineDescription
 from ..facts import catalogue
 from ..facts.catalogue import FOLDER, NAMES
 from ..facts.checkpoint import Checkpoint, open_checkpoint
+from ..plan.bands import WORK, memory_terms, work_terms
 from ..plan.needs import OnProgress, measured_as
-from ..plan.profile import VAE_TILE, VaeMode, covered_pixels, linear
+from ..plan.passing import VAE_TILE, VaeMode, covered_pixels, linear
 from .measure import Measurement, Measurements, Point, Profiler, layers_of
 
 PLAIN = (Point(512, 1), Point(1024, 1), Point(512, 2), Point(1024, 2))
 SLICED = tuple(Point(side, batch, VaeMode(sliced=True)) for side, batch in ((512, 2), (1024, 2), (512, 3), (1024, 3)))
 TILED = tuple(Point(side, batch, VaeMode(sliced=True, tiled=True)) for side, batch in ((1280, 1), (2304, 1), (1280, 2)))
+BANDED = tuple(
+    Point(side, batch, VaeMode(bands=bands))
+    for side, batch, bands in ((512, 1, 2), (1024, 1, 2), (1024, 1, 4), (512, 2, 8))
+)
 GUIDANCE = {"guided": True, "unguided": False}
 MODELS = ("tiny", "tiny_sana", "tiny_pag", "tiny_sprint", "tiny_sprint_img2img", *NAMES)
 _ALL = (Format(dtype, kept) for dtype in get_args(Dtype) for kept in (None, *get_args(Quantization)))
@@ -80,6 +85,7 @@ def calibrate(
         entry["sliced_bytes"] = _solve(SLICED, sliced)
         rows = [_rows(pipeline, point, guided, phase) for point in TILED]
         entry["tiling_bytes"] = _solve_tiling(entry, tiled, rows)
+        entry["banded"] = _solve_bands([found[point][vae, phase] for point in BANDED])
     return calibrated
 
 
@@ -93,7 +99,7 @@ def _measured(
     """Measure at PLAIN, and in its other modes where the VAE is wanted."""
     vae = checkpoint.pipeline.of("vae")
     depths = _depths(checkpoint, wanted)
-    others = (*SLICED, *TILED) if vae in wanted else ()
+    others = (*SLICED, *TILED, *BANDED) if vae in wanted else ()
     count = itertools.count(1)
     total = len(PLAIN) * (2 if depths else 1) + len(others)
 
@@ -154,10 +160,7 @@ def _deepened(more: Measurements, fewer: Measurements, depths: Mapping[Component
 
 def _solve_work(measured: Sequence[Measurement]) -> dict[str, Any]:
     """Solve what was measured at PLAIN of one component in one phase."""
-    work = {
-        key: _solve(PLAIN, [getattr(one.work, key) for one in measured])
-        for key in ("flops", "product_bytes", "other_bytes")
-    }
+    work = {key: _solve(PLAIN, [getattr(one.work, key) for one in measured]) for key in WORK}
     activations = _solve(PLAIN, [one.activation_bytes for one in measured])
     return {"activation_bytes": activations, "operations": measured[0].work.operations, **work}
 
@@ -181,6 +184,22 @@ def _solve_tiling(entry: Mapping[str, Any], values: Sequence[int], rows: Sequenc
     covered = [covered_pixels(p.side, p.width or p.side) for p in TILED]
     terms = [[1, pixels, p.batch * pixels] for p, pixels in zip(TILED, covered, strict=True)]
     return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(excess, float))]
+
+
+def _solve_bands(measured: Sequence[Measurement]) -> dict[str, list[float]]:
+    """Solve what was measured at BANDED in one phase; operations from the first points of two numbers of bands."""
+    points = [(p.side, p.width or p.side, p.batch, p.mode.bands) for p in BANDED]
+
+    def solved(terms: Sequence[Sequence[float]], values: Sequence[int]) -> list[float]:
+        return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(values, float))]
+
+    few, more = measured[1].work.operations, measured[2].work.operations
+    each = (more - few) / (BANDED[2].mode.bands - BANDED[1].mode.bands)
+    return {
+        "activation_bytes": solved([memory_terms(*point) for point in points], [m.activation_bytes for m in measured]),
+        **{key: solved([work_terms(*p) for p in points], [getattr(m.work, key) for m in measured]) for key in WORK},
+        "operations": [few - each * BANDED[1].mode.bands, each],
+    }
 
 
 def shipped(checkpoint: Checkpoint, known: Collection[str]) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from ..declare.pipelines import PHASES, Component, Phase, PipelineDescription
 from ..declare.workload import Request, Workload
 from ..facts.checkpoint import Checkpoint
 from ..facts.component import ComponentFacts
-from ..plan.profile import VAE_TILE, VaeMode
+from ..plan.passing import VAE_TILE, VaeMode
 from ..run.border import Border
 from ..run.generate import run_request
 from ..run.hook import attach
 from ..run.request_state import Event
+from ..run.rows.one_device import use_bands
 from .host import VirtualHost
 from .ledger import Ledger, Tally
 from .meta_modules import stand_in
@@ -132,9 +133,11 @@ class Profiler:
             vae.enable_slicing()
         if mode.tiled:
             vae.enable_tiling(*VAE_TILE)
+        use_bands(vae, mode.bands)
         try:
             yield
         finally:
+            use_bands(vae, 1)
             vae.disable_slicing()
             vae.disable_tiling()
 

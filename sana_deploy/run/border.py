@@ -27,7 +27,7 @@ class Border(NotCopied, Listeners):
         host: whose devices its components are on.
         units: the devices of components' further units, by the unit's name.
         notes: what loading found that the user should know.
-        on_decode_oom: `tile` decodes once more in tiles when the VAE runs out of memory.
+        on_decode_oom: what to do when the VAE runs out of memory in decode.
         offloaded: components whose weights wait on the CPU.
         origins: where components were before they were placed.
         expected: device -> bytes that the plan expects at its fullest, and that it found free.

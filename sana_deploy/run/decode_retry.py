@@ -1,29 +1,49 @@
-"""The VAE's slicing and tiling for one call: decoding again in tiles where memory ran out, encoding one at a time."""
+"""The VAE's slicing, bands and tiling for one call: decoding again where memory ran out, encoding one at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..declare.hardware import OnDecodeOom
+from ..declare.knobs import BANDS
 from ..declare.workload import VAE_FACTOR
-from ..plan.profile import VAE_TILE
+from ..plan.passing import VAE_TILE
 from .request_state import RequestState
+from .rows.one_device import METHODS, bands_of, use_bands
 
 log = logging.getLogger(__name__)
 Tile = tuple[int, int, int, int]
 """Height and width of a tile, and the strides, in pixels."""
 SMALL_TILE: Tile = (512, 512, 384, 384)
 """Tiles for an image that one large tile covers, with a wide overlap."""
-_SWITCHES = ("use_slicing", "use_tiling")
+_SWITCHES = ("use_slicing", "use_tiling", *METHODS)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """A way to decode that takes less memory: in words, and what sets the VAE up for it."""
+
+    words: str
+    enable: Callable[[], object]
 
 
 def vae_settings(vae: Any) -> dict[str, Any]:
-    """The VAE's slicing and tiling attributes, to be put back into its `__dict__`."""
+    """What slicing, bands and tiling are in the VAE's `__dict__`, for `put_back`."""
     return {key: value for key, value in vae.__dict__.items() if key.startswith("tile_") or key in _SWITCHES}
+
+
+def put_back(vae: Any, settings: dict[str, Any]) -> None:
+    """Give the VAE back what `vae_settings` found."""
+    for key in METHODS:
+        vae.__dict__.pop(key, None)
+    vae.__dict__.update(settings)
 
 
 @contextlib.contextmanager
@@ -34,52 +54,62 @@ def one_at_a_time(vae: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        vae.__dict__.update(settings)
+        put_back(vae, settings)
 
 
-def retry_tile(vae: Any, latents: torch.Tensor) -> Tile | None:
-    """The tile to decode `latents` in once memory ran out; None where it would change nothing."""
-    if vae.use_tiling:
-        return None
+def retries_of(vae: Any, latents: torch.Tensor, wanted: OnDecodeOom) -> list[Retry]:
+    """Ways to decode `latents` once memory ran out that would change something, those that keep pixels first."""
+    if wanted == "raise" or vae.use_tiling:
+        return []
+    found = []
+    count = min(BANDS[-1], latents.shape[2])
+    if count > bands_of(vae):
+        found.append(Retry(f"{count} bands of rows", partial(use_bands, vae, count)))
     side = max(latents.shape[-2:]) * VAE_FACTOR
-    chosen = VAE_TILE if side > VAE_TILE[0] else SMALL_TILE
-    return chosen if side > chosen[0] else None
+    tile = VAE_TILE if side > VAE_TILE[0] else SMALL_TILE
+    if wanted == "tile" and side > tile[0]:
+        risk = "; tiles this small may show in flat areas" if tile == SMALL_TILE else ""
+        found.append(Retry(f"tiles of {tile[0]} px, stride {tile[2]}{risk}", partial(_tile, vae, tile)))
+    return found
+
+
+def _tile(vae: Any, tile: Tile) -> None:
+    use_bands(vae, 1)
+    vae.enable_tiling(*tile)
 
 
 def attempt(
-    work: Callable[[], Any], vae: Any, tile: Tile | None, state: RequestState, release: Callable[[], None]
+    work: Callable[[], Any], vae: Any, retries: Sequence[Retry], state: RequestState, release: Callable[[], None]
 ) -> Any:
-    """Do `work` with the VAE; where memory runs out and there is a `tile`, do it once more in tiles and say so.
+    """Do `work` with the VAE; where memory runs out, do it again in the ways of `retries`, and say so.
 
     Args:
         work: calls a method of the VAE.
         vae: the module.
-        tile: what to try again with; None gives up.
-        state: gets the remark, and what the error says where there is no result.
-        release: gives cached memory back before the second attempt.
+        retries: what to try again with, one after the other; without any, running out of memory is the end.
+        state: gets the remarks, and what the error says where there is no result.
+        release: gives cached memory back before another attempt.
 
     Raises:
-        torch.OutOfMemoryError: memory ran out, in tiles too if there were any.
+        torch.OutOfMemoryError: memory ran out in every way.
     """
+    settings, left = vae_settings(vae), list(retries)
     try:
-        return work()
-    except torch.OutOfMemoryError as problem:
-        if tile is None:
-            state.failure = str(problem)
-            raise
-    # Outside of `except`, whose traceback keeps the activations alive.
-    risk = "; tiles this small may show in flat areas" if tile == SMALL_TILE else ""
-    remark = f"the VAE ran out of memory in decode: decoded again in tiles of {tile[0]} px, stride {tile[2]}{risk}"
-    log.warning(remark)
-    state.remark(remark)
-    release()
-    settings = vae_settings(vae)
-    vae.enable_slicing()
-    vae.enable_tiling(*tile)
-    try:
-        return work()
-    except torch.OutOfMemoryError as problem:
-        state.failure = str(problem)
-        raise
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as problem:
+                if not left:
+                    state.failure = str(problem)
+                    raise
+            # Outside of `except`, whose traceback keeps the activations alive.
+            retry = left.pop(0)
+            remark = f"the VAE ran out of memory in decode: decoded again in {retry.words}"
+            log.warning(remark)
+            state.remark(remark)
+            release()
+            put_back(vae, settings)
+            vae.enable_slicing()
+            retry.enable()
     finally:
-        vae.__dict__.update(settings)
+        put_back(vae, settings)

@@ -24,7 +24,7 @@ from ..plan.units import component_of
 from .border import Border
 from .compiled import CompiledCalls
 from .control_image_copies import Copies
-from .decode_retry import Tile, attempt, one_at_a_time, retry_tile
+from .decode_retry import Retry, attempt, one_at_a_time, retries_of
 from .graphed_forward import GraphedForward
 from .offload import OffloadedWeights
 from .prompt_cache import reading, remember_prompts
@@ -186,7 +186,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             if self.compiled is not None:
                 work = functools.partial(self.compiled.run, work)
             with one_at_a_time(module) if copies else contextlib.nullcontext():
-                output = attempt(work, module, self._retry_tile(module, method, args), self.border.state, self._release)
+                output = attempt(work, module, self._retries(module, method, args), self.border.state, self._release)
             self.border.leave(self.name, method, output)
             if not self.calls[method].keeps:
                 output = self._push(output, self.calls[method])
@@ -199,10 +199,9 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         copies = self.border.state.copies if method == "encode" and args else None
         return copies if copies and copies.hold(args[0]) else None
 
-    def _retry_tile(self, module: nn.Module, method: str, args: Any) -> Tile | None:
-        """Tile to decode in after running out of memory; None where that is not wanted or would change nothing."""
-        wanted = method == "decode" and self.border.on_decode_oom == "tile" and args
-        return retry_tile(module, args[0]) if wanted else None
+    def _retries(self, module: nn.Module, method: str, args: Any) -> list[Retry]:
+        """Ways to decode again after running out of memory."""
+        return retries_of(module, args[0], self.border.on_decode_oom) if method == "decode" and args else []
 
     def _release(self) -> None:
         self.border.host.release_cached(self.device)

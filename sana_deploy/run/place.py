@@ -23,12 +23,13 @@ from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.units import component_of
 from .border import Border
 from .control_image_copies import Copies, watch_copies
-from .decode_retry import vae_settings
+from .decode_retry import put_back, vae_settings
 from .guidance_split import second_units, split_guidance
 from .hook import BorderHook, attach, find_border
 from .host import Host, PresentHost
 from .quantize import quantize_linears
 from .residual_stream import stream_residuals
+from .rows.one_device import use_bands
 from .weights import cast_module
 
 log = logging.getLogger(__name__)
@@ -211,11 +212,12 @@ def _hook(
 
 
 def _set_vae(vae: Any, plan: Plan, border: Border) -> None:
-    """Turn slicing and tiling on as the plan says, which counts what a knob includes; the border undoes it."""
-    settings = vae_settings(vae)
-    border.restore.append(lambda: vae.__dict__.update(settings))
+    """Turn slicing, bands and tiling on as the plan says, which counts what a knob includes; the border undoes it."""
+    border.restore.append(functools.partial(put_back, vae, vae_settings(vae)))
     if "vae_slicing" in completed(plan.knobs):
         vae.enable_slicing()
+    if plan.vae_band_count:
+        use_bands(vae, plan.vae_band_count)
     if tile := plan.vae_tile:
         vae.enable_tiling(tile.height, tile.width, tile.stride_height, tile.stride_width)
 

@@ -154,6 +154,10 @@ def in_turn(group: Group, works: Sequence[Work]) -> list[Any]:
         group.exchange(asked)
 
 
+def _between(edges: Sequence[int]) -> list[Band]:
+    return [Band(i, first, end - first, edges[-1]) for i, (first, end) in enumerate(pairwise(edges))]
+
+
 @dataclass
 class Group:
     """The devices of the bands, how rows are dealt, and what was exchanged.
@@ -177,11 +181,14 @@ class Group:
     def bands(self, rows: int) -> list[Band]:
         """Deal `rows` by shares, at least one to each band; fewer bands than devices where there are fewer rows."""
         count = min(len(self.devices), rows)
-        shares = list(self.shares or [1] * len(self.devices))[:count]
+        if not self.shares:  # the first is the largest: it works while all others are at their fullest
+            edges = [-(-rows * i // count) for i in range(count + 1)]
+            return _between(edges)
+        shares = self.shares[:count]
         edges = [round(rows * sum(shares[:i]) / sum(shares)) for i in range(count + 1)]
         for i in range(1, count):
             edges[i] = min(max(edges[i], edges[i - 1] + 1), rows - (count - i))
-        return [Band(i, first, end - first, rows) for i, (first, end) in enumerate(pairwise(edges))]
+        return _between(edges)
 
     def move(self, x: Tensor, source: int, target: int) -> Tensor:
         """`x`, of the band `source`, on the device of the band `target`; itself where it is there."""
