@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..declare.pipelines import Phase, PipelineDescription
@@ -95,6 +95,7 @@ class Passing:
             whole = pipeline.image_rows(workload)
             rows = 1 if mode.once else whole
             images = workload.batch * rows / whole
+        mode = replace(mode, bands=bands_in(workload.height, mode.bands))
         return cls(workload.height, workload.width, share * images, rows, mode)
 
     @property
@@ -142,7 +143,7 @@ def work_of(needs: Mapping[str, Any], call: Passing) -> Work:
         whole = linear(needs["other_bytes"], call.batch_at_once, pixels)
         each["other_bytes"] = round(whole + COPIED * max(0, each["other_bytes"] - whole))
         total = {key: value * calls for key, value in each.items()}
-        return Work(calls=calls * bands_in(call.height, call.mode.bands), **total)
+        return Work(calls=calls * call.mode.bands, **total)
     if call.mode.tiled and max(call.height, call.width) > VAE_TILE[0]:
         pixels = covered_pixels(call.height, call.width)
         calls *= len(tiles(call.height)) * len(tiles(call.width))
