@@ -10,7 +10,9 @@ from .._models import Declared
 
 VAE_FACTOR = 32
 """Pixels per latent cell and side: DC-AE f32, the VAE of the SANA family."""
-Side = Annotated[int, Field(ge=VAE_FACTOR, le=8192, multiple_of=VAE_FACTOR)]
+LARGEST_SIDE = 65536
+"""What no GPU holds in one piece: a slip of the keyboard. Below it, the plan says what fits."""
+Side = Annotated[int, Field(ge=VAE_FACTOR, le=LARGEST_SIDE, multiple_of=VAE_FACTOR)]
 """Height or width in pixels."""
 Batch = Annotated[int, Field(ge=1, le=256)]
 Steps = Annotated[int, Field(ge=1, le=1000)]

@@ -14,13 +14,12 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from ..declare.workload import VAE_FACTOR, Request
+from ..declare.workload import LARGEST_SIDE, VAE_FACTOR, Request
 from ..errors import did_you_mean
 
 PictureFormat = Literal["png", "webp", "jpeg"]
 MOST_TEXT = 32_000
 """Characters of a prompt, as OpenAI bounds them; the text encoder takes some 300 tokens."""
-LARGEST_SIDE = 8192
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
 
