@@ -30,7 +30,7 @@ from sana_deploy.plan.profile import PipelineProfile, profile_pipeline
 from sana_deploy.plan.records import Place
 from sana_deploy.plan.saved_request import saved_plan
 from sana_deploy.plan.seconds import component_phases, step_seconds
-from sana_deploy.plan.setting import Setting
+from sana_deploy.plan.setting import Setting, Tried
 
 H100 = ["machine=virtual", "machine.gpus=h100"]
 LARGE = "model=sana_1600m_controlnet"
@@ -145,7 +145,7 @@ def test_the_table_of_the_host_agrees_with_the_arithmetic(execution: Execution) 
     profile = executed(profile_of("sana_1600m_controlnet", 1024, 1), execution)
     vae = replace(profile.components["vae"], unsplit_bytes=3 * MIB, workspaces={"prepare": 500 * MIB})
     profile = replace(profile, components={**profile.components, "vae": vae}, vae_under={})
-    setting = Setting.of(0, (), profile, [Gpu(0, "NVIDIA L4", 2**34, 2**34, (8, 9), 58)])
+    setting = Setting.of(0, Tried((), profile), [Gpu(0, "NVIDIA L4", 2**34, 2**34, (8, 9), 58)])
     names = list(profile.parts)
     for count in range(len(names) + 1):
         for chosen in itertools.combinations(range(len(names)), count):

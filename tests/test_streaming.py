@@ -19,7 +19,7 @@ from sana_deploy.plan.cost import slot_use
 from sana_deploy.plan.execution import executed
 from sana_deploy.plan.profile import PipelineProfile
 from sana_deploy.plan.seconds import link_between, phase_seconds, step_seconds
-from sana_deploy.plan.setting import Setting
+from sana_deploy.plan.setting import Setting, Tried
 from sana_deploy.plan.streaming import streamed
 
 MEASURED = {
@@ -100,7 +100,7 @@ def test_buffers_for_residuals_are_there_in_every_phase_like_the_pool() -> None:
 def test_the_search_s_arrays_agree_with_the_arithmetic_of_one_placement() -> None:
     profile, box = executed(profile_of("sana_600m_controlnet", 512, 1), "graphs"), gpus("h100,t4,h100")
     rows = np.array(list(itertools.product(range(3), repeat=4)), np.int16)
-    found = request_seconds(Setting.of(0, (), profile, list(box.values())), rows)
+    found = request_seconds(Setting.of(0, Tried((), profile), list(box.values())), rows)
     for row, seconds in zip(rows.tolist(), found.tolist(), strict=True):
         phases = phase_seconds(profile, dict(zip(TOGETHER, row, strict=True)), box)
         assert phases is not None

@@ -34,6 +34,7 @@ from sana_deploy.plan.placements import canonical_placements
 from sana_deploy.plan.profile import PipelineProfile, profile_pipeline
 from sana_deploy.plan.search import Search, search_balanced, search_custom, search_host, search_single
 from sana_deploy.plan.seconds import component_phases, critical_path, phase_seconds
+from sana_deploy.plan.setting import Tried
 from sana_deploy.plan.units import Unit, component_of
 
 Small = Callable[..., DeploySpec]
@@ -121,7 +122,8 @@ def test_a_search_in_blocks_finds_what_the_whole_search_finds(
 def test_what_is_worked_out_in_arrays_is_what_one_placement_is_worked_out_to(
     profile: PipelineProfile, gpus: list[Gpu], allow: set[Knob]
 ) -> None:
-    grid = PlacementGrid(profile, gpus, Rules(allow, force=True, allow_emulated=True), [(), ("vae_slicing",)])
+    tried = [Tried((), profile), Tried(("vae_slicing",), profile)]
+    grid = PlacementGrid(profile, gpus, Rules(allow, force=True, allow_emulated=True), tried)
     (places,) = canonical_placements(grid.units, gpus, {})
     block, setting = grid.block(places[::7]), grid.settings[1]
     sheet = grid.cost(block, setting)
