@@ -33,6 +33,7 @@ from sana_deploy.plan.profile import profile_pipeline
 from sana_deploy.rehearsal.calibrate import calibrate
 from sana_deploy.rehearsal.measure import Point, Profiler
 from sana_deploy.rehearsal.rehearse import open_host
+from sana_deploy.report.wording import knob_sentence
 from sana_deploy.run.rows.exchange import Group
 from sana_deploy.run.rows.one_device import METHODS, bands_of, use_bands
 
@@ -150,6 +151,7 @@ def test_the_fewest_bands_that_fit_are_planned_before_tiles_and_in_the_plan_file
         counts.append(plan.vae_band_count)
         price = plan.knob_prices["vae_bands"]
         assert price.bytes_saved > 2**30
+        assert knob_sentence(plan, "vae_bands").startswith(f"vae_bands of {plan.vae_band_count} saves ~")
         assert price.seconds_per_image is not None
         assert 0 < price.seconds_per_image < 0.25 * sum(plan.estimates.seconds[one] for one in ("prepare", "decode"))
     assert counts == sorted(counts), "more of them where there is less memory"
@@ -194,3 +196,15 @@ def test_4096_px_of_the_large_model_fit_24_gib_without_tiles_and_keep_to_the_pla
     assert plan.exactness == "rounding"
     report = rehearse(plan, "shapes").report
     assert all(abs(gpu.planned_error) < 0.005 and gpu.peak_bytes <= gpu.capacity_bytes for gpu in report.gpus)
+
+
+def test_tiles_that_are_turned_on_later_go_before_bands(tiny: Path) -> None:
+    vae = AutoencoderDC.from_pretrained(tiny, subfolder="vae").eval()
+    latents = torch.randn(1, vae.config.latent_channels, 5, 3, generator=torch.Generator().manual_seed(0))
+    vae.enable_tiling(64, 64, 32, 32)
+    with torch.no_grad():
+        tiled = vae.decode(latents)[0]
+        use_bands(vae, 2)
+        assert torch.equal(vae.decode(latents)[0], tiled)
+        vae.disable_tiling()
+        assert not torch.allclose(vae.decode(latents)[0], tiled)

@@ -74,6 +74,7 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
         yield f"replicas.{number}.runtime", one.runtime
         yield f"replicas.{number}.split", one.split
         yield f"replicas.{number}.knobs", ", ".join(one.knobs)
+        yield f"replicas.{number}.vae_band_count", one.vae_band_count
     for name, part in plan.components.items():
         yield f"components.{name}.slot", part.slot
         yield f"components.{name}.dtype", part.dtype
@@ -83,6 +84,7 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
     yield "runtime", plan.runtime
     yield "split", plan.split
     yield "knobs", ", ".join(plan.knobs)
+    yield "vae_band_count", plan.vae_band_count
 
 
 def _costs(plan: Plan) -> Iterator[tuple[str, Any]]:

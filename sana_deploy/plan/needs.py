@@ -27,6 +27,8 @@ from ..facts.shapes import digest
 log = logging.getLogger(__name__)
 _SAME_BYTES: Mapping[Dtype, Dtype] = {"float16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 """float16 and bfloat16 take the same bytes, and the same operations but for clipping; a test checks it."""
+_QUANTITIES = 2
+"""Grows where more is measured than kept files of before have."""
 OnProgress = Callable[[int, int], None]
 """Called with what is done and what there is in all."""
 Measured = Mapping[Component, Mapping[Phase, Mapping[str, Any]]]
@@ -70,7 +72,7 @@ def all_shipped(checkpoint: Checkpoint) -> bool:
 
 def _kept_or_measured(checkpoint: Checkpoint, form: Format, guided: bool, measure: Measure) -> Measured:
     versions = library_versions([form])
-    what = {"pipeline": checkpoint.pipeline.class_name, "checkpoint": checkpoint.fingerprint}
+    what = {"pipeline": checkpoint.pipeline.class_name, "checkpoint": checkpoint.fingerprint, "quantities": _QUANTITIES}
     name = digest({**what, "format": str(form), "guided": guided, "versions": versions})
     path = cache_root() / "profiles" / f"{name}.json"
     if (kept := _read(path)) is not None and set(kept) == set(checkpoint.components):

@@ -97,7 +97,8 @@ def knob_sentence(plan: Plan, knob: str) -> str:
         costs.append(f"costs ~{seconds:.2g} s")
     effects = [f"saves {' and '.join(saved)}"] if saved else []
     exactness = f" ({KNOBS[knob].exactness})" if knob in KNOBS else ""
-    return f"{knob} {', '.join([*effects, *costs])}".rstrip() + exactness
+    parts = f" of {plan.vae_band_count}" if knob in KNOBS and KNOBS[knob].counts and plan.vae_band_count else ""
+    return f"{knob}{parts} {', '.join([*effects, *costs])}".rstrip() + exactness
 
 
 def taken_words(peak_bytes: int, others_bytes: int, capacity_bytes: int, share: float) -> str:

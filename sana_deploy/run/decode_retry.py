@@ -69,13 +69,8 @@ def retries_of(vae: Any, latents: torch.Tensor, wanted: OnDecodeOom) -> list[Ret
     tile = VAE_TILE if side > VAE_TILE[0] else SMALL_TILE
     if wanted == "tile" and side > tile[0]:
         risk = "; tiles this small may show in flat areas" if tile == SMALL_TILE else ""
-        found.append(Retry(f"tiles of {tile[0]} px, stride {tile[2]}{risk}", partial(_tile, vae, tile)))
+        found.append(Retry(f"tiles of {tile[0]} px, stride {tile[2]}{risk}", partial(vae.enable_tiling, *tile)))
     return found
-
-
-def _tile(vae: Any, tile: Tile) -> None:
-    use_bands(vae, 1)
-    vae.enable_tiling(*tile)
 
 
 def attempt(

@@ -18,7 +18,8 @@ def use_bands(autoencoder: Any, count: int) -> None:
     """Have an AutoencoderDC encode and decode in `count` bands of rows; one is the class's own way.
 
     An image of fewer rows of latents is cut into as many bands as it has rows. One whose height is not a whole number
-    of them is encoded whole. The weights, and what wraps layers, are looked up in each call.
+    of them is encoded whole. Tiles that are turned on later go before bands. The weights, and what wraps layers, are
+    looked up in each call.
     """
     for name in METHODS:
         vars(autoencoder).pop(name, None)
@@ -40,7 +41,7 @@ class _Banded:
 
     def __call__(self, x: Tensor) -> Tensor:
         vae, unit = self.autoencoder, self.autoencoder.spatial_compression_ratio
-        if self.name == "_encode" and x.shape[2] % unit:
+        if vae.use_tiling or (self.name == "_encode" and x.shape[2] % unit):
             whole: Tensor = getattr(type(vae), self.name)(vae, x)
             return whole
         group = Group([x.device] * self.count)
