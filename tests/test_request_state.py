@@ -171,8 +171,9 @@ def test_a_remark_is_of_the_call_that_was_decoded_in_tiles() -> None:
     turns = Turns(["one", "two"] * 4)
     pipeline, states = Pipeline(turns, "tile"), {"one": RequestState(), "two": RequestState()}
     turns.run({"one": pipeline.work(LARGE, states["one"]), "two": pipeline.work(LITTLE, states["two"])})
-    (remark,) = states["one"].remarks
-    assert "decoded again in tiles of 1024 px" in remark
+    bands, tiles = states["one"].remarks
+    assert "decoded again in 16 bands" in bands
+    assert "decoded again in tiles of 1024 px" in tiles
     assert states["two"].remarks == []
 
 

@@ -62,7 +62,7 @@ def retries_of(vae: Any, latents: torch.Tensor, wanted: OnDecodeOom) -> list[Ret
     if wanted == "raise" or vae.use_tiling:
         return []
     found = []
-    count = min(BANDS[-1], latents.shape[2])
+    count = min(BANDS[-1], latents.shape[-2:][0])
     if count > bands_of(vae):
         found.append(Retry(f"{count} bands of rows", partial(use_bands, vae, count)))
     side = max(latents.shape[-2:]) * VAE_FACTOR
