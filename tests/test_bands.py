@@ -50,7 +50,8 @@ def sized(height: int, width: int | None = None) -> tuple[str, str]:
 @cache
 def profiler(model: str, dtype: Dtype) -> Profiler:
     checkpoint = open_checkpoint(compose_spec([f"model={model}"]).model)
-    return Profiler(checkpoint, dict.fromkeys(COMPONENTS, Format(dtype)), vae_only=True)
+    single = {name: 1 for name in COMPONENTS if name != "vae"}
+    return Profiler(checkpoint, dict.fromkeys(COMPONENTS, Format(dtype)), single)
 
 
 def check_needs(model: str, dtype: Dtype, point: Point, guided: bool) -> None:
