@@ -127,7 +127,9 @@ def test_balance_splits_where_nothing_fits_without() -> None:
 def test_latency_stays_whole_where_the_halves_do_not_fit() -> None:
     plan = planned("machine=2x8gb", LATENCY)
     assert plan.split == "none"
-    assert remarks(plan, "auto_split")[0].message == "auto chose none: the halves of guidance do not fit two GPUs"
+    assert remarks(plan, "auto_split")[0].message == (
+        "auto chose none: the halves of guidance and the rows of an image do not fit these GPUs"
+    )
     assert not [one for one in plan.faster if one.split == "guidance"]
 
 
@@ -269,7 +271,7 @@ def test_a_map_that_names_the_second_units_is_the_split() -> None:
         (["hardware.pin.vae.1=1"], "'vae.1' is not a component"),
         (["hardware=custom_map", "hardware.device_map.transformer.1=x"], "must be a valid integer (got 'x')"),
         (["hardware=single_gpu", "hardware.split=guidance"], "there is no such key"),
-        (["hardware.split=rows"], "'rows' is not one of auto, none, guidance"),
+        (["hardware.split=columns"], "'columns' is not one of auto, none, guidance, rows"),
     ],
 )
 def test_a_second_half_that_cannot_be_is_refused_with_the_rule(overrides: list[str], message: str) -> None:

@@ -25,6 +25,7 @@ from .knobs import under
 from .overlap import cycle_seconds, launch_seconds, stages_of
 from .profile import ComponentProfile, PipelineProfile, profile_pipeline
 from .records import Place, place_words
+from .row_split import RowSplit
 from .seconds import phase_seconds
 
 _PAYS = 0.95
@@ -203,7 +204,7 @@ class _Replica:
     def _profiled(self, workload: Workload, different: bool) -> PipelineProfile:
         plan = self._plan
         formats = {name: part.format for name, part in plan.components.items()}
-        split = plan.split == "guidance"
+        rows, split = plan.split == "rows", plan.split == "guidance"
         if split:  # a call without guidance is drawn by the first units, with as many rows as they take of one with it
             workload = workload.model_copy(update={"guided": True})
         profile = profile_pipeline(self._checkpoint, workload, formats, _refuse_to_measure)
@@ -211,6 +212,8 @@ class _Replica:
             profile = _different(profile, workload.batch)
         if split:
             profile = split_guidance(profile, self._checkpoint, workload, formats, _refuse_to_measure)
+        if rows:
+            profile = RowSplit(profile, self._checkpoint, workload, formats, _refuse_to_measure).again(plan.rows)
         knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]
         profile = replace(profile, band_count=plan.vae_band_count or 1)
         return executed(under(profile, knobs), plan.runtime)

@@ -105,7 +105,7 @@ def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[
     hardware = spec.hardware
 
     def planned(part: Machine) -> Choice:
-        return choose(spec, part, ways(part))
+        return choose(spec, ways(part))
 
     if isinstance(hardware, CustomMap) or not hardware.may_replicate:
         return [Group(offered, planned(offered))]
@@ -123,7 +123,7 @@ def _sizes(spec: DeploySpec, offered: Machine, ways: WaysOn) -> range:
     """How many GPUs one replica can use: one for each unit at most, two at least where halves of guidance are apart."""
     if isinstance(spec.hardware, SingleGpu):
         return range(1, 2)
-    opened = list(open_ways(spec, offered, ways(offered)))
+    opened = list(open_ways(spec, ways(offered)))
     units = max(len(ways(offered).profile(way).units) for way in opened)
     return range(1 if any(way.split == "none" for way in opened) else 2, units + 1)
 
@@ -198,7 +198,7 @@ def _search(spec: DeploySpec, machine: Machine, profile: PipelineProfile) -> Sea
         return search_single(profile, machine.gpus, rules, hardware.gpu)
     units = {unit.name for unit in profile.units}
     pins = {name: place for name, place in hardware.pin.items() if place is not None and name in units}
-    search = search_balanced(profile, machine.gpus, rules, pins)
+    search = search_balanced(profile, machine.gpus, rules, {**pins, **profile.fixed})
     if hardware.objective == "throughput":
         search.ranked = most_images(profile, search.ranked, {gpu.index: gpu for gpu in machine.gpus})
     return search
@@ -244,7 +244,7 @@ def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: M
 
     def planned(part: Machine) -> Choice:
         """The first way that fits, else the last."""
-        for way in open_ways(spec, part, ways(part)):
+        for way in open_ways(spec, ways(part)):
             choice = ways(part).choice(way)
             if choice.search.best:
                 break

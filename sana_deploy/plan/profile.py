@@ -69,6 +69,9 @@ class PipelineProfile:
         band_count: the bands that it takes where it works in bands.
         further: units beyond the first of their component, and what each needs; its component's profile is then what
             the first one needs. `crossings` name units.
+        rows: that each unit of the denoising loop computes, the first one's first, where rows are dealt; see
+            `PipelineDescription.bands`.
+        fixed: the GPU of each unit that was profiled for that GPU.
     """
 
     pipeline: PipelineDescription
@@ -80,6 +83,8 @@ class PipelineProfile:
     vae_mode: VaeMode = field(default_factory=VaeMode, compare=False)
     band_count: int = field(default=1, compare=False)
     further: Mapping[Unit, ComponentProfile] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
+    fixed: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -94,6 +99,8 @@ class PipelineProfile:
     @property
     def split(self) -> Split:
         """How one image is spread over GPUs."""
+        if self.rows:
+            return "rows"
         return "guidance" if self.further else "none"
 
     @property

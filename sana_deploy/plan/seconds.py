@@ -131,8 +131,8 @@ def upload_seconds(weights_bytes: int, rates: KnownGpu) -> float:
 
 
 def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
-    """Seconds of one crossing between two GPUs: LINK_SECONDS + bytes / the link's rate."""
-    return LINK_SECONDS + crossing.bytes_each / link_between(src, dst).bytes_per_second
+    """Seconds of one crossing between two GPUs: LINK_SECONDS for each copy + bytes / the link's rate."""
+    return crossing.copies * LINK_SECONDS + crossing.bytes_each / link_between(src, dst).bytes_per_second
 
 
 def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:

@@ -133,6 +133,7 @@ class Crossing:
     Attributes:
         pieces: tensors of one size that it consists of, which `src` makes one after the other; 0 for a single tensor.
         needed: share of its work in a step that `dst` does before it needs the last piece.
+        copies: that it takes each time, one after the other.
     """
 
     tensor: str
@@ -143,6 +144,7 @@ class Crossing:
     phase: Phase = "denoise"
     pieces: int = 0
     needed: float = 0.0
+    copies: int = 1
 
     def times(self, steps: int) -> int:
         """How often it crosses in a request of `steps` denoising steps."""
@@ -190,6 +192,36 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
+class BandWork:
+    """What a component's unit takes in a step beyond its share of the rows: it puts its neighbours' beside its own.
+
+    Attributes:
+        operations: kernels launched.
+        moved_bytes: read and written.
+        held_bytes: of activations at the fullest moment; less than 0 where it lets go of more than the whole does.
+    """
+
+    operations: int
+    moved_bytes: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How the units of a denoising loop compute some rows of an image each.
+
+    Attributes:
+        row_pixels: the height in pixels that is dealt to units, given configs.
+        crossings: the units' tensors, for a workload and the rows of each: inputs, results, and what they exchange.
+        work: of a component's unit, given its config and rows.
+    """
+
+    row_pixels: Callable[[Configs], int]
+    crossings: Callable[[Configs, Workload, Mapping[str, Dtype], Sequence[int]], tuple[Crossing, ...]]
+    work: Callable[[Mapping[str, Any], Workload, Dtype, int], BandWork]
+
+
+@dataclass(frozen=True)
 class PipelineDescription:
     """Everything that is particular to one pipeline class of diffusers.
 
@@ -219,6 +251,7 @@ class PipelineDescription:
         second_half: tensors that the denoiser's unit 1 gets and gives where it computes half of the rows of a guided
             step; None where halves cannot be computed apart.
         undivided: why they cannot, in a sentence.
+        bands: what units of the denoising loop take that compute some rows of the image each; None where they cannot.
     """
 
     class_name: str
@@ -242,6 +275,7 @@ class PipelineDescription:
     casts_prompt: bool = False
     second_half: Crossings | None = None
     undivided: str = ""
+    bands: Bands | None = None
 
     @property
     def counts_guidance(self) -> bool:

@@ -32,6 +32,7 @@ from .parts import (
     latents_bytes,
     prompt_crossings,
 )
+from .sana_rows import bands
 
 
 def crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype]) -> tuple[Crossing, ...]:
@@ -118,4 +119,5 @@ SANA_CONTROLNET = PipelineDescription(
     image=ImageInput("control image", optional=True, each_row=True),
     casts_prompt=True,
     second_half=second_half,
+    bands=bands(MAX_TOKENS),
 )
