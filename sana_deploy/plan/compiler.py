@@ -29,6 +29,7 @@ from .remarks import cpu_remark, declaration_remarks, forced_remarks, idle_remar
 from .remedies import Fits, with_all_knobs, working_changes
 from .replicas import Deals, Group, deals_of
 from .search import Search, search_balanced, search_custom, search_host, search_single
+from .setting import groups_of
 from .splits import choose, open_ways, ways_of
 from .ways import Choice, Ways
 
@@ -120,11 +121,11 @@ def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[
 
 
 def _sizes(spec: DeploySpec, offered: Machine, ways: WaysOn) -> range:
-    """How many GPUs one replica can use: one for each unit at most, two at least where halves of guidance are apart."""
+    """How many GPUs one replica can use: one for each unit at most, two at least where the image is split."""
     if isinstance(spec.hardware, SingleGpu):
         return range(1, 2)
     opened = list(open_ways(spec, ways(offered)))
-    units = max(len(ways(offered).profile(way).units) for way in opened)
+    units = max(len(groups_of(ways(offered).profile(way))) for way in opened)
     return range(1 if any(way.split == "none" for way in opened) else 2, units + 1)
 
 
@@ -135,7 +136,7 @@ def _too_many(wanted: int, deals: Deals, sizes: range, changes: str) -> Infeasib
     nearest = deals.planned(left).search.nearest() if len(left.gpus) >= sizes.start else None
     lack = f"; on what they leave, {nearest.message}" if nearest else ""
     if 0 < len(left.gpus) < sizes.start:
-        lack = f"; they leave {len(left.gpus)}, each half of guidance takes one"
+        lack = f"; they leave {len(left.gpus)}, each part of an image takes one"
     on = f"on {len(taken)} of {len(deals.machine.gpus)} GPUs" if deals.machine.gpus else "without a GPU"
     fewer = f"this fits: hardware.replicas={deals.most}" if deals.most else ""
     return InfeasibleError(

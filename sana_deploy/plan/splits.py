@@ -115,10 +115,10 @@ def _no_rows(spec: DeploySpec, rows: RowSplit) -> str:
 def choose(spec: DeploySpec, ways: Ways) -> Choice:
     """Choose runtime and split.
 
-    `hardware.split=auto` takes, with `objective=latency`, the halves of guidance or the rows of the image where they
-    save 5 % of the seconds of an image: rows where they save as much of what halves take. With `throughput` it may take
-    halves, and, but with `objective=fit`, either where nothing fits without. Whether two GPUs draw more images with a
-    replica each is decided where GPUs are dealt, in `replicas.py`.
+    `hardware.split=auto` takes, with `objective=latency` and `throughput`, the halves of guidance or the rows of the
+    image where they save 5 % of the seconds of an image: rows where they save as much of what halves take. But with
+    `objective=fit` it takes either where nothing fits without. Whether GPUs draw more images with a replica each is
+    decided where GPUs are dealt, in `replicas.py`.
 
     Raises:
         InfeasibleError: `hardware.split=rows` is asked for with a runtime that it does not have.
@@ -136,8 +136,7 @@ def choose(spec: DeploySpec, ways: Ways) -> Choice:
     found = whole.search.best
     if hardware.objective == "fit" or (hardware.objective == "balance" and found):
         return whole
-    more_images = hardware.objective == "throughput" and found  # a replica on each GPU draws more than rows on them
-    tried = [split for split in ways.splits if split != "none" and not (split == "rows" and more_images)]
+    tried = [split for split in ways.splits if split != "none"]
     if not tried:
         return whole
     choices = [choose_runtime(mode, split, ways) for split in tried]

@@ -276,9 +276,23 @@ def row_units(pipeline: DiffusionPipeline, border: Border) -> dict[str, Mirror]:
 def split_rows(
     pipeline: DiffusionPipeline, border: Border, mirrors: Mapping[str, Mirror], shares: Sequence[int]
 ) -> None:
-    """Have hooked components compute the rows of an image over themselves and their `mirrors`."""
+    """Have hooked components compute the rows of an image over themselves and their `mirrors`; see `row_units`."""
     for name in border.pipeline.looped:
         units = [unit for unit in mirrors if component_of(unit) == name]
         module = getattr(pipeline, name)
         devices = [next(module.parameters()).device, *(border.units[unit] for unit in units)]
         module.forward = RowForward(name, module, [mirrors[unit] for unit in units], devices, shares, border)
+    _look_anew(pipeline, border)
+
+
+def _look_anew(pipeline: DiffusionPipeline, border: Border) -> None:
+    """Have each call of the pipeline look at the weights once, from `encode_prompt` on."""
+    encode = pipeline.encode_prompt
+
+    @functools.wraps(encode)
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        border.state.seen = set()
+        return encode(*args, **kwargs)
+
+    pipeline.encode_prompt = encode_prompt
+    border.restore.append(lambda: pipeline.__dict__.pop("encode_prompt", None))

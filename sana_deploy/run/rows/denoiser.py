@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusers import SanaControlNetModel, SanaTransformer2DModel
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
 from .exchange import Band, Work
 from .layers import glumb_conv, linear_attention
@@ -67,7 +67,7 @@ def sees_all_rows(model: Any) -> bool:
     return model.patch_embed.pos_embed is not None
 
 
-def whole_rows_only(model: nn.Module) -> str:
+def whole_rows_only(model: Any) -> str:
     """Why no band of a module may be computed by itself; empty where one may."""
     if type(model) not in WORKS:
         return f"it is a {type(model).__name__}"
