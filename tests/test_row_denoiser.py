@@ -1,4 +1,4 @@
-"""The transformer and the ControlNet over bands of rows: what whole modules compute, whatever sizes, bands and shares."""
+"""The transformer and the ControlNet over bands of rows: what whole modules compute, whatever sizes and shares."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ def test_bands_give_what_the_whole_gives(variant: str) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(2, 12), st.integers(1, 5), st.integers(1, 3), st.lists(st.integers(1, 9), min_size=2, max_size=8)
-)
+@given(st.integers(2, 12), st.integers(1, 5), st.integers(1, 3), st.lists(st.integers(1, 9), min_size=2, max_size=8))
 def test_so_they_do_for_any_size_batch_and_shares(rows: int, width: int, batch: int, shares: list[int]) -> None:
     with torch.no_grad(), Double():
         found = modules({"num_layers": 2})

@@ -1,4 +1,4 @@
-"""Rows of an image on several devices: the ordinary call gives the picture of one device, whatever is done around it."""
+"""Rows of an image on several devices: the call gives the picture of one device, whatever is done around it."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def test_the_scale_of_attention_kwargs_reaches_the_lora_of_all_units(
                 use_resolution_binning=False, generator=torch.Generator().manual_seed(1),
             )  # fmt: skip
             pictures[scale, one is whole] = made.images
-        assert apart(pictures[scale, True], pictures[scale, False]) < 2 * ROUNDING
-    assert apart(pictures[1.0, True], pictures[0.3, True]) > 1e-4
+        assert apart(pictures[scale, True], pictures[scale, False]) < 1e-5, "random LoRA makes rounding larger"
+    assert apart(pictures[1.0, True], pictures[0.3, True]) > 1e-3
 
 
 def test_a_callback_may_change_the_latents(

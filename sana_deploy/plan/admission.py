@@ -178,28 +178,35 @@ class _Replica:
     def needs(self, workload: Workload, different: bool, planned: bool) -> Iterator[Need]:
         """What a workload takes on each place; `planned` ones run in the graphs that the plan has room for."""
         profile = self.profile(workload, different)
-        for place in dict.fromkeys(self._placement.values()):
+        placement = self._places(profile)
+        for place in dict.fromkeys(placement.values()):
             if place == "cpu":
-                yield Need("cpu", None, host_bytes(profile, self._placement), self._machine.host_bytes)
+                yield Need("cpu", None, host_bytes(profile, placement), self._machine.host_bytes)
                 continue
-            use = slot_use(profile, self._placement, place, self._gpus[place])
+            use = slot_use(profile, placement, place, self._gpus[place])
             # Graphs of the planned workload keep their pool beside those of another one.
             peak = use.peak_bytes + (0 if planned else self._pools.get(place, 0))
             yield Need(place, use.phase, peak, self._gpus[place].free_bytes)
 
     def seconds(self, workload: Workload, different: bool) -> float | None:
         """Seconds of a workload, estimated; None where a component is on the CPU."""
-        phases = phase_seconds(self.profile(workload, different), self._placement, self._gpus)
+        profile = self.profile(workload, different)
+        phases = phase_seconds(profile, self._places(profile), self._gpus)
         return None if phases is None else sum(phases.values())
 
     def between(self, workload: Workload) -> float | None:
         """Seconds from one request to the next, estimated; those of one where stages do not overlap."""
         profile, overlap = self.profile(workload, False), self._plan.overlap
-        phases = phase_seconds(profile, self._placement, self._gpus)
+        placement = self._places(profile)
+        phases = phase_seconds(profile, placement, self._gpus)
         if phases is None or overlap is None:
             return None if phases is None else sum(phases.values())
-        stages = stages_of(profile, self._placement, phases)
+        stages = stages_of(profile, placement, phases)
         return cycle_seconds(stages, overlap.in_flight, launch_seconds(profile))
+
+    def _places(self, profile: PipelineProfile) -> dict[str, Place]:
+        """Where units are; an image of few rows has none for some."""
+        return {name: place for name, place in self._placement.items() if name in profile.parts}
 
     def _profiled(self, workload: Workload, different: bool) -> PipelineProfile:
         plan = self._plan
