@@ -24,6 +24,7 @@ from sana_deploy.plan.diff import compare
 from sana_deploy.plan.digest import digest_of
 from sana_deploy.plan.profile import profile_pipeline
 from sana_deploy.plan.row_split import RowSplit, dealt, in_proportion
+from sana_deploy.report.wording import runtime_words
 
 Small = Callable[..., DeploySpec]
 LARGE = ("model=sana_1600m_controlnet", "machine=virtual")
@@ -215,6 +216,7 @@ def test_a_plan_of_rows_is_saved_bound_and_compared(
     bound = plan.resolve(machine(8, 8))
     assert set(bound.unit_devices) == {"transformer.1", "controlnet.1"}
     assert plan.exactness == "rounding"
+    assert runtime_words(plan).endswith(f"split rows {', '.join(map(str, plan.rows))} (rounding)")
     whole = compile_spec(small("hardware.split=none", "workload.height=160", "runtime=eager"), machine(8, 8))
     lines = {one.where: (one.was, one.now) for one in compare(whole, plan)}
     assert lines["split"] == ("none", "rows")

@@ -107,6 +107,8 @@ def test_every_byte_that_crosses_is_planned_and_in_the_ledger(small: Small, fide
 
 LARGE: dict[str, list[str]] = {
     "1.6B, 1024 px": ["model=sana_1600m_controlnet", "machine.gpus=2xh100"],
+    "1.6B, 1024 px, all else elsewhere": ["model=sana_1600m_controlnet", "machine.gpus=2xh100",
+                                          "hardware.pin={vae: 1, text_encoder: 1}"],
     "1.6B, 2048 px, unlike, nf4": ["model=sana_1600m_controlnet", "machine.gpus=[h100,a100]", "workload.height=2048",
                               "workload.width=1024", "precision=nf4"],
     "0.6B, 2048 px, float32, batch 2": ["model=sana_600m_controlnet", "machine.gpus=3xh100", "precision=fp32",
@@ -114,13 +116,14 @@ LARGE: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_gpus")
 @pytest.mark.parametrize("name", LARGE)
 def test_peaks_are_planned_within_half_a_percent(name: str) -> None:
     plan = compile_plan(["machine=virtual", "hardware.split=rows", "workload.steps=2", *LARGE[name]])
     done, _, _ = rehearsed(plan)
     assert len(done.report.gpus) == len(plan.rows)
-    assert [gpu.phase for gpu in done.report.gpus[1:]] == ["denoise"] * (len(plan.rows) - 1)
+    assert {gpu.phase for gpu in done.report.gpus} > {"denoise"}
     for gpu in done.report.gpus:
         assert abs(gpu.planned_error) < 0.005, gpu
     found = Counter({(one.src, one.dst, one.tensor): one.bytes_per_image for one in done.report.transfers})

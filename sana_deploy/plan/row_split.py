@@ -105,8 +105,9 @@ class RowSplit:
             residuals = sum(one.bytes_each for one in between if one.tensor in waiting and one.dst == here)
             every = sum(one.bytes_each for one in between if one.tensor in waiting)
             activations["decode"] = residuals + (whole.activations["decode"] - every if not number else 0)
-            if not number:  # what the others compute on, and what comes back of them
-                activations["denoise"] += sum(one.bytes_each for one in between if one.dst == here != one.src)
+            if not number:  # what comes back of the others; what is exchanged is there for a moment
+                results = (one.bytes_each for one in between if one.copies == 1 and one.dst == here)
+                activations["denoise"] += sum(results) - residuals
         work = {**(whole.work if not number else {}), "denoise": part.work["denoise"]}
         return replace(part if number else whole, activations=activations, work=work, units=len(rows))
 
