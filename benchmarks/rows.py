@@ -111,7 +111,7 @@ def difference(found: Tensor, wanted: Tensor) -> dict[str, float]:
     PSNR counts `wanted`'s range as the peak. Large results are taken a slice at a time.
     """
     squares = norm = worst = largest = 0.0
-    for a, b in zip(found.flatten().split(1 << 24), wanted.flatten().split(1 << 24), strict=True):
+    for a, b in zip(*(torch.split(one.flatten(), 1 << 24) for one in (found, wanted)), strict=True):
         apart, size = (a.double() - b.double()).abs(), b.double().abs()
         squares, norm = squares + float((apart**2).sum()), norm + float((size**2).sum())
         worst, largest = max(worst, float(apart.max())), max(largest, float(size.max()))

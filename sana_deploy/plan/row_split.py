@@ -15,7 +15,8 @@ from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Gpu
 from .cost import overhead
 from .needs import Measure, needs_of
-from .profile import ComponentProfile, PipelineProfile, Work, profile_component
+from .passing import Work
+from .profile import ComponentProfile, PipelineProfile, profile_component
 from .seconds import STEP_EFFICIENCY, work_seconds
 from .units import Unit
 
