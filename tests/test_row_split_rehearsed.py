@@ -41,6 +41,50 @@ def all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_gpus, "_rank", most_gpus)
 
 
+@pytest.fixture
+def vae_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deal rows to all GPUs, and the VAE's as well."""
+
+    def most_units(search: Search) -> tuple[bool, float]:
+        return search.best is None, -len(search.best.placement) if search.best else 0
+
+    monkeypatch.setattr(row_gpus, "_rank", most_units)
+
+
+@pytest.mark.usefixtures("vae_too", "short_prompts")
+@pytest.mark.parametrize("height", [64, 160])
+def test_with_the_vae_over_gpus_it_is_too_and_without_an_exchange_it_is_not(small: Small, height: int) -> None:
+    more = ["machine.gpus=2xrtx4090", f"workload.height={height}"]
+    plan = compile_spec(small(*ROWS, *more))
+    assert {"vae.1", "transformer.1", "controlnet.1"} == set(plan.units)
+    whole = pixels_of(compile_spec(small(*WHOLE, *more)))
+    assert apart(pixels_of(plan), whole) < ROUNDING
+    for kind in (Halo, Sum):
+        with without(kind):
+            assert apart(pixels_of(plan), whole) > 100 * ROUNDING
+
+
+@pytest.mark.usefixtures("vae_too")
+def test_every_byte_of_the_vae_s_units_is_planned(small: Small) -> None:
+    for more in (["machine.gpus=3xrtx4090", "workload.height=160"], ["machine.gpus=2xrtx4090", "workload.height=64"]):
+        plan = compile_spec(small(*ROWS, *more))
+        done, _, _ = rehearsed(plan)
+        found = Counter({(one.src, one.dst, one.tensor): one.bytes_per_image for one in done.report.transfers})
+        assert found == moved(plan)
+        assert any(tensor == "decoded_edge_rows" for _, _, tensor in found)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("vae_too")
+def test_peaks_of_the_vae_s_units_are_planned_within_half_a_percent() -> None:
+    shape = ["workload.height=1536", "workload.width=1024", "workload.steps=2"]
+    plan = compile_plan(["model=sana_1600m_controlnet", "machine=virtual", "machine.gpus=2xh100", *ROWS[2:], *shape])
+    done, _, _ = rehearsed(plan)
+    for gpu in done.report.gpus:
+        assert gpu.component == "vae"
+        assert abs(gpu.planned_error) < 0.005, gpu
+
+
 def pixels_of(plan: Plan, **shape: int) -> torch.Tensor:
     resolved, state = plan.resolve(), RequestState()
     host, workload = open_host(resolved, "numbers"), plan.spec.workload

@@ -17,7 +17,7 @@ from ..declare.pipelines import Phase
 from ..declare.workload import VAE_FACTOR, Workload
 from ..errors import InfeasibleError
 from ..facts.checkpoint import Checkpoint
-from .artifact import ResolvedPlan
+from .artifact import Plan, ResolvedPlan
 from .cost import host_bytes, slot_use
 from .execution import executed
 from .guidance_split import split_guidance
@@ -220,7 +220,8 @@ class _Replica:
         if split:
             profile = split_guidance(profile, self._checkpoint, workload, formats, _refuse_to_measure)
         if rows:
-            profile = RowSplit(profile, self._checkpoint, workload, formats, _refuse_to_measure).again(plan.rows)
+            dealt = RowSplit(profile, self._checkpoint, workload, formats, _refuse_to_measure)
+            profile = dealt.again(plan.rows, _vae_is_dealt(plan))
         knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]
         profile = replace(profile, band_count=plan.vae_band_count or 1)
         return executed(under(profile, knobs), plan.runtime)
@@ -230,6 +231,10 @@ def _longest(each: Iterable[float | None]) -> float | None:
     """The largest; None where one is not known."""
     known = list(each)
     return None if None in known else max(seconds for seconds in known if seconds is not None)
+
+
+def _vae_is_dealt(plan: Plan) -> bool:
+    return any(unit.component == plan.pipeline.of("vae") for unit in plan.units.values())
 
 
 def _place_of(device: str) -> Place:

@@ -72,6 +72,7 @@ class PipelineProfile:
         rows: that each unit of the denoising loop computes, the first one's first, where rows are dealt; see
             `PipelineDescription.bands`.
         fixed: the GPU of each unit that was profiled for that GPU.
+        further_vae_under: what further units of the VAE need in each mode, where it has some.
     """
 
     pipeline: PipelineDescription
@@ -85,6 +86,7 @@ class PipelineProfile:
     further: Mapping[Unit, ComponentProfile] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
     fixed: Mapping[str, int] = field(default_factory=dict)
+    further_vae_under: Mapping[VaeMode, Mapping[Unit, ComponentProfile]] = field(default_factory=dict)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -112,7 +114,8 @@ class PipelineProfile:
         """Return the profile with the VAE in another mode, e.g. `sliced=True`; what is not named stays."""
         vae, changed = self.pipeline.of("vae"), replace(self.vae_mode, **mode)
         needs = self.vae_under.get(changed, self.components[vae])
-        return replace(self, components={**self.components, vae: needs}, vae_mode=changed)
+        further = {**self.further, **self.further_vae_under.get(changed, {})}
+        return replace(self, components={**self.components, vae: needs}, vae_mode=changed, further=further)
 
 
 def profile_pipeline(

@@ -31,13 +31,19 @@ def best_rows(
     best: tuple[tuple[bool, float], PipelineProfile] | None = None
     for chosen in _choices(split, gpus, pins, emulated):
         profile = split.dealt_to(chosen)
-        found = searched(profile)
-        if best is None or _rank(found) < best[0]:
-            best = _rank(found), profile
-        elif found.best is not None:
+        ways = [profile, split.with_vae(profile)] if _may_deal_vae(split, pins, chosen[0]) else [profile]
+        rank, way = min(((_rank(searched(one)), one) for one in ways), key=lambda pair: pair[0])
+        if best is None or rank < best[0]:
+            best = rank, way
+        elif not rank[0]:
             break
     assert best is not None
     return best[1]
+
+
+def _may_deal_vae(split: RowSplit, pins: Mapping[str, int], home: Gpu) -> bool:
+    """Whether the VAE may have its first unit with the denoising loop."""
+    return pins.get(split.profile.pipeline.of("vae"), home.index) == home.index
 
 
 def _rank(search: Search) -> tuple[bool, float]:

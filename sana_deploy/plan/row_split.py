@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from ..declare.formats import Format
 from ..declare.pipelines import Bands, Component, Crossing, Phase
-from ..declare.workload import Workload
+from ..declare.workload import VAE_FACTOR, Workload
 from ..facts.allocator import workspace_bytes
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Gpu
 from .cost import overhead
 from .needs import Measure, needs_of
-from .passing import Work
+from .passing import VaeMode, Work
 from .profile import ComponentProfile, PipelineProfile, profile_component
 from .seconds import STEP_EFFICIENCY, work_seconds
 from .units import Unit
+from .vae_rows import dealt_crossings
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class RowSplit:
         return self.profile.pipeline.bands
 
     @cached_property
-    def _configs(self) -> dict[str, Mapping[str, object]]:
+    def _configs(self) -> dict[str, Mapping[str, Any]]:
         return {name: one.config for name, one in self.checkpoint.components.items()}
 
     @cached_property
@@ -70,12 +72,55 @@ class RowSplit:
             fixed |= {Unit(name, number).name: gpu.index for name in self.profile.pipeline.looped}
         return replace(self.with_rows(self.shares(gpus)), fixed=fixed)
 
-    def again(self, shares: Sequence[int]) -> PipelineProfile:
-        """The profile whose units compute rows in the proportion of `shares`, as placed ones deal them."""
-        return self.with_rows(in_proportion(self.rows, shares))
+    def with_vae(self, split: PipelineProfile) -> PipelineProfile:
+        """The profile `split`, of this request, whose VAE has a unit on each of its GPUs, for the same rows."""
+        vae, config = self._vae, self._configs[self._vae]
+        form, rows, count = self.formats[vae], split.rows, len(split.rows)
+        units = [Unit(vae, number) for number in range(count)]
+        under = {
+            mode: [self._vae_band(mode, rows[number], count) for number in range(count)]
+            for mode in self.profile.vae_under
+            if not mode.tiled and mode.bands == 1
+        }
+        parts = under[VaeMode()]
+        dtypes = self._bands.row_pixels(self._configs) // VAE_FACTOR
+        latents = [dtypes * one for one in rows]
+        between = dealt_crossings([one.name for one in units], config, self.workload, form.dtype, latents)
+        gpus = [split.fixed.get(Unit(split.pipeline.denoiser, number).name) for number in range(count)]
+        places = {one.name: gpu for one, gpu in zip(units, gpus, strict=True) if gpu is not None}
+        return replace(
+            split,
+            components={**split.components, vae: parts[0]},
+            further={**split.further, **dict(zip(units[1:], parts[1:], strict=True))},
+            crossings=(*split.crossings, *between),
+            fixed={**split.fixed, **places},
+            vae_under={mode: found[0] for mode, found in under.items()},
+            further_vae_under={mode: dict(zip(units[1:], found[1:], strict=True)) for mode, found in under.items()},
+        )
+
+    def _vae_band(self, mode: VaeMode, rows: int, count: int) -> ComponentProfile:
+        """What a unit of the VAE needs for its rows, of which it lets go sooner than the whole does."""
+        vae, needs = self._vae, self._needs[self._vae]
+        shape = self.workload.model_copy(update={"height": rows * self.row_pixels})
+        part = profile_component(self.checkpoint.components[vae], self.formats[vae], needs, shape, mode)
+        held = {phase: round(size * _vae_share(needs[phase])) for phase, size in part.activations.items()}
+        return replace(part, activations=held, units=count)
+
+    @property
+    def _vae(self) -> Component:
+        return self.profile.pipeline.of("vae")
+
+    def again(self, shares: Sequence[int], vae: bool = False) -> PipelineProfile:
+        """The profile whose units compute rows in the proportion of `shares`, as placed ones deal them.
+
+        Args:
+            vae: the VAE has units as well.
+        """
+        found = self.with_rows(in_proportion(self.rows, shares))
+        return self.with_vae(found) if vae else found
 
     def with_rows(self, rows: Sequence[int]) -> PipelineProfile:
-        """The profile whose units compute so many rows each, whatever GPUs they are on."""
+        """The profile whose denoising loop has units that compute so many rows each, whatever GPUs they are on."""
         pipeline, bands = self.profile.pipeline, self._bands
         dtypes = {name: form.dtype for name, form in self.formats.items()}
         between = bands.crossings(self._configs, self.workload, dtypes, rows)
@@ -126,7 +171,7 @@ class RowSplit:
         return replace(part, activations={**part.activations, "denoise": held}, work={**part.work, "denoise": work})
 
     @cached_property
-    def _needs(self) -> Mapping[Component, Mapping[Phase, Mapping[str, object]]]:
+    def _needs(self) -> Mapping[Component, Mapping[Phase, Mapping[str, Any]]]:
         return needs_of(self.checkpoint, self.formats, self.workload.guided, self.measure)
 
     def _whole_seconds(self, gpu: Gpu) -> float:
@@ -145,6 +190,14 @@ class RowSplit:
         if free < 0:
             return 0
         return 1 + int(free * (self.rows - 1) // max(most - least, 1))
+
+
+def _vae_share(needs: Mapping[str, Any]) -> float:
+    """Of a whole image's activations, what units take together: what bands hold, and what one of them works with."""
+    if "banded" not in needs:
+        return 1.0
+    held, worked = needs["banded"]["activation_bytes"][:2]
+    return float((held + worked) / needs["activation_bytes"][3])
 
 
 def dealt(rows: int, speeds: Sequence[float], most: Sequence[int]) -> tuple[int, ...]:

@@ -138,7 +138,7 @@ def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
 def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
     """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
     # In other phases than the loop's, a denoiser does what the pipeline itself launches.
-    launches = 0 if part.graphed and "denoise" not in part.work else 1
+    launches = 0 if part.graphed and "denoise" not in part.work else part.units
     seconds = {
         phase: steps * step_seconds(part, rates)
         if phase == "denoise"

@@ -174,12 +174,12 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
     for name in plan.pipeline.names:
         device = torch.device(resolved.device_map[name])
         hook(getattr(pipeline, name), name, device, offloaded=waiting_device(resolved, name) != str(device))
-    if by_rows:
-        split_rows(pipeline, border, mirrors, plan.rows)
-    else:
+    if not by_rows:
         split_guidance(pipeline, border, mirrors)
     _stream_residuals(pipeline, plan, border)
     _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
+    if by_rows:
+        split_rows(pipeline, border, mirrors, plan.rows)
     if "encode_once" in plan.knobs:
         _encode_once(pipeline, border)
     _refuse_group_offload(pipeline, border)

@@ -14,7 +14,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -26,42 +25,12 @@ from ..plan.units import component_of
 from .border import Border
 from .mirror import Mirror
 from .not_copied import NotCopied
+from .row_group import CountedGroup, UndealtError, tell, units_of
+from .row_vae import deal_vae
 from .rows.denoiser import LATENTS, TOKENS, WORKS, sees_all_rows, whole_rows_only
-from .rows.exchange import Ask, Band, Group, Halo, Sum
+from .rows.exchange import Band
 from .split_tensor import SplitTensor, as_whole
-from .traffic import Traffic, move
-
-_TENSORS: Mapping[type[Ask], str] = {Sum: "attention_sums", Halo: "edge_rows"}
-"""What units exchange, as plans and outcomes call it."""
-
-
-class UndealtError(Exception):
-    """The rows of a call cannot be dealt out; the message says why."""
-
-
-@dataclass
-class CountedGroup(Group):
-    """Bands whose exchanges are counted as traffic.
-
-    Attributes:
-        traffic: of the request.
-        tensor: that is exchanged now.
-    """
-
-    traffic: Traffic = field(default_factory=Traffic)
-    tensor: str = ""
-
-    def exchange(self, asked: Sequence[Ask]) -> None:
-        """Answer what all bands ask; see `Group`."""
-        self.tensor = _TENSORS.get(type(asked[0]), type(asked[0]).__name__.lower())
-        super().exchange(asked)
-
-    def move(self, x: Tensor, source: int, target: int) -> Tensor:
-        """Move and count; see `Group`."""
-        here, there = self.devices[source], self.devices[target]
-        if here != there:
-            self.traffic.add(here, there, self.tensor, x.nbytes)
-        return super().move(x, source, target)
+from .traffic import move
 
 
 class RowForward(NotCopied):
@@ -100,7 +69,7 @@ class RowForward(NotCopied):
             modules = self._modules(len(bands))
         except (UndealtError, TypeError) as problem:
             if isinstance(problem, UndealtError):
-                self._tell(str(problem))
+                tell(self.border, self.name, str(problem))
             args, kwargs = as_whole((args, kwargs))
             return self.forward(*args, **kwargs)
         self.border.enter(self.name, "forward")
@@ -133,7 +102,7 @@ class RowForward(NotCopied):
         patch = int(self.config.patch_size)
         if not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[2] % patch:
             raise UndealtError("the latents are no image of whole rows")
-        group = CountedGroup(self.devices, self.shares, traffic=self.border.state.traffic)
+        group = CountedGroup(self.devices, self.shares, traffic=self.border.state.traffic, result=self.output)
         bands = group.bands(latents.shape[2] // patch)
         if len(bands) < 2:
             raise UndealtError("the image has one row of tokens")
@@ -146,19 +115,9 @@ class RowForward(NotCopied):
             UndealtError: a copy cannot stand for the module in this call.
             torch.OutOfMemoryError: the module changed, and a new copy does not fit.
         """
-        if torch.is_grad_enabled():
-            raise UndealtError("gradients are recorded")
-        if self.module.training:
-            raise UndealtError("the module is in training mode")
         if why := whole_rows_only(self.module):
             raise UndealtError(why)
-        found: list[Any] = [self.module]
-        for mirror in self.mirrors[: count - 1]:
-            copied = mirror.current(self.border.state.seen)
-            if copied is None:
-                raise UndealtError(mirror.refusal)
-            found.append(copied)
-        return found
+        return units_of(self.module, self.mirrors[: count - 1], self.border)
 
     def _given(self, given: Mapping[str, Any], band: Band, model: Any) -> dict[str, Any]:
         """The arguments of a call for one band, on its device."""
@@ -194,7 +153,6 @@ class RowForward(NotCopied):
     def _output(self, group: CountedGroup, parts: list[Any], as_dict: bool) -> Any:
         """What all units made, as one call would have made it."""
         if self.name == self.border.pipeline.denoiser:
-            group.tensor = self.output
             made: Any = group.joined(parts, 2)
         else:
             home, traffic = self.devices[0], self.border.state.traffic
@@ -208,12 +166,6 @@ class RowForward(NotCopied):
 
         whole = self.name == self.border.pipeline.denoiser
         return Transformer2DModelOutput(sample=made) if whole else SanaControlNetOutput(controlnet_block_samples=made)
-
-    def _tell(self, reason: str) -> None:
-        state = self.border.state
-        remark = f"the {self.name} computed all rows of the image on one device: {reason}"
-        if remark not in state.remarks:
-            state.remark(remark)
 
 
 _NOT_GIVEN = ("self", "attention_mask", "attention_kwargs", "return_dict")
@@ -282,6 +234,9 @@ def split_rows(
         module = getattr(pipeline, name)
         devices = [next(module.parameters()).device, *(border.units[unit] for unit in units)]
         module.forward = RowForward(name, module, [mirrors[unit] for unit in units], devices, shares, border)
+    vae = border.pipeline.of("vae")
+    if units := [unit for unit in mirrors if component_of(unit) == vae]:
+        deal_vae(getattr(pipeline, vae), [mirrors[unit] for unit in units], shares, border)
     _look_anew(pipeline, border)
 
 
