@@ -145,7 +145,9 @@ def test_latency_takes_rows_where_they_take_the_fewest_seconds_and_says_so() -> 
     assert halves.estimates.seconds_per_image is not None
     assert plan.estimates.seconds_per_image <= 0.95 * halves.estimates.seconds_per_image
     two = planned("machine.gpus=2xh100", LATENCY, *TALL)
-    assert two.split == "guidance", "halves exchange nothing"
+    assert (two.split, "vae.1" in two.units) == ("rows", True), "encode and decode are dealt as well"
+    alone = planned("machine.gpus=1xh100", LATENCY, *TALL).estimates.seconds_per_image
+    assert (two.estimates.seconds_per_image or 0) < 0.55 * (alone or 0)
     unguided = planned("machine.gpus=2xh100", LATENCY, *TALL, "workload.guidance_scale=1")
     assert unguided.split == "rows"
     assert planned("machine.gpus=4xh100", LATENCY).split == "guidance", "a small image is bound by launches"
