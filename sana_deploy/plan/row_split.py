@@ -85,7 +85,8 @@ class RowSplit:
         parts = under[VaeMode()]
         dtypes = self._bands.row_pixels(self._configs) // VAE_FACTOR
         latents = [dtypes * one for one in rows]
-        between = dealt_crossings([one.name for one in units], config, self.workload, form.dtype, latents)
+        encoded = self.profile.pipeline.image_rows(self.workload)
+        between = dealt_crossings([one.name for one in units], config, self.workload, form.dtype, latents, encoded)
         gpus = [split.fixed.get(Unit(split.pipeline.denoiser, number).name) for number in range(count)]
         places = {one.name: gpu for one, gpu in zip(units, gpus, strict=True) if gpu is not None}
         return replace(
@@ -102,7 +103,9 @@ class RowSplit:
         """What a unit of the VAE needs for its rows, of which it lets go sooner than the whole does."""
         vae, needs = self._vae, self._needs[self._vae]
         shape = self.workload.model_copy(update={"height": rows * self.row_pixels})
-        part = profile_component(self.checkpoint.components[vae], self.formats[vae], needs, shape, mode)
+        part = profile_component(
+            self.profile.pipeline, self.checkpoint.components[vae], self.formats[vae], needs, shape, mode
+        )
         held = {phase: round(size * _vae_share(needs[phase])) for phase, size in part.activations.items()}
         return replace(part, activations=held, units=count)
 
@@ -161,7 +164,7 @@ class RowSplit:
         """One component's needs for so many rows of an image, with what it puts beside them."""
         form, needs = self.formats[name], self._needs[name]
         shape = self.workload.model_copy(update={"height": rows * self.row_pixels})
-        part = profile_component(self.checkpoint.components[name], form, needs, shape)
+        part = profile_component(self.profile.pipeline, self.checkpoint.components[name], form, needs, shape)
         if rows == self.rows:
             return part
         more = self._bands.work(self._configs[name], self.workload, form.dtype, rows)

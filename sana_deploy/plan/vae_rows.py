@@ -127,20 +127,24 @@ def _overlap(starts: Sequence[int], target: int, source: int, reach: Reach, bott
 
 
 def dealt_crossings(
-    units: Sequence[str], config: Mapping[str, Any], workload: Workload, dtype: Dtype, rows: Sequence[int]
+    units: Sequence[str], config: Mapping[str, Any], workload: Workload, dtype: Dtype, rows: Sequence[int], encoded: int
 ) -> tuple[Crossing, ...]:
-    """All tensors of a VAE's units in a request, in bytes; the first unit holds images and latents."""
+    """All tensors of a VAE's units in a request, in bytes; the first unit holds images and latents.
+
+    Args:
+        encoded: images that are encoded, copies included.
+    """
     item, pixel = DTYPE_BYTES[dtype], 3 * VAE_FACTOR * workload.width
     cell = int(config["latent_channels"]) * (workload.width // VAE_FACTOR)
     found: list[Crossing] = []
     for unit, count in zip(units[1:], rows[1:], strict=True):
         for images, phase, there, back in (
-            (workload.rows, "prepare", ("control_image", pixel), ("control_latents", cell)),
+            (encoded, "prepare", ("control_image", pixel), ("control_latents", cell)),
             (workload.batch, "decode", ("latents", cell), ("image", pixel)),
         ):
             sizes = [(name, math.prod((size, count, images, item))) for name, size in (there, back)]
             found.append(Crossing(sizes[0][0], units[0], unit, sizes[0][1], False, phase))  # type: ignore[arg-type]
             found.append(Crossing(sizes[1][0], unit, units[0], sizes[1][1], False, phase))  # type: ignore[arg-type]
-    found += exchanged(units, config, workload, dtype, rows, "encoder", workload.rows)
+    found += exchanged(units, config, workload, dtype, rows, "encoder", encoded)
     found += exchanged(units, config, workload, dtype, rows, "decoder", workload.batch)
     return tuple(found)

@@ -32,15 +32,20 @@ def _inner(config: Mapping[str, Any]) -> int:
     return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
 
+def _images(workload: Workload) -> int:
+    """Images that pass the denoiser in a step."""
+    return workload.batch * (2 if workload.guided else 1)
+
+
 def _edge_elements(config: Mapping[str, Any], workload: Workload) -> int:
     """Elements of one row of tokens where the depthwise convolution reads it."""
     width = workload.width // (VAE_FACTOR * int(config["patch_size"]))
-    return workload.rows * 2 * int(config["mlp_ratio"] * _inner(config)) * width
+    return _images(workload) * 2 * int(config["mlp_ratio"] * _inner(config)) * width
 
 
 def _sum_bytes(config: Mapping[str, Any], workload: Workload) -> int:
     side = int(config["attention_head_dim"])
-    return workload.rows * _inner(config) * (side + 1) * _SUM_BYTES
+    return _images(workload) * _inner(config) * (side + 1) * _SUM_BYTES
 
 
 def _named(component: str, number: int) -> str:
@@ -70,7 +75,7 @@ def crossings(
     """
     looped = [name for name in ("transformer", "controlnet") if name in configs]
     item = {name: DTYPE_BYTES[dtypes[name]] for name in (*looped, "vae")}
-    row = int(configs["vae"]["latent_channels"]) * workload.rows * workload.width // VAE_FACTOR
+    row = int(configs["vae"]["latent_channels"]) * _images(workload) * workload.width // VAE_FACTOR
     row = row * row_pixels(configs) // VAE_FACTOR
     found: list[Crossing] = []
     for number, count in enumerate(rows):
@@ -100,7 +105,9 @@ def crossings(
 def _residuals(configs: Configs, workload: Workload, item: int) -> int:
     """Bytes of a ControlNet's results for one row of tokens."""
     config = configs["controlnet"]
-    return int(config["num_layers"]) * _inner(config) * workload.rows * (workload.width // row_pixels(configs)) * item
+    return (
+        int(config["num_layers"]) * _inner(config) * _images(workload) * (workload.width // row_pixels(configs)) * item
+    )
 
 
 def _given(
@@ -113,7 +120,7 @@ def _given(
     most_tokens: int,
 ) -> Iterator[Crossing]:
     """What a unit gets from where the denoising loop lives, but for the control image; `latents` are elements."""
-    item, tokens = DTYPE_BYTES[dtypes[name]], most_tokens * workload.rows
+    item, tokens = DTYPE_BYTES[dtypes[name]], most_tokens * _images(workload)
     others = {
         dtype
         for other, dtype in dtypes.items()
@@ -125,7 +132,7 @@ def _given(
     hidden = int(configs["text_encoder"]["hidden_size"])
     yield Crossing("encoder_hidden_states", "transformer", unit, tokens * hidden * item, recast)
     yield Crossing("encoder_attention_mask", "transformer", unit, tokens * 8, False)
-    yield Crossing("timestep", "transformer", unit, workload.rows * 8, True)
+    yield Crossing("timestep", "transformer", unit, _images(workload) * 8, True)
 
 
 def work(config: Mapping[str, Any], workload: Workload, dtype: Dtype, rows: int) -> BandWork:
@@ -136,7 +143,7 @@ def work(config: Mapping[str, Any], workload: Workload, dtype: Dtype, rows: int)
     """
     layers, item = int(config["num_layers"]), DTYPE_BYTES[dtype]
     edge = _edge_elements(config, workload) * item
-    attention = workload.rows * _inner(config) * workload.width // (VAE_FACTOR * int(config["patch_size"])) * item
+    attention = _images(workload) * _inner(config) * workload.width // (VAE_FACTOR * int(config["patch_size"])) * item
     return BandWork(layers * _OPERATIONS, layers * edge * (2 * rows + 2), 4 * edge - rows * attention)
 
 
