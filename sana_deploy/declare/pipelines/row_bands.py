@@ -34,7 +34,8 @@ class Bands:
 
     Attributes:
         row_pixels: the height in pixels that is dealt to units, given configs.
-        crossings: the units' tensors (`base.Crossing`), for a workload and the rows of each: inputs, results, and what they exchange.
+        crossings: the units' tensors (`base.Crossing`), for a workload and the rows of each: inputs, results, and what
+            they exchange.
         work: of a component's unit, given its config and rows.
     """
 
