@@ -25,7 +25,7 @@ def split(*shape: int) -> tuple[SplitTensor, list[int]]:
         return half
 
     first, second = torch.randn(*shape), torch.randn(*shape)
-    return SplitTensor(first, second, fetch), fetched
+    return SplitTensor([first, second], fetch), fetched
 
 
 def test_positional_and_named_arguments_are_cut_where_they_have_rows() -> None:
@@ -87,13 +87,13 @@ def test_halves_are_handed_on_and_cast_without_the_whole(inference: bool) -> Non
         assert (whole.shape, whole.dtype, whole.device.type) == ((2, 3), torch.float32, "cpu")
         assert whole.to(dtype=torch.float32) is whole, "as the pipeline does where dtypes agree"
         first, second = cut((whole,), 2, "residuals")
-        assert whole.halves is not None
-        assert first[0] is whole.halves[0]
-        assert second[0] is whole.halves[1]
+        assert whole.parts is not None
+        assert first[0] is whole.parts[0]
+        assert second[0] is whole.parts[1]
         half = whole.to(dtype=torch.float16)
         assert isinstance(half, SplitTensor)
-        assert half.halves is not None
-        assert [one.dtype for one in half.halves] == [torch.float16] * 2
+        assert half.parts is not None
+        assert [one.dtype for one in half.parts] == [torch.float16] * 2
         assert fetched == []
 
 
@@ -101,14 +101,14 @@ def test_halves_are_handed_on_and_cast_without_the_whole(inference: bool) -> Non
 def test_anything_else_works_on_the_whole_and_what_is_written_stays(inference: bool) -> None:
     with torch.inference_mode(inference):
         whole, fetched = split(1, 3)
-        assert whole.halves is not None
-        expected = torch.cat(whole.halves)
+        assert whole.parts is not None
+        expected = torch.cat(whole.parts)
         assert torch.equal(whole * 2, expected * 2)
         assert whole.add_(1) is whole
         whole[0].zero_()
         expected += 1
         expected[0] = 0
-        assert not vars(whole)["halves"], "they would be out of date"
+        assert not vars(whole)["parts"], "they would be out of date"
         assert torch.equal(cut(whole, 2, "residual")[1], expected[1:])
         assert torch.equal(as_whole([whole])[0], expected)
         assert type(as_whole([whole])[0]) is torch.Tensor

@@ -189,7 +189,7 @@ def test_where_guidance_is_to_be_split_each_replica_has_two_gpus_at_least(asked:
 
 def test_a_gpu_that_is_left_is_no_replica_with_the_halves_of_guidance_apart() -> None:
     with pytest.raises(
-        InfeasibleError, match=r"on 2 of 3 GPUs; they leave 1, each half of guidance takes one"
+        InfeasibleError, match=r"on 2 of 3 GPUs; they leave 1, each part of an image takes one"
     ) as found:
         compile_plan([*LARGE, "machine.gpus=3xh100", "hardware.split=guidance", "hardware.replicas=2"])
     assert found.value.hint == "this fits: hardware.replicas=1; or hardware.split=auto"

@@ -26,23 +26,34 @@ OnDecodeOom = Literal["tile", "bands", "raise"]
 """When the VAE runs out of memory in decode: again in bands of rows and, with `tile`, then in tiles; or give up."""
 
 
-Split = Literal["none", "guidance"]
+Split = Literal["none", "guidance", "rows"]
 """How one image is spread over GPUs."""
 
 
 @dataclass(frozen=True)
 class SplitDescription:
-    """One way to spread an image over GPUs: what it does in a line, and its exactness."""
+    """One way to spread an image over GPUs.
+
+    Attributes:
+        help: what it does, in a line.
+        exactness: against one GPU.
+        most_gpus: that can share a step.
+        graphs: whether its calls can be graphs.
+    """
 
     help: str
     exactness: Exactness
+    most_gpus: int
+    graphs: bool = True
 
 
 SPLITS: dict[Split, SplitDescription] = {
-    "none": SplitDescription("one GPU computes a whole denoising step", "bitwise"),
-    "guidance": SplitDescription("two GPUs compute one half of classifier-free guidance each", "rounding"),
+    "none": SplitDescription("one GPU computes a whole denoising step", "bitwise", 1),
+    "guidance": SplitDescription("two GPUs compute one half of classifier-free guidance each", "rounding", 2),
+    "rows": SplitDescription("up to eight GPUs compute some rows of the image each", "rounding", 8, graphs=False),
 }
-"""By name, the plainest first. Libraries may choose kernels by batch size, so that halves may differ from the whole."""
+"""By name, the plainest first. Libraries may choose kernels by batch size, so that halves may differ from the whole; so
+may rows, and sums over all of them are added in another order."""
 
 
 GpuIndex = Annotated[int, Field(ge=0, le=1023)]
@@ -141,13 +152,13 @@ class MultiGpuBalanced(Planned):
 
     Attributes:
         pin: fixes single units to a GPU index; None leaves one free. One of the second half counts where it is planned.
-        split: `guidance` (the halves of classifier-free guidance on two GPUs), `none`, or `auto`: where the objective
-            gains by it.
+        split: `guidance` (the halves of classifier-free guidance on two GPUs), `rows` (rows of the image on up to
+            eight), `none`, or `auto`: where the objective gains by it.
     """
 
     strategy: Literal["multi_gpu_balanced"]
     pin: dict[UnitName, GpuIndex | None] = {}
-    split: Literal["auto", "none", "guidance"] = "auto"
+    split: Literal["auto", "none", "guidance", "rows"] = "auto"
 
     _named = field_validator("pin", mode="before")(_without_unnamed_units)
 

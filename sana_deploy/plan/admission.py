@@ -17,7 +17,7 @@ from ..declare.pipelines import Phase
 from ..declare.workload import VAE_FACTOR, Workload
 from ..errors import InfeasibleError
 from ..facts.checkpoint import Checkpoint
-from .artifact import ResolvedPlan
+from .artifact import Plan, ResolvedPlan
 from .cost import host_bytes, slot_use
 from .execution import executed
 from .guidance_split import split_guidance
@@ -25,6 +25,7 @@ from .knobs import under
 from .overlap import cycle_seconds, launch_seconds, stages_of
 from .profile import ComponentProfile, PipelineProfile, profile_pipeline
 from .records import Place, place_words
+from .row_split import RowSplit
 from .seconds import phase_seconds
 
 _PAYS = 0.95
@@ -177,33 +178,40 @@ class _Replica:
     def needs(self, workload: Workload, different: bool, planned: bool) -> Iterator[Need]:
         """What a workload takes on each place; `planned` ones run in the graphs that the plan has room for."""
         profile = self.profile(workload, different)
-        for place in dict.fromkeys(self._placement.values()):
+        placement = self._places(profile)
+        for place in dict.fromkeys(placement.values()):
             if place == "cpu":
-                yield Need("cpu", None, host_bytes(profile, self._placement), self._machine.host_bytes)
+                yield Need("cpu", None, host_bytes(profile, placement), self._machine.host_bytes)
                 continue
-            use = slot_use(profile, self._placement, place, self._gpus[place])
+            use = slot_use(profile, placement, place, self._gpus[place])
             # Graphs of the planned workload keep their pool beside those of another one.
             peak = use.peak_bytes + (0 if planned else self._pools.get(place, 0))
             yield Need(place, use.phase, peak, self._gpus[place].free_bytes)
 
     def seconds(self, workload: Workload, different: bool) -> float | None:
         """Seconds of a workload, estimated; None where a component is on the CPU."""
-        phases = phase_seconds(self.profile(workload, different), self._placement, self._gpus)
+        profile = self.profile(workload, different)
+        phases = phase_seconds(profile, self._places(profile), self._gpus)
         return None if phases is None else sum(phases.values())
 
     def between(self, workload: Workload) -> float | None:
         """Seconds from one request to the next, estimated; those of one where stages do not overlap."""
         profile, overlap = self.profile(workload, False), self._plan.overlap
-        phases = phase_seconds(profile, self._placement, self._gpus)
+        placement = self._places(profile)
+        phases = phase_seconds(profile, placement, self._gpus)
         if phases is None or overlap is None:
             return None if phases is None else sum(phases.values())
-        stages = stages_of(profile, self._placement, phases)
+        stages = stages_of(profile, placement, phases)
         return cycle_seconds(stages, overlap.in_flight, launch_seconds(profile))
+
+    def _places(self, profile: PipelineProfile) -> dict[str, Place]:
+        """Where units are; an image of few rows has none for some."""
+        return {name: place for name, place in self._placement.items() if name in profile.parts}
 
     def _profiled(self, workload: Workload, different: bool) -> PipelineProfile:
         plan = self._plan
         formats = {name: part.format for name, part in plan.components.items()}
-        split = plan.split == "guidance"
+        rows, split = plan.split == "rows", plan.split == "guidance"
         if split:  # a call without guidance is drawn by the first units, with as many rows as they take of one with it
             workload = workload.model_copy(update={"guided": True})
         profile = profile_pipeline(self._checkpoint, workload, formats, _refuse_to_measure)
@@ -211,6 +219,9 @@ class _Replica:
             profile = _different(profile, workload.batch)
         if split:
             profile = split_guidance(profile, self._checkpoint, workload, formats, _refuse_to_measure)
+        if rows:
+            dealt = RowSplit(profile, self._checkpoint, workload, formats, _refuse_to_measure)
+            profile = dealt.again(plan.rows, _vae_is_dealt(plan))
         knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]
         profile = replace(profile, band_count=plan.vae_band_count or 1)
         return executed(under(profile, knobs), plan.runtime)
@@ -220,6 +231,10 @@ def _longest(each: Iterable[float | None]) -> float | None:
     """The largest; None where one is not known."""
     known = list(each)
     return None if None in known else max(seconds for seconds in known if seconds is not None)
+
+
+def _vae_is_dealt(plan: Plan) -> bool:
+    return any(unit.component == plan.pipeline.of("vae") for unit in plan.units.values())
 
 
 def _place_of(device: str) -> Place:

@@ -43,10 +43,11 @@ class Plan(Replica):
     A plan that is not `feasible` shows the closest miss: it can be read, not applied. `units` are those beyond the
     first of their component, by name; `device_map` and `components` say where the first ones are. `runtime` is how the
     components of the denoising loop execute on GPUs. `split` is how one image is spread over GPUs: with `guidance` each
-    component of the denoising loop has a unit 1, which computes the second half of the rows. `exactness` is what knobs,
-    runtime and split do to the picture; None in plans of before 1.4. `faster` are other ways for the same request, the
-    most exact first. `overlap` says how the stages of several requests overlap; None where that gains nothing or does
-    not fit, and in plans of before 1.5.
+    component of the denoising loop has a unit 1, which computes the second half of the rows; with `rows` each has a
+    unit on every GPU that takes part, for some rows of the image. `exactness` is what knobs, runtime and split do to
+    the picture; None in plans of before 1.4. `faster` are other ways for the same request, the most exact first.
+    `overlap` says how the stages of several requests overlap; None where that gains nothing or does not fit, and in
+    plans of before 1.5.
 
     With several pipelines beside each other the keys of `Replica` are those of the first one, `replicas` are the
     others, and `images_per_second` is what all of them draw together; `each` gives one plan for each.

@@ -126,6 +126,7 @@ def _placed(profile: PipelineProfile, placement: Placement) -> dict[str, Any]:
         "units": _units(profile, placement),
         "runtime": profile.execution,
         "split": profile.split,
+        "rows": list(profile.rows),
     }
 
 

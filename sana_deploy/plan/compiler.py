@@ -29,6 +29,7 @@ from .remarks import cpu_remark, declaration_remarks, forced_remarks, idle_remar
 from .remedies import Fits, with_all_knobs, working_changes
 from .replicas import Deals, Group, deals_of
 from .search import Search, search_balanced, search_custom, search_host, search_single
+from .setting import groups_of
 from .splits import choose, open_ways, ways_of
 from .ways import Choice, Ways
 
@@ -105,7 +106,7 @@ def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[
     hardware = spec.hardware
 
     def planned(part: Machine) -> Choice:
-        return choose(spec, part, ways(part))
+        return choose(spec, ways(part))
 
     if isinstance(hardware, CustomMap) or not hardware.may_replicate:
         return [Group(offered, planned(offered))]
@@ -120,11 +121,11 @@ def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[
 
 
 def _sizes(spec: DeploySpec, offered: Machine, ways: WaysOn) -> range:
-    """How many GPUs one replica can use: one for each unit at most, two at least where halves of guidance are apart."""
+    """How many GPUs one replica can use: one for each unit at most, two at least where the image is split."""
     if isinstance(spec.hardware, SingleGpu):
         return range(1, 2)
-    opened = list(open_ways(spec, offered, ways(offered)))
-    units = max(len(ways(offered).profile(way).units) for way in opened)
+    opened = list(open_ways(spec, ways(offered)))
+    units = max(len(groups_of(ways(offered).profile(way))) for way in opened)
     return range(1 if any(way.split == "none" for way in opened) else 2, units + 1)
 
 
@@ -135,7 +136,7 @@ def _too_many(wanted: int, deals: Deals, sizes: range, changes: str) -> Infeasib
     nearest = deals.planned(left).search.nearest() if len(left.gpus) >= sizes.start else None
     lack = f"; on what they leave, {nearest.message}" if nearest else ""
     if 0 < len(left.gpus) < sizes.start:
-        lack = f"; they leave {len(left.gpus)}, each half of guidance takes one"
+        lack = f"; they leave {len(left.gpus)}, each part of an image takes one"
     on = f"on {len(taken)} of {len(deals.machine.gpus)} GPUs" if deals.machine.gpus else "without a GPU"
     fewer = f"this fits: hardware.replicas={deals.most}" if deals.most else ""
     return InfeasibleError(
@@ -198,7 +199,7 @@ def _search(spec: DeploySpec, machine: Machine, profile: PipelineProfile) -> Sea
         return search_single(profile, machine.gpus, rules, hardware.gpu)
     units = {unit.name for unit in profile.units}
     pins = {name: place for name, place in hardware.pin.items() if place is not None and name in units}
-    search = search_balanced(profile, machine.gpus, rules, pins)
+    search = search_balanced(profile, machine.gpus, rules, {**pins, **profile.fixed})
     if hardware.objective == "throughput":
         search.ranked = most_images(profile, search.ranked, {gpu.index: gpu for gpu in machine.gpus})
     return search
@@ -244,7 +245,7 @@ def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: M
 
     def planned(part: Machine) -> Choice:
         """The first way that fits, else the last."""
-        for way in open_ways(spec, part, ways(part)):
+        for way in open_ways(spec, ways(part)):
             choice = ways(part).choice(way)
             if choice.search.best:
                 break

@@ -83,6 +83,7 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
         yield f"units.{name}.slot", unit.slot
     yield "runtime", plan.runtime
     yield "split", plan.split
+    yield "rows", ", ".join(map(str, plan.rows))
     yield "knobs", ", ".join(plan.knobs)
     yield "vae_band_count", plan.vae_band_count
 

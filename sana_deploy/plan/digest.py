@@ -84,6 +84,7 @@ def _drop_what_follows(content: dict[str, Any]) -> None:
             for key in _OUTSIDE_DIGEST:
                 _drop(key, replicas)
             _drop_empty("vae_band_count", replicas)
+            _drop_empty("rows", replicas)
 
 
 def _drop(key: str, records: list[Any]) -> None:

@@ -56,7 +56,7 @@ def _overrides(spec: DeploySpec, way: Way, ways: Ways) -> list[str]:
     runtime = choose_runtime(mode, way.split, ways).way.runtime if mode == "auto" else mode
     found = [] if runtime == way.runtime else [f"runtime={way.runtime}"]
     if isinstance(hardware, MultiGpuBalanced) and hardware.split != way.split:
-        splits = "guidance" in ways.splits and hardware.objective in ("latency", "throughput")
+        splits = len(ways.splits) > 1 and hardware.objective in ("latency", "throughput")
         whole = way.split == "none" and hardware.split == "auto" and not splits
         found += [] if whole else [f"hardware.split={way.split}"]
     return found

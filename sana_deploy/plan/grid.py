@@ -1,7 +1,7 @@
 """Candidates in arrays: some placements under a set of knobs, what they cost, and why they are rejected.
 
 Rows are placements, columns units. A GPU's fill depends on the set of units on it alone, a bit mask, so that each set
-is costed once per GPU and set of knobs.
+is costed once per GPU and set of knobs. Units that are always together share a bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .knobs import of_placement, parted
 from .placements import CPU, Places
 from .profile import PipelineProfile
 from .seconds import phase_seconds
-from .setting import NOTHING, Floats, Integers, Setting, Tried
+from .setting import NOTHING, Floats, Integers, Setting, Tried, groups_of
 
 Reason = Literal["split", "dtype", "host memory", "memory"]
 REASONS: tuple[Reason, ...] = ("memory", "host memory", "dtype", "split")
@@ -67,13 +67,15 @@ class Block:
 
     Attributes:
         places: (placements, units).
-        sets: for each unit, its GPU x sets + the set of units there, as `Setting.lacking` is indexed.
+        columns: of the first unit of each group.
+        sets: for each group of units, its GPU x sets + the set of groups there, as `Setting.lacking` is indexed.
         on_host: the set of units on the host.
         emulated: the first unit whose dtype its GPU only emulates, where that is not allowed; -1 where none is.
         parted: the knobs of placements, and whether the placement turns each on.
     """
 
     places: Places
+    columns: Sequence[int]
     sets: Sequence[NDArray[np.intp]]
     on_host: NDArray[np.intp]
     emulated: Places
@@ -99,7 +101,7 @@ class CostSheet:
     def tightest(self, rows: NDArray[np.intp]) -> Integers:
         """The position of the GPU that lacks most, for each of `rows`."""
         found = np.full(len(rows), len(self.setting.gpus), np.int64)
-        for column, sets in enumerate(self.block.sets):
+        for column, sets in zip(self.block.columns, self.block.sets, strict=True):
             here = self.setting.lacking[sets[rows]] == self.short[rows]
             found[here] = np.minimum(found, self.block.places[rows, column])[here]
         return found
@@ -122,6 +124,7 @@ class PlacementGrid:
     def __init__(self, profile: PipelineProfile, gpus: Sequence[Gpu], rules: Rules, settings: Sequence[Tried]) -> None:
         self.profile, self.gpus, self.rules = profile, gpus, rules
         self.units = [unit.name for unit in profile.units]
+        self._columns = [self.units.index(names[0]) for names in groups_of(profile)]
         self.by_index = {gpu.index: gpu for gpu in gpus}
         self.settings = [Setting.of(number, tried, gpus) for number, tried in enumerate(settings)]
         self._emulated = [
@@ -133,18 +136,18 @@ class PlacementGrid:
         """Work out what does not depend on knobs; `places` is (placements, units)."""
         columns = [places[:, i].astype(np.intp) for i in range(len(self.units))]
         at = dict(zip(self.units, columns, strict=True))
-        sets = []
-        for column in columns:
-            mask = sum((other == column).astype(np.intp) << bit for bit, other in enumerate(columns))
-            sets.append(np.where(column == CPU, len(self.gpus), column) * (1 << len(columns)) + mask)
-        on_host = sum((column == CPU).astype(np.intp) << bit for bit, column in enumerate(columns))
+        groups, sets = [columns[i] for i in self._columns], []
+        for column in groups:
+            mask = sum((other == column).astype(np.intp) << bit for bit, other in enumerate(groups))
+            sets.append(np.where(column == CPU, len(self.gpus), column) * (1 << len(groups)) + mask)
+        on_host = sum((column == CPU).astype(np.intp) << bit for bit, column in enumerate(groups))
         emulated = np.full(len(places), -1, np.int16)
         if not self.rules.allow_emulated:
             for i in reversed(range(len(columns))):
                 emulated[self._emulated[i][columns[i]]] = i
         pairs = parted(self.profile.pipeline, self.units)
         apart = {knob: np.logical_or.reduce([at[a] != at[b] for a, b in found]) for knob, found in pairs.items()}
-        return Block(places, sets, np.asarray(on_host), emulated, apart)
+        return Block(places, self._columns, sets, np.asarray(on_host), emulated, apart)
 
     def cost(self, block: Block, setting: Setting) -> CostSheet:
         """Cost every placement of `block` under `setting`."""

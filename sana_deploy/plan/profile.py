@@ -69,6 +69,10 @@ class PipelineProfile:
         band_count: the bands that it takes where it works in bands.
         further: units beyond the first of their component, and what each needs; its component's profile is then what
             the first one needs. `crossings` name units.
+        rows: that each unit of the denoising loop computes, the first one's first, where rows are dealt; see
+            `PipelineDescription.bands`.
+        fixed: the GPU of each unit that was profiled for that GPU.
+        further_vae_under: what further units of the VAE need in each mode, where it has some.
     """
 
     pipeline: PipelineDescription
@@ -80,6 +84,9 @@ class PipelineProfile:
     vae_mode: VaeMode = field(default_factory=VaeMode, compare=False)
     band_count: int = field(default=1, compare=False)
     further: Mapping[Unit, ComponentProfile] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    further_vae_under: Mapping[VaeMode, Mapping[Unit, ComponentProfile]] = field(default_factory=dict)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -94,6 +101,8 @@ class PipelineProfile:
     @property
     def split(self) -> Split:
         """How one image is spread over GPUs."""
+        if self.rows:
+            return "rows"
         return "guidance" if self.further else "none"
 
     @property
@@ -105,7 +114,8 @@ class PipelineProfile:
         """Return the profile with the VAE in another mode, e.g. `sliced=True`; what is not named stays."""
         vae, changed = self.pipeline.of("vae"), replace(self.vae_mode, **mode)
         needs = self.vae_under.get(changed, self.components[vae])
-        return replace(self, components={**self.components, vae: needs}, vae_mode=changed)
+        further = {**self.further, **self.further_vae_under.get(changed, {})}
+        return replace(self, components={**self.components, vae: needs}, vae_mode=changed, further=further)
 
 
 def profile_pipeline(

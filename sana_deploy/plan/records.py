@@ -258,7 +258,8 @@ class Replica(Record):
     """One pipeline of several beside each other: what of a plan is its own. Slots are those of the machine.
 
     A plan is the first one, with what all of them share. `vae_band_count` are the bands of rows that the VAE takes an
-    image in; None where it takes it whole.
+    image in; None where it takes it whole. `rows` are those of tokens that each unit of the denoising loop computes,
+    where the split deals them.
     """
 
     slots: list[Slot]
@@ -277,6 +278,7 @@ class Replica(Record):
     units: dict[str, PlacedUnit] = {}
     runtime: Execution = "eager"
     split: Split = "none"
+    rows: list[int] = []
     exactness: Exactness | None = None
     faster: list[Faster] = []
     overlap: Overlap | None = None

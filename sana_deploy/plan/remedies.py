@@ -67,9 +67,9 @@ def _less_kept_by_graphs(spec: DeploySpec) -> Iterator[Change]:
 
 
 def _whole_steps(spec: DeploySpec) -> Iterator[Change]:
-    """Halves of guidance only where they are worth it, where they were asked for."""
+    """A split only where it is worth it, where it was asked for."""
     hardware = spec.hardware
-    if isinstance(hardware, MultiGpuBalanced) and hardware.split == "guidance":
+    if isinstance(hardware, MultiGpuBalanced) and hardware.split not in ("auto", "none"):
         yield "hardware.split=auto", spec.model_copy(update={"hardware": hardware.model_copy(update={"split": "auto"})})
 
 

@@ -16,7 +16,7 @@ from .grid import Candidate
 from .profile import PipelineProfile
 from .records import place_words
 from .seconds import step_seconds
-from .ways import PLAINEST, Choice, Way, Ways
+from .ways import PLAINEST, Choice, Way, Ways, runtimes_of
 
 WORTH = 0.95
 """Share of the seconds of the plainer way that another one may take at most to be chosen."""
@@ -30,6 +30,8 @@ def choose_runtime(mode: Execution | Literal["auto"], split: Split, ways: Ways) 
     than what was asked for.
     """
     plainest = Way(PLAINEST, split)
+    if len(runtimes_of(split)) == 1:
+        return ways.choice(plainest)
     if mode != "auto" and mode != PLAINEST:
         asked = Way(mode, split)
         best = ways.search(asked).best

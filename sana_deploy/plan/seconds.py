@@ -131,14 +131,14 @@ def upload_seconds(weights_bytes: int, rates: KnownGpu) -> float:
 
 
 def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
-    """Seconds of one crossing between two GPUs: LINK_SECONDS + bytes / the link's rate."""
-    return LINK_SECONDS + crossing.bytes_each / link_between(src, dst).bytes_per_second
+    """Seconds of one crossing between two GPUs: LINK_SECONDS for each copy + bytes / the link's rate."""
+    return crossing.copies * LINK_SECONDS + crossing.bytes_each / link_between(src, dst).bytes_per_second
 
 
 def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
     """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
     # In other phases than the loop's, a denoiser does what the pipeline itself launches.
-    launches = 0 if part.graphed and "denoise" not in part.work else 1
+    launches = 0 if part.graphed and "denoise" not in part.work else part.units
     seconds = {
         phase: steps * step_seconds(part, rates)
         if phase == "denoise"

@@ -39,7 +39,7 @@ class Setting:
     """One set of knobs: its position among those of a search, the profile under it, and what sets of units need.
 
     Attributes:
-        needs: bytes on a GPU for each set of units, without what the GPU itself takes.
+        needs: bytes on a GPU for each set of groups of units, without what the GPU itself takes.
         filled: share of a GPU's free memory, and `lacking` the bytes missing, for GPU x sets + set; the last rows are
             the host's, which is never full here.
     """
@@ -54,9 +54,9 @@ class Setting:
 
     @classmethod
     def of(cls, number: int, tried: Tried, gpus: Sequence[Gpu]) -> Setting:
-        """Cost every set of units on every GPU."""
-        changed, names = under(tried.profile, tried.knobs), [unit.name for unit in tried.profile.units]
-        needs = _needs(changed, names, 0)
+        """Cost every set of groups of units on every GPU."""
+        changed = under(tried.profile, tried.knobs)
+        needs = _needs(changed, 0)
         filled, lacking = np.zeros((len(gpus) + 1, len(needs))), np.full((len(gpus) + 1, len(needs)), NOTHING)
         for i, gpu in enumerate(gpus):
             peaks = needs + workspace_bytes(gpu.capability) + overhead(gpu)
@@ -65,8 +65,8 @@ class Setting:
 
     @cached_property
     def on_host(self) -> Integers:
-        """Bytes of the host for each set of units that runs there."""
-        return _needs(self.profile, [unit.name for unit in self.profile.units], "cpu")
+        """Bytes of the host for each set of groups of units that runs there."""
+        return _needs(self.profile, "cpu")
 
     @cached_property
     def work(self) -> Mapping[str, Mapping[Phase, Floats]]:
@@ -92,7 +92,22 @@ class Setting:
         return found
 
 
-def _needs(profile: PipelineProfile, names: Sequence[str], place: Place) -> Integers:
-    """Bytes of weights and activations at the fullest moment of a place, for each set of units that may be there."""
-    sets = ({name: place for i, name in enumerate(names) if mask >> i & 1} for mask in range(1 << len(names)))
-    return np.array([slot_use(profile, placed, place).peak_bytes for placed in sets], np.int64)
+def groups_of(profile: PipelineProfile) -> list[tuple[str, ...]]:
+    """Units that are on one GPU in all placements, together; every other one by itself."""
+    found: dict[str | int, tuple[str, ...]] = {}
+    for unit in profile.units:
+        key = profile.fixed.get(unit.name, unit.name)
+        found[key] = (*found.get(key, ()), unit.name)
+    return list(found.values())
+
+
+def _needs(profile: PipelineProfile, place: Place) -> Integers:
+    """Bytes of weights and activations at the fullest moment of a place, for each set of groups that may be there."""
+    groups = groups_of(profile)
+    fixed = [i for i, names in enumerate(groups) if names[0] in profile.fixed]
+    found = np.zeros(1 << len(groups), np.int64)
+    for mask in range(len(found)):
+        here = [names for i, names in enumerate(groups) if mask >> i & 1]
+        if sum(mask >> i & 1 for i in fixed) <= 1:  # each group that is fixed has a GPU of its own
+            found[mask] = slot_use(profile, {name: place for names in here for name in names}, place).peak_bytes
+    return found

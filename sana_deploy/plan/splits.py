@@ -1,21 +1,27 @@
-"""`hardware.split=auto|none|guidance`: whether the halves of guidance get GPUs of their own, with the reason."""
+"""`hardware.split=auto|none|guidance|rows`: how one image is spread over GPUs, with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from .._models import Diagnostic
-from ..declare.hardware import CustomMap, MultiGpuBalanced, Split
+from ..declare.hardware import SPLITS, CustomMap, MultiGpuBalanced, Split
 from ..declare.spec import DeploySpec
+from ..errors import InfeasibleError
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Machine
 from .guidance_split import split_guidance
 from .needs import Measure
 from .profile import PipelineProfile
+from .row_gpus import best_rows
+from .row_split import RowSplit
 from .runtimes import WORTH, choose_runtime
 from .search import Search
 from .ways import PLAINEST, Choice, Way, Ways
+
+_NAMES: dict[Split, str] = {"guidance": "the halves of guidance", "rows": "the rows of an image"}
+"""What each split spreads."""
 
 
 def ways_of(
@@ -33,72 +39,156 @@ def ways_of(
         machine: the GPUs that may be taken.
         searched: searches the placements of a profile.
     """
-    halves = partial(split_guidance, profile, checkpoint, spec.workload.bounds, spec.precision.formats, measure)
-    profiles: dict[Split, Callable[[], PipelineProfile]] = {"none": lambda: profile, "guidance": halves}
-    if why_whole(spec, machine):
-        del profiles["guidance"]
-    elif isinstance(spec.hardware, CustomMap):
+    bounds, formats, hardware = spec.workload.bounds, spec.precision.formats, spec.hardware
+    searched = _remembered(searched)
+    halves = partial(split_guidance, profile, checkpoint, bounds, formats, measure)
+    pins = hardware.pin if isinstance(hardware, MultiGpuBalanced) else {}
+    fixed = {name: place for name, place in pins.items() if place is not None}
+    rows = RowSplit(profile, checkpoint, bounds, formats, measure)
+    profiles: dict[Split, Callable[[], PipelineProfile]] = {
+        "none": lambda: profile,
+        "guidance": halves,
+        "rows": lambda: best_rows(rows, machine.gpus, fixed, searched, spec.precision.allow_emulated),
+    }
+    refused = {split: why for split in _NAMES if (why := why_not(split, spec, machine, rows))}
+    for split in refused:
+        del profiles[split]
+    if isinstance(hardware, CustomMap) and "guidance" in profiles:
         del profiles["none"]
-    return Ways(profiles, machine, searched)
+    return Ways(profiles, machine, searched, refused)
 
 
-def why_whole(spec: DeploySpec, machine: Machine) -> str:
-    """Why guidance cannot be split between GPUs; empty where it can."""
-    hardware, pipeline = spec.hardware, spec.pipeline
-    if pipeline.second_half is None:
-        return pipeline.undivided
-    if not spec.workload.guided:
-        return f"there is no guidance to split with workload.guidance_scale={spec.workload.guidance_scale:g}"
-    if isinstance(hardware, CustomMap):
-        return "" if hardware.split == "guidance" else "the map has no units for it"
-    if not isinstance(hardware, MultiGpuBalanced):
+def _remembered(searched: Callable[[PipelineProfile], Search]) -> Callable[[PipelineProfile], Search]:
+    """Search a profile once, which the choice of GPUs for rows does before it is a way."""
+    kept: list[tuple[PipelineProfile, Search]] = []
+
+    def search(profile: PipelineProfile) -> Search:
+        found = next((search for known, search in kept if known is profile), None)
+        if found is None:
+            found = searched(profile)
+            kept.append((profile, found))
+        return found
+
+    return search
+
+
+def why_not(split: Split, spec: DeploySpec, machine: Machine, rows: RowSplit) -> str:
+    """Why an image cannot be spread so over GPUs; empty where it can."""
+    hardware = spec.hardware
+    if split == "guidance":
+        if why := _no_guidance(spec):
+            return why
+    elif why := _no_rows(spec, rows):
+        return why
+    subject = "guidance is" if split == "guidance" else "the rows of an image are"
+    if not isinstance(hardware, (CustomMap, MultiGpuBalanced)):
         return f"hardware={hardware.strategy} takes one GPU"
-    if len(machine.gpus) < 2:
-        return f"guidance is split between two GPUs, {'one' if machine.gpus else 'none'} may be taken"
+    if isinstance(hardware, MultiGpuBalanced) and len(machine.gpus) < 2:
+        most = "two" if SPLITS[split].most_gpus == 2 else "two or more"
+        return f"{subject} split between {most} GPUs, {'one' if machine.gpus else 'none'} may be taken"
     return ""
 
 
-def choose(spec: DeploySpec, machine: Machine, ways: Ways) -> Choice:
+def _no_guidance(spec: DeploySpec) -> str:
+    if spec.pipeline.second_half is None:
+        return spec.pipeline.undivided
+    if not spec.workload.guided:
+        return f"there is no guidance to split with workload.guidance_scale={spec.workload.guidance_scale:g}"
+    if isinstance(spec.hardware, CustomMap) and spec.hardware.split != "guidance":
+        return "the map has no units for it"
+    return ""
+
+
+def _no_rows(spec: DeploySpec, rows: RowSplit) -> str:
+    if spec.pipeline.bands is None:
+        return f"the components of a {spec.pipeline.title} cannot compute some rows of an image"
+    if isinstance(spec.hardware, CustomMap):
+        return "a map has no units for rows"
+    if rows.rows < 2:
+        return f"an image of workload.height={spec.workload.height} has one row of tokens"
+    asked = spec.runtime.asked
+    if asked and asked != PLAINEST and not SPLITS["rows"].graphs:
+        return f"rows are exchanged between kernels that Python launches, and runtime.mode={asked} records whole calls"
+    return ""
+
+
+def choose(spec: DeploySpec, ways: Ways) -> Choice:
     """Choose runtime and split.
 
-    `hardware.split=auto` takes the halves of guidance with `objective=latency` and `throughput` where they save 5 % of
-    the seconds of an image, and, but with `objective=fit`, where nothing fits without. Whether two GPUs draw more
-    images with a replica each is decided where GPUs are dealt, in `replicas.py`.
+    `hardware.split=auto` takes, with `objective=latency` and `throughput`, the halves of guidance or the rows of the
+    image where they save 5 % of the seconds of an image: rows where they save as much of what halves take. But with
+    `objective=fit` it takes either where nothing fits without. Whether GPUs draw more images with a replica each is
+    decided where GPUs are dealt, in `replicas.py`.
+
+    Raises:
+        InfeasibleError: `hardware.split=rows` is asked for with a runtime that it does not have.
     """
     hardware, mode = spec.hardware, spec.runtime.mode
     asked = "none" if not isinstance(hardware, (CustomMap, MultiGpuBalanced)) else hardware.split
-    if asked == "guidance":
-        if why := why_whole(spec, machine):
-            return _with(choose_runtime(mode, "none", ways), _not_split(spec, why))
-        return choose_runtime(mode, "guidance", ways)
+    if asked in _NAMES:
+        if asked in ways.splits:
+            return choose_runtime(mode, asked, ways)
+        return _with(choose_runtime(mode, "none", ways), _not_split(spec, asked, ways.refused[asked]))
     whole = choose_runtime(mode, "none", ways)
-    if asked == "none" or "guidance" not in ways.splits:
+    if asked == "none":
         return whole
     assert isinstance(hardware, MultiGpuBalanced)
     found = whole.search.best
     if hardware.objective == "fit" or (hardware.objective == "balance" and found):
         return whole
-    halves = choose_runtime(mode, "guidance", ways)
-    best = halves.search.best
+    tried = [split for split in ways.splits if split != "none"]
+    if not tried:
+        return whole
+    choices = [choose_runtime(mode, split, ways) for split in tried]
+    fitting = [choice for choice in choices if choice.search.best is not None]
     if found is None:
-        return whole if best is None else _with(halves, _auto("guidance", "nothing fits without"))
-    if best is None or best.seconds is None or found.seconds is None:
-        return _with(whole, _auto("none", "the halves of guidance do not fit two GPUs"))
-    now, then = (sum(one.values()) / spec.workload.batch for one in (found.seconds, best.seconds))
-    if then > WORTH * now:
-        return _with(whole, _auto("none", f"~{now:.2f} s an image, ~{then:.2f} s with the halves of guidance apart"))
-    places = " and ".join(f"GPU {best.placement[name]}" for name in _denoisers(halves.profile))
-    reason = f"~{then:.2f} s an image with half of guidance each on {places}, ~{now:.2f} s without; last places differ"
-    return _with(halves, _auto("guidance", reason))
+        return _with(fitting[0], _auto(fitting[0].way.split, "nothing fits without")) if fitting else whole
+    return _worth_most(spec, whole, fitting, tried)
 
 
-def open_ways(spec: DeploySpec, machine: Machine, ways: Ways) -> Iterator[Way]:
+def _worth_most(spec: DeploySpec, whole: Choice, fitting: Sequence[Choice], tried: Sequence[Split]) -> Choice:
+    """The split that saves 5 % of the seconds of what is plainer, or none."""
+    timed = [choice for choice in (whole, *fitting) if (best := choice.search.best) and best.seconds is not None]
+    if whole not in timed or len(timed) == 1:
+        spread = " and ".join(_NAMES[split] for split in tried)
+        return _with(
+            whole, _auto("none", f"{spread} do not fit {'two GPUs' if tried == ['guidance'] else 'these GPUs'}")
+        )
+    chosen, now = whole, _seconds(spec, whole)
+    for choice in timed[1:]:
+        if _seconds(spec, choice) <= WORTH * _seconds(spec, chosen):
+            chosen = choice
+    if chosen is whole:
+        fastest = min(timed[1:], key=lambda choice: _seconds(spec, choice))
+        reason = f"~{now:.2f} s an image, ~{_seconds(spec, fastest):.2f} s with {_NAMES[fastest.way.split]} apart"
+        return _with(whole, _auto("none", reason))
+    best, names = chosen.search.best, [*_denoisers(chosen.profile)]
+    assert best is not None
+    places = ", ".join(f"GPU {best.placement[name]}" for name in names[:-1]) + f" and GPU {best.placement[names[-1]]}"
+    each = "half of guidance each" if chosen.way.split == "guidance" else f"{_listed(chosen.profile.rows)} rows"
+    reason = (
+        f"~{_seconds(spec, chosen):.2f} s an image with {each} on {places}, ~{now:.2f} s without; last places differ"
+    )
+    return _with(chosen, _auto(chosen.way.split, reason))
+
+
+def _listed(values: Sequence[int]) -> str:
+    return f"{', '.join(map(str, values[:-1]))} and {values[-1]}"
+
+
+def _seconds(spec: DeploySpec, choice: Choice) -> float:
+    """Seconds of an image."""
+    assert choice.search.best is not None
+    return sum((choice.search.best.seconds or {}).values()) / spec.workload.batch
+
+
+def open_ways(spec: DeploySpec, ways: Ways) -> Iterator[Way]:
     """The ways that `choose` may end with where they fit; of the runtimes of `auto` the one that takes least memory."""
     hardware = spec.hardware
     runtime = PLAINEST if spec.runtime.mode == "auto" else spec.runtime.mode
     asked: Split | str = hardware.split if isinstance(hardware, (CustomMap, MultiGpuBalanced)) else "none"
-    if asked == "guidance":
-        return iter([Way(runtime, "none" if why_whole(spec, machine) else "guidance")])
+    if asked in _NAMES:
+        return iter([Way(runtime, asked if asked in ways.splits else "none")])
     never = asked == "none" or (isinstance(hardware, MultiGpuBalanced) and hardware.objective == "fit")
     return (Way(runtime, split) for split in ways.splits if split == "none" or not never)
 
@@ -116,7 +206,10 @@ def _auto(split: Split, reason: str) -> Diagnostic:
     return Diagnostic(type="auto_split", severity="info", message=message, where="hardware.split")
 
 
-def _not_split(spec: DeploySpec, why: str) -> Diagnostic:
+def _not_split(spec: DeploySpec, split: Split, why: str) -> Diagnostic:
     where = "hardware.device_map" if isinstance(spec.hardware, CustomMap) else "hardware.split"
+    asked = spec.runtime.asked
+    if split == "rows" and asked and asked != PLAINEST and spec.pipeline.bands:
+        raise InfeasibleError(why, where=where, hint="runtime=eager, or hardware.split=guidance")
     message = f"{why}: one GPU computes whole steps"
     return Diagnostic(type="no_split", severity="warning", message=message, where=where)

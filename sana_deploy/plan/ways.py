@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from .._models import Diagnostic
 from ..declare.hardware import SPLITS, Split
@@ -32,6 +33,11 @@ class Way:
         return least_exact((RUNTIMES[self.runtime].exactness, SPLITS[self.split].exactness))
 
 
+def runtimes_of(split: Split) -> tuple[Execution, ...]:
+    """The runtimes that the units of a split can have, the plainest first."""
+    return tuple(name for name, one in RUNTIMES.items() if SPLITS[split].graphs or not (one.graphs or one.compiles))
+
+
 @dataclass(frozen=True)
 class Choice:
     """The way that was chosen, its profile, what was searched with it, and what is to say of that."""
@@ -49,6 +55,7 @@ class Ways:
         profiles: makes the profile of each split that is possible, executed the plainest way.
         machine: the GPUs that may be taken.
         searched: searches the placements of a profile.
+        refused: why other splits are not possible.
     """
 
     def __init__(
@@ -56,7 +63,9 @@ class Ways:
         profiles: Mapping[Split, Callable[[], PipelineProfile]],
         machine: Machine,
         searched: Callable[[PipelineProfile], Search],
+        refused: Mapping[Split, str] = MappingProxyType({}),
     ) -> None:
+        self.refused = refused
         self.gpus: Mapping[int, Gpu] = {gpu.index: gpu for gpu in machine.gpus}
         self.splits = tuple(profiles)
         self._made, self._search = profiles, searched
@@ -65,7 +74,7 @@ class Ways:
 
     def __iter__(self) -> Iterator[Way]:
         """The plainest first."""
-        return (Way(runtime, split) for split in self.splits for runtime in RUNTIMES)
+        return (Way(runtime, split) for split in self.splits for runtime in runtimes_of(split))
 
     def profile(self, way: Way) -> PipelineProfile:
         """The profile of a request that goes this way."""

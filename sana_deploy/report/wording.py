@@ -40,7 +40,8 @@ def steps_words(plan: Plan) -> str:
 
 def runtime_words(plan: Plan) -> str:
     """How the denoising loop executes, and what that does to the picture."""
-    split = f", split {plan.split} ({SPLITS[plan.split].exactness})" if plan.split != "none" else ""
+    rows = f" {', '.join(map(str, plan.rows))}" if plan.rows else ""
+    split = f", split {plan.split}{rows} ({SPLITS[plan.split].exactness})" if plan.split != "none" else ""
     return f"runtime {plan.runtime} ({RUNTIMES[plan.runtime].exactness}){split}"
 
 

@@ -93,7 +93,7 @@ class SplitForward(NotCopied):
         home, traffic = first.device, self.border.state.traffic
         if self.name == self.border.pipeline.denoiser:
             return torch.cat([first, move(second, home, traffic, self.output)])
-        return SplitTensor(first, second, lambda half: move(half, home, traffic, self.output))
+        return SplitTensor([first, second], lambda half: move(half, home, traffic, self.output))
 
     def _tell(self, halves: Halves, reason: str) -> None:
         remark = f"the {self.name} computed both halves of guidance on one device: {reason}"

@@ -92,8 +92,9 @@ def cut(value: Any, rows: int, name: str) -> Pair:
     Raises:
         UncutError: naming the argument.
     """
-    if isinstance(value, SplitTensor) and value.halves is not None and value.shape[0] == rows:
-        return value.halves
+    if isinstance(value, SplitTensor) and value.parts is not None and value.along == 0 and value.shape[0] == rows:
+        first, second = value.parts
+        return first, second
     if isinstance(value, torch.Tensor):
         if value.dim() == 0 or value.shape[0] == 1:
             return value, value

@@ -59,7 +59,8 @@ def _bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bo
     try:
         return bind(pipeline, resolved, host)
     except torch.OutOfMemoryError as problem:
-        message = f"out of memory while copying components for the second half of guidance: {problem}"
+        part = "rows of the image" if resolved.plan.split == "rows" else "the second half of guidance"
+        message = f"out of memory while copying components for {part}: {problem}"
         raise RunError(message, where="hardware.split", hint="hardware.split=none", out_of_memory=True) from problem
 
 

@@ -29,6 +29,7 @@ from .hook import BorderHook, attach, find_border
 from .host import Host, PresentHost
 from .quantize import quantize_linears
 from .residual_stream import stream_residuals
+from .row_split import row_units, split_rows
 from .rows.one_device import use_bands
 from .weights import cast_module
 
@@ -163,18 +164,22 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
         What the hooks share.
 
     Raises:
-        torch.OutOfMemoryError: there is no room for the second half of guidance; the pipeline has no hooks then.
+        torch.OutOfMemoryError: there is no room for further units; the pipeline has no hooks then.
         RunError: there is no memory for graphs.
     """
     plan, border = resolved.plan, _new_border(resolved, host)
     hook = functools.partial(_hook, plan=plan, border=border)
-    mirrors = second_units(pipeline, border, hook)
+    by_rows = plan.split == "rows"
+    mirrors = row_units(pipeline, border) if by_rows else second_units(pipeline, border, hook)
     for name in plan.pipeline.names:
         device = torch.device(resolved.device_map[name])
         hook(getattr(pipeline, name), name, device, offloaded=waiting_device(resolved, name) != str(device))
-    split_guidance(pipeline, border, mirrors)
+    if not by_rows:
+        split_guidance(pipeline, border, mirrors)
     _stream_residuals(pipeline, plan, border)
     _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
+    if by_rows:
+        split_rows(pipeline, border, mirrors, plan.rows)
     if "encode_once" in plan.knobs:
         _encode_once(pipeline, border)
     _refuse_group_offload(pipeline, border)

@@ -70,6 +70,7 @@ class RequestState(Listeners):
         inside: the component and method at work, or the last one.
         copies: which rows of the control images are copies, where each image is encoded once.
         halves: what the pipeline's call at work keeps of the halves of its guidance; None without guidance.
+        seen: units whose weights were looked at, where rows of an image are dealt.
         kept: copies of arguments that stay the same from step to step, by component and argument.
         calls: how often each component was called.
         prompt_cache_hits: how often the text encoder's result was there already.
@@ -84,6 +85,7 @@ class RequestState(Listeners):
     inside: tuple[str, str] = ("pipeline", "")
     copies: Copies | None = None
     halves: Halves | None = None
+    seen: set[str] = field(default_factory=set)
     kept: dict[tuple[str, str], KeptCopy] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
     prompt_cache_hits: int = 0
@@ -103,12 +105,23 @@ class RequestState(Listeners):
         self.remarks.append(text)
         del self.remarks[:-MOST_REMARKS]
 
-    def steady(self, component: str, argument: str, value: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """The copy on `device` of an argument that stays the same from step to step: it crosses once."""
+    def steady(
+        self,
+        component: str,
+        argument: str,
+        value: torch.Tensor,
+        device: torch.device,
+        cut: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+    ) -> torch.Tensor:
+        """The copy on `device` of an argument that stays the same from step to step: it crosses once.
+
+        Args:
+            cut: gives the part of it that is wanted there, the same in every step.
+        """
         key = (component, argument)
         kept = self.kept.get(key)
         if kept is None or not kept.holds(value):
-            copy = move(value, device, self.traffic, argument)
+            copy = move(cut(value), device, self.traffic, argument)
             source = TensorMark.of(value, lambda ref: self._drop(key, ref))
             kept = self.kept[key] = KeptCopy(source, copy, TensorMark.of(copy))
         return kept.copy

@@ -1,8 +1,8 @@
-"""A tensor whose rows are on two devices until somebody asks for the whole: a residual of both halves of guidance."""
+"""A tensor whose parts stay on several devices until somebody asks for the whole: a residual of a split denoiser."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,33 +14,36 @@ Fetch = Callable[[torch.Tensor], torch.Tensor]
 
 
 class SplitTensor(StandInTensor):
-    """The rows of two tensors, one after the other, each where it was made.
+    """Several tensors, one after the other along a dimension, each where it was made.
 
-    It has the shape of the whole and the device of its first half. A cast casts both halves; any other operation puts
+    It has the shape of the whole and the device of its first part. A cast casts each part; any other operation puts
     the whole together on that device and works on it, so that whoever changes the tensor finds what any other would
-    hold. From then on there are no halves.
+    hold. From then on there are no parts.
 
     Attributes:
-        halves: both, of the same shape but for the rows; None once the whole was put together.
+        parts: in order, of the same shape but for one dimension; None once the whole was put together.
+        along: this dimension.
     """
 
-    halves: tuple[torch.Tensor, torch.Tensor] | None
+    parts: tuple[torch.Tensor, ...] | None
+    along: int
     _fetch: Fetch
     _whole: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls: type[SplitTensor], first: torch.Tensor, second: torch.Tensor, fetch: Fetch) -> SplitTensor:
-        """Join two tensors; `fetch` brings `second` to the device of `first`."""
-        shape = (first.shape[0] + second.shape[0], *first.shape[1:])
+    def __new__(cls: type[SplitTensor], parts: Sequence[torch.Tensor], fetch: Fetch, along: int = 0) -> SplitTensor:
+        """Join tensors; `fetch` brings one to the device of the first."""
+        first, shape = parts[0], list(parts[0].shape)
+        shape[along] = sum(part.shape[along] for part in parts)
         made: SplitTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=first.dtype, device=first.device)
-        made.halves, made._fetch, made._whole = (first, second), fetch, None
+        made.parts, made.along, made._fetch, made._whole = tuple(parts), along, fetch, None
         return made
 
     def whole(self) -> torch.Tensor:
-        """All rows in an ordinary tensor, which from now on stands for this one."""
-        if self.halves is not None:
-            first, second = self.halves
-            self._whole, self.halves = torch.cat([first, self._fetch(second)]), None
+        """All of it in an ordinary tensor, which from now on stands for this one."""
+        if self.parts is not None:
+            first, *others = self.parts
+            self._whole, self.parts = torch.cat([first, *map(self._fetch, others)], self.along), None
         assert self._whole is not None
         return self._whole
 
@@ -50,12 +53,11 @@ class SplitTensor(StandInTensor):
 
     @classmethod
     def instead(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        """A cast, of both halves."""
+        """A cast, of all parts."""
         source = args[0]
-        if func is not torch.ops.aten._to_copy.default or source.halves is None or set(kwargs) != {"dtype"}:
+        if func is not torch.ops.aten._to_copy.default or source.parts is None or set(kwargs) != {"dtype"}:
             return NotImplemented
-        first, second = (half.to(**kwargs) for half in source.halves)
-        return cls(first, second, source._fetch)
+        return cls([part.to(**kwargs) for part in source.parts], source._fetch, source.along)
 
 
 def as_whole(value: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .split_tensor import SplitTensor
+
 Movement = tuple[str, str, str]
 """Source device, destination device, tensor."""
 
@@ -36,8 +38,10 @@ def by_pair(moved: Counter[Movement]) -> dict[str, int]:
 
 
 def floating(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the floating-point tensors in nested dicts (model outputs), lists and tuples."""
-    if isinstance(value, torch.Tensor):
+    """Yield the floating-point tensors in nested dicts (model outputs), lists and tuples; of a split one, its parts."""
+    if isinstance(value, SplitTensor) and value.parts is not None:
+        yield from floating(value.parts)
+    elif isinstance(value, torch.Tensor):
         if value.is_floating_point():
             yield value
     elif isinstance(value, dict):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from .base import PHASES as PHASES
+from .base import Bands as Bands
+from .base import BandWork as BandWork
 from .base import Call as Call
 from .base import ComponentDescription as ComponentDescription
 from .base import Crossing as Crossing

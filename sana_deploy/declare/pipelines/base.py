@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from ..formats import Dtype
 from ..workload import Request, Workload
+from .row_bands import Bands as Bands
+from .row_bands import BandWork as BandWork
 
 Phase = Literal["encode", "prepare", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
@@ -133,6 +135,7 @@ class Crossing:
     Attributes:
         pieces: tensors of one size that it consists of, which `src` makes one after the other; 0 for a single tensor.
         needed: share of its work in a step that `dst` does before it needs the last piece.
+        copies: that it takes each time, one after the other.
     """
 
     tensor: str
@@ -143,6 +146,7 @@ class Crossing:
     phase: Phase = "denoise"
     pieces: int = 0
     needed: float = 0.0
+    copies: int = 1
 
     def times(self, steps: int) -> int:
         """How often it crosses in a request of `steps` denoising steps."""
@@ -219,6 +223,7 @@ class PipelineDescription:
         second_half: tensors that the denoiser's unit 1 gets and gives where it computes half of the rows of a guided
             step; None where halves cannot be computed apart.
         undivided: why they cannot, in a sentence.
+        bands: what units of the denoising loop take that compute some rows of the image each; None where they cannot.
     """
 
     class_name: str
@@ -242,6 +247,7 @@ class PipelineDescription:
     casts_prompt: bool = False
     second_half: Crossings | None = None
     undivided: str = ""
+    bands: Bands | None = None
 
     @property
     def counts_guidance(self) -> bool:

@@ -32,6 +32,7 @@ from .parts import (
     latents_bytes,
     prompt_crossings,
 )
+from .sana_rows import bands
 
 
 def crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype]) -> tuple[Crossing, ...]:
@@ -111,11 +112,12 @@ SANA_CONTROLNET = PipelineDescription(
     arguments=arguments,
     together=together,
     steady=(*STEADY, "controlnet_cond"),
-    repeated=("control_image", "control_latents"),
+    repeated=("control_image", "control_latents", "control_edge_rows", "control_attention_sums", "control_keys"),
     waiting=("controlnet_block_samples",),
     apart=("controlnet",),
     reads=("negative_prompt", "control_image", "control_fit", "conditioning_scale"),
     image=ImageInput("control image", optional=True, each_row=True),
     casts_prompt=True,
     second_half=second_half,
+    bands=bands(MAX_TOKENS),
 )

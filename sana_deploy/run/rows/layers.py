@@ -93,8 +93,7 @@ def glumb_conv(layer: Any, x: Tensor) -> Work:
     A halo of the layer's own input would be an eighth of the bytes. But the first 1x1 convolution has a bias, and
     outside the image its result must be zero.
     """
-    h = layer.nonlinearity(layer.conv_inverted(x))
-    h = yield from conv(layer.conv_depth, h)
+    h = yield from conv(layer.conv_depth, layer.nonlinearity(layer.conv_inverted(x)))  # no name here keeps it alive
     h, gate = torch.chunk(h, 2, dim=1)
     h = layer.conv_point(h * layer.nonlinearity(gate))
     del gate

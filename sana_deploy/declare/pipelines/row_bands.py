@@ -1,0 +1,44 @@
+"""What a pipeline description says of units that compute some rows of an image each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..formats import Dtype
+from ..workload import Workload
+
+Configs = Mapping[str, Mapping[str, Any]]
+"""Each component's config."""
+
+
+@dataclass(frozen=True)
+class BandWork:
+    """What a component's unit takes in a step beyond its share of the rows: it puts its neighbours' beside its own.
+
+    Attributes:
+        operations: kernels launched.
+        moved_bytes: read and written.
+        held_bytes: of activations at the fullest moment; less than 0 where it lets go of more than the whole does.
+    """
+
+    operations: int
+    moved_bytes: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class Bands:
+    """How the units of a denoising loop compute some rows of an image each.
+
+    Attributes:
+        row_pixels: the height in pixels that is dealt to units, given configs.
+        crossings: the units' tensors (`base.Crossing`), for a workload and the rows of each: inputs, results, and what
+            they exchange.
+        work: of a component's unit, given its config and rows.
+    """
+
+    row_pixels: Callable[[Configs], int]
+    crossings: Callable[[Configs, Workload, Mapping[str, Dtype], Sequence[int]], tuple[Any, ...]]
+    work: Callable[[Mapping[str, Any], Workload, Dtype, int], BandWork]

@@ -1,0 +1,80 @@
+"""Which GPUs share the rows of an image: of those that can hold the weights, the fastest ones, as many as pay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ..declare.hardware import SPLITS
+from ..facts.machine import Gpu, is_native
+from .profile import PipelineProfile
+from .row_split import RowSplit
+from .search import Search
+
+
+def best_rows(
+    split: RowSplit,
+    gpus: Sequence[Gpu],
+    pins: Mapping[str, int],
+    searched: Callable[[PipelineProfile], Search],
+    emulated: bool,
+) -> PipelineProfile:
+    """The profile with the rows on as many GPUs as take the fewest seconds; where none fits, the closest miss.
+
+    One more is tried while it saves seconds: Python launches the kernels of all units one after the other.
+
+    Args:
+        gpus: at least two.
+        pins: of the declaration: the GPUs of the denoiser's and the ControlNet's first two units.
+        searched: searches the placements of a profile.
+        emulated: whether a GPU may emulate a dtype.
+    """
+    best: tuple[tuple[bool, float], PipelineProfile] | None = None
+    for chosen in _choices(split, gpus, pins, emulated):
+        profile = split.dealt_to(chosen)
+        ways = [profile, split.with_vae(profile)] if _may_deal_vae(split, pins, chosen[0]) else [profile]
+        rank, way = min(((_rank(searched(one)), one) for one in ways), key=lambda pair: pair[0])
+        if best is None or rank < best[0]:
+            best = rank, way
+        elif not rank[0]:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _may_deal_vae(split: RowSplit, pins: Mapping[str, int], home: Gpu) -> bool:
+    """Whether the VAE may have its first unit with the denoising loop."""
+    return pins.get(split.profile.pipeline.of("vae"), home.index) == home.index
+
+
+def _rank(search: Search) -> tuple[bool, float]:
+    """What is compared: seconds, rounded to what is printed, where something fits, else the bytes that are missing."""
+    if search.best is not None:
+        return False, round(sum((search.best.seconds or {}).values()), 4)
+    nearest = search.nearest()
+    return True, nearest.shortfall_bytes if nearest else float("inf")
+
+
+def _choices(
+    split: RowSplit, gpus: Sequence[Gpu], pins: Mapping[str, int], emulated: bool
+) -> Iterator[tuple[Gpu, ...]]:
+    """Two GPUs, three, and so on; those of pins are among them and come first."""
+    looped = split.profile.pipeline.looped
+    pinned = [[pins[f"{name}{unit}"] for name in looped if f"{name}{unit}" in pins] for unit in ("", ".1")]
+    by_index, order = {gpu.index: gpu for gpu in gpus}, _fastest_first(split, gpus, emulated)
+    named = [by_index[found[0]] if found else None for found in pinned]
+    left = [gpu for gpu in order if gpu not in named]
+    order = [one if one is not None else left.pop(0) for one in named if one is not None or left] + left
+    for count in range(2, min(len(order), SPLITS["rows"].most_gpus, split.rows) + 1):
+        yield tuple(order[:count])
+
+
+def _fastest_first(split: RowSplit, gpus: Sequence[Gpu], emulated: bool) -> list[Gpu]:
+    """GPUs in the order in which they are taken: those that hold the weights and compute natively before others."""
+    looped = [split.profile.components[name] for name in split.profile.pipeline.looped]
+    weights = sum(part.weights_bytes for part in looped)
+
+    def unfit(gpu: Gpu) -> bool:
+        native = emulated or all(is_native(part.format.dtype, gpu) for part in looped)
+        return gpu.free_bytes <= weights or not native
+
+    return sorted(gpus, key=lambda gpu: (unfit(gpu), *(-value for value in gpu.speed), -gpu.free_bytes, gpu.index))

@@ -1,0 +1,240 @@
+"""`split=rows`: the profile of a denoising loop whose components have a unit on each GPU, for some rows each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from ..declare.formats import Format
+from ..declare.pipelines import Bands, Component, Crossing, Phase
+from ..declare.workload import VAE_FACTOR, Workload
+from ..facts.allocator import workspace_bytes
+from ..facts.checkpoint import Checkpoint
+from ..facts.machine import Gpu
+from .cost import overhead
+from .needs import Measure, needs_of
+from .passing import VaeMode, Work
+from .profile import ComponentProfile, PipelineProfile, profile_component
+from .seconds import STEP_EFFICIENCY, work_seconds
+from .units import Unit
+from .vae_rows import dealt_crossings
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """Deals the rows of one request to GPUs.
+
+    Args:
+        profile: of the request, without any split.
+        measure: measures a checkpoint whose needs are not known; see `needs.py`.
+    """
+
+    profile: PipelineProfile
+    checkpoint: Checkpoint
+    workload: Workload
+    formats: Mapping[Component, Format]
+    measure: Measure
+
+    @property
+    def _bands(self) -> Bands:
+        assert self.profile.pipeline.bands is not None
+        return self.profile.pipeline.bands
+
+    @cached_property
+    def _configs(self) -> dict[str, Mapping[str, Any]]:
+        return {name: one.config for name, one in self.checkpoint.components.items()}
+
+    @cached_property
+    def row_pixels(self) -> int:
+        """The height in pixels of what is dealt."""
+        return self._bands.row_pixels(self._configs)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of the image."""
+        return self.workload.height // self.row_pixels
+
+    def shares(self, gpus: Sequence[Gpu]) -> tuple[int, ...]:
+        """Rows for each GPU: as many as it computes while the others compute theirs, and has memory for.
+
+        What a GPU has no memory for goes to the others; where none has, it stays, and the plan does not fit.
+        """
+        speeds = [1 / max(self._whole_seconds(gpu), 1e-9) for gpu in gpus]
+        return dealt(self.rows, speeds, [self._most_rows(gpu) for gpu in gpus])
+
+    def dealt_to(self, gpus: Sequence[Gpu]) -> PipelineProfile:
+        """The profile whose units are on `gpus`, the denoising loop on the first."""
+        fixed: dict[str, int] = {}
+        for number, gpu in enumerate(gpus):
+            fixed |= {Unit(name, number).name: gpu.index for name in self.profile.pipeline.looped}
+        return replace(self.with_rows(self.shares(gpus)), fixed=fixed)
+
+    def with_vae(self, split: PipelineProfile) -> PipelineProfile:
+        """The profile `split`, of this request, whose VAE has a unit on each of its GPUs, for the same rows."""
+        vae, config = self._vae, self._configs[self._vae]
+        form, rows, count = self.formats[vae], split.rows, len(split.rows)
+        units = [Unit(vae, number) for number in range(count)]
+        under = {
+            mode: [self._vae_band(mode, rows[number], count) for number in range(count)]
+            for mode in self.profile.vae_under
+            if not mode.tiled and mode.bands == 1
+        }
+        parts = under[VaeMode()]
+        dtypes = self._bands.row_pixels(self._configs) // VAE_FACTOR
+        latents = [dtypes * one for one in rows]
+        encoded = self.profile.pipeline.image_rows(self.workload)
+        between = dealt_crossings([one.name for one in units], config, self.workload, form.dtype, latents, encoded)
+        gpus = [split.fixed.get(Unit(split.pipeline.denoiser, number).name) for number in range(count)]
+        places = {one.name: gpu for one, gpu in zip(units, gpus, strict=True) if gpu is not None}
+        return replace(
+            split,
+            components={**split.components, vae: parts[0]},
+            further={**split.further, **dict(zip(units[1:], parts[1:], strict=True))},
+            crossings=(*split.crossings, *between),
+            fixed={**split.fixed, **places},
+            vae_under={mode: found[0] for mode, found in under.items()},
+            further_vae_under={mode: dict(zip(units[1:], found[1:], strict=True)) for mode, found in under.items()},
+        )
+
+    def _vae_band(self, mode: VaeMode, rows: int, count: int) -> ComponentProfile:
+        """What a unit of the VAE needs for its rows, of which it lets go sooner than the whole does."""
+        vae, needs = self._vae, self._needs[self._vae]
+        shape = self.workload.model_copy(update={"height": rows * self.row_pixels})
+        part = profile_component(
+            self.profile.pipeline, self.checkpoint.components[vae], self.formats[vae], needs, shape, mode
+        )
+        held = {phase: round(size * _vae_share(needs[phase])) for phase, size in part.activations.items()}
+        return replace(part, activations=held, units=count)
+
+    @property
+    def _vae(self) -> Component:
+        return self.profile.pipeline.of("vae")
+
+    def again(self, shares: Sequence[int], vae: bool = False) -> PipelineProfile:
+        """The profile whose units compute rows in the proportion of `shares`, as placed ones deal them.
+
+        Args:
+            vae: the VAE has units as well.
+        """
+        found = self.with_rows(in_proportion(self.rows, shares))
+        return self.with_vae(found) if vae else found
+
+    def with_rows(self, rows: Sequence[int]) -> PipelineProfile:
+        """The profile whose denoising loop has units that compute so many rows each, whatever GPUs they are on."""
+        pipeline, bands = self.profile.pipeline, self._bands
+        dtypes = {name: form.dtype for name, form in self.formats.items()}
+        between = bands.crossings(self._configs, self.workload, dtypes, rows)
+        first = {name: self._unit(name, 0, rows, between) for name in pipeline.looped}
+        further = {
+            Unit(name, number): self._unit(name, number, rows, between)
+            for number in range(1, len(rows))
+            for name in pipeline.looped
+        }
+        outside = [one for one in self.profile.crossings if not {one.src, one.dst} <= set(pipeline.looped)]
+        return replace(
+            self.profile,
+            components={**self.profile.components, **first},
+            further=further,
+            crossings=(*outside, *between),
+            rows=tuple(rows),
+        )
+
+    def _unit(self, name: Component, number: int, rows: Sequence[int], between: Sequence[Crossing]) -> ComponentProfile:
+        """What one unit needs: its rows of a step, and with the denoiser what waits on its GPU."""
+        whole, part = self.profile.components[name], self._band(name, rows[number])
+        activations: dict[Phase, int] = {"denoise": part.activations["denoise"]}
+        if not number:
+            activations = {**whole.activations, **activations}
+        if name == self.profile.pipeline.denoiser:
+            here = Unit(name, number).name
+            waiting = self.profile.pipeline.waiting
+            residuals = sum(one.bytes_each for one in between if one.tensor in waiting and one.dst == here)
+            every = sum(one.bytes_each for one in between if one.tensor in waiting)
+            activations["decode"] = residuals + (whole.activations["decode"] - every if not number else 0)
+            if not number:  # what comes back of the others; what is exchanged is there for a moment
+                results = (one.bytes_each for one in between if one.copies == 1 and one.dst == here)
+                activations["denoise"] += sum(results) - residuals
+        work = {**(whole.work if not number else {}), "denoise": part.work["denoise"]}
+        return replace(part if number else whole, activations=activations, work=work, units=len(rows))
+
+    def _band(self, name: Component, rows: int) -> ComponentProfile:
+        """One component's needs for so many rows of an image, with what it puts beside them."""
+        form, needs = self.formats[name], self._needs[name]
+        shape = self.workload.model_copy(update={"height": rows * self.row_pixels})
+        part = profile_component(self.profile.pipeline, self.checkpoint.components[name], form, needs, shape)
+        if rows == self.rows:
+            return part
+        more = self._bands.work(self._configs[name], self.workload, form.dtype, rows)
+        own = part.work["denoise"]
+        work = replace(own, operations=own.operations + more.operations, other_bytes=own.other_bytes + more.moved_bytes)
+        held = part.activations["denoise"] + more.held_bytes
+        return replace(part, activations={**part.activations, "denoise": held}, work={**part.work, "denoise": work})
+
+    @cached_property
+    def _needs(self) -> Mapping[Component, Mapping[Phase, Mapping[str, Any]]]:
+        return needs_of(self.checkpoint, self.formats, self.workload.guided, self.measure)
+
+    def _whole_seconds(self, gpu: Gpu) -> float:
+        """Seconds that a GPU computes in a step of the whole image; launching is the same for all."""
+        parts = [self.profile.components[name] for name in self.profile.pipeline.looped]
+        works = [(part.work.get("denoise", Work()), part.format.dtype) for part in parts]
+        return sum(work_seconds(work, dtype, gpu.rates, STEP_EFFICIENCY, 0) for work, dtype in works)
+
+    def _most_rows(self, gpu: Gpu) -> int:
+        """Rows that a GPU has memory for beside the weights of its units."""
+        looped = self.profile.pipeline.looped
+        one, every = ([self._band(name, count) for name in looped] for count in (1, self.rows))
+        least, most = (max(part.activations["denoise"] for part in parts) for parts in (one, every))
+        weights = sum(part.weights_bytes + part.unsplit_bytes for part in every)
+        free = gpu.free_bytes - weights - overhead(gpu) - workspace_bytes(gpu.capability) - least
+        if free < 0:
+            return 0
+        return 1 + int(free * (self.rows - 1) // max(most - least, 1))
+
+
+def _vae_share(needs: Mapping[str, Any]) -> float:
+    """Of a whole image's activations, what units take together: what bands hold, and what one of them works with."""
+    if "banded" not in needs:
+        return 1.0
+    held, worked = needs["banded"]["activation_bytes"][:2]
+    return float((held + worked) / needs["activation_bytes"][3])
+
+
+def dealt(rows: int, speeds: Sequence[float], most: Sequence[int]) -> tuple[int, ...]:
+    """Deal rows by speed, at least one to each, no more than `most` where they can be had elsewhere."""
+    count = len(speeds)
+    capped = dict[int, int]()
+    while True:
+        free = [i for i in range(count) if i not in capped]
+        left, speed = rows - sum(capped.values()), sum(speeds[i] for i in free)
+        over = {i: max(1, most[i]) for i in free if left * speeds[i] / speed > max(1, most[i])}
+        if not over:
+            break
+        if len(over) == len(free):  # there is not enough memory anywhere
+            capped, free, left, speed = {}, list(range(count)), rows, sum(speeds)
+            break
+        capped |= over
+    exact = {i: left * speeds[i] / speed for i in free}
+    found = {**capped, **{i: max(1, int(share)) for i, share in exact.items()}}
+    order = sorted(free, key=lambda i: (found[i] - exact[i], i))
+    spare, turn = rows - sum(found.values()), 0
+    while spare > 0:
+        found[order[turn % len(order)]] += 1
+        spare, turn = spare - 1, turn + 1
+    while spare < 0:
+        largest = max(found, key=lambda i: (found[i], i))
+        found[largest], spare = found[largest] - 1, spare + 1
+    return tuple(found[i] for i in range(count))
+
+
+def in_proportion(rows: int, shares: Sequence[int]) -> tuple[int, ...]:
+    """Deal rows in the proportion of `shares`, at least one to each; to fewer where there are fewer rows."""
+    count = min(len(shares), rows)
+    total = sum(shares[:count])
+    edges = [round(rows * sum(shares[:i]) / total) for i in range(count + 1)]
+    for i in range(1, count):
+        edges[i] = min(max(edges[i], edges[i - 1] + 1), rows - (count - i))
+    return tuple(end - first for first, end in pairwise(edges))

@@ -1,0 +1,90 @@
+"""What components over GPUs share: counted exchanges, units as they are now, and why a call is not dealt out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .border import Border
+from .mirror import Mirror
+from .rows.exchange import Ask, Gather, Group, Halo, Sum
+from .traffic import Traffic
+
+STEP: Mapping[type[Ask], str] = {Sum: "attention_sums", Halo: "edge_rows"}
+"""What units of the denoising loop exchange, as plans and outcomes call it."""
+ENCODE: Mapping[type[Ask], str] = {
+    Sum: "control_attention_sums", Halo: "control_edge_rows", Gather: "control_keys",
+}  # fmt: skip
+DECODE: Mapping[type[Ask], str] = {
+    Sum: "decoded_attention_sums", Halo: "decoded_edge_rows", Gather: "decoded_keys",
+}  # fmt: skip
+"""The same of the VAE's units."""
+
+
+class UndealtError(Exception):
+    """The rows of a call cannot be dealt out; the message says why."""
+
+
+@dataclass
+class CountedGroup(Group):
+    """Bands whose exchanges are counted as traffic.
+
+    Attributes:
+        traffic: of the request.
+        names: of what is exchanged.
+        tensor: that moves now.
+        result: what all of them make.
+    """
+
+    traffic: Traffic = field(default_factory=Traffic)
+    names: Mapping[type[Ask], str] = field(default_factory=lambda: STEP)
+    tensor: str = ""
+    result: str = ""
+
+    def exchange(self, asked: Sequence[Ask]) -> None:
+        """Answer what all bands ask; see `Group`."""
+        self.tensor = self.names[type(asked[0])]
+        super().exchange(asked)
+
+    def move(self, x: Tensor, source: int, target: int) -> Tensor:
+        """Move and count; see `Group`."""
+        here, there = self.devices[source], self.devices[target]
+        if here != there:
+            self.traffic.add(here, there, self.tensor, x.nbytes)
+        return super().move(x, source, target)
+
+    def joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """Join results; see `Group`."""
+        self.tensor = self.result
+        return super().joined(parts, dim)
+
+
+def units_of(module: nn.Module, mirrors: Sequence[Mirror], border: Border) -> list[Any]:
+    """The module and its copies, as they are now.
+
+    Raises:
+        UndealtError: a copy cannot stand for the module in this call.
+        torch.OutOfMemoryError: the module changed, and a new copy does not fit.
+    """
+    if torch.is_grad_enabled():
+        raise UndealtError("gradients are recorded")
+    if module.training:
+        raise UndealtError("the module is in training mode")
+    found: list[Any] = [module]
+    for mirror in mirrors:
+        copied = mirror.current(border.state.seen)
+        if copied is None:
+            raise UndealtError(mirror.refusal)
+        found.append(copied)
+    return found
+
+
+def tell(border: Border, name: str, reason: str) -> None:
+    """Remark once in a request that a component did all rows by itself."""
+    remark = f"the {name} computed all rows of the image on one device: {reason}"
+    if remark not in border.state.remarks:
+        border.state.remark(remark)
