@@ -119,6 +119,8 @@ def measure(options: argparse.Namespace, side: int) -> dict[str, Any]:
     apart, one_by_one = timed(lambda: [alone(case) for case in cases], options.turns)
     taken_apart = peaks(plan, False)
     with ThreadPoolExecutor(overlap.in_flight) as pool:
+        list(pool.map(flying, cases))  # libraries start in each thread anew
+        peaks(plan, True)
         together, at_once = timed(lambda: list(pool.map(flying, cases)), options.turns)
     count = len(cases)
     return row | {
