@@ -77,7 +77,7 @@ def test_out_of_memory_in_decode_is_named(
     def full(_: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(pipeline.vae.decoder, "forward", full)
+    monkeypatch.setattr(pipeline.vae.decoder.conv_in, "forward", full)  # in bands and in tiles, too
     with pytest.raises(RunError, match=r"out of memory on cpu, in vae during decode \(tried to allocate\)"):
         generate(pipeline, *asked(small()))
     monkeypatch.undo()

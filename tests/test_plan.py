@@ -20,7 +20,7 @@ from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.errors import InputError, PlanError
 from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.basis import BASIS
+from sana_deploy.plan.basis import BASIS, OVERLAP_BASIS
 from sana_deploy.plan.digest import digest_of
 
 
@@ -76,10 +76,12 @@ def test_every_quantity_says_how_it_was_come_by(plan: Plan) -> None:
     counts = {"slots.*.index", "slots.*.compute_capability.*", "home", "device_map.*", "components.*.slot",
               "transfers.*.src", "transfers.*.dst", "considered.placements", "considered.feasible",
               "considered.settings", "considered.closest.device_map.*",
-              "considered.runners_up.*.device_map.*", "rejections.*.gpu", "rejections.*.count"}  # fmt: skip
+              "considered.runners_up.*.device_map.*", "rejections.*.gpu", "rejections.*.count",
+              "overlap.in_flight", "overlap.stages.*.places.*", "overlap.slots.*.slot"}  # fmt: skip
     unknown = [place for place in numbers(values) if not any(fnmatch(place, known) for known in {*counts, *plan.basis})]
     assert unknown == []
-    assert values["basis"] == {**BASIS, "slots.*.pool_bytes": "estimated"}, "its components execute as graphs"
+    further = {"slots.*.pool_bytes": "estimated", **OVERLAP_BASIS}
+    assert values["basis"] == {**BASIS, **further}, "its components execute as graphs, and its stages overlap"
 
 
 def changed(plan: Plan, change: Callable[[dict[str, Any]], None], path: Path) -> Path:

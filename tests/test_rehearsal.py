@@ -290,7 +290,7 @@ def test_peaks_agree_with_pytorch_s_own_memory_tracker(small: Small, side: int) 
 
 
 @pytest.mark.slow
-def test_the_whole_story_takes_26_plain_lines_of_80_columns(
+def test_the_whole_story_takes_27_plain_lines_of_80_columns(
     cli: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     plain = {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "ascii"}
@@ -299,7 +299,7 @@ def test_the_whole_story_takes_26_plain_lines_of_80_columns(
     assert done.stderr.isascii()
     progress = ("loading", "rehearsing", "profiling")
     lines = [line for line in done.stderr.splitlines() if not line.startswith(progress)]
-    assert len(lines) <= 26, done.stderr
+    assert len(lines) <= 27, done.stderr
     assert max(len(line) for line in lines if not line.startswith(("saved", "next:"))) <= 80
     for told in (
         "GPU 0",

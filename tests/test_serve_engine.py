@@ -346,7 +346,7 @@ def test_out_of_memory_ends_one_order_and_not_the_engine(
     async def work(engine: LocalEngine) -> None:
         (before,) = await engine.draw(order(1))
         with monkeypatch.context() as patch:
-            patch.setattr(real.pipeline.vae.decoder, "forward", full)
+            patch.setattr(real.pipeline.vae.decoder.conv_in, "forward", full)  # in bands and in tiles, too
             with pytest.raises(RunError, match="out of memory on cpu, in vae during decode") as caught:
                 await engine.draw(order(2))
             assert caught.value.facts["out_of_memory"]

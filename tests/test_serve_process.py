@@ -50,7 +50,7 @@ from sana_deploy.serve import replica
 from sleeping import Sleeping
 
 class Replica(Sleeping):
-    def __init__(self, resolved):
+    def __init__(self, resolved, overlap=True):
         super().__init__({step})
 
     def load(self):
@@ -164,7 +164,7 @@ def test_every_replica_of_a_plan_is_served(monkeypatch: pytest.MonkeyPatch) -> N
     given: list[ResolvedPlan] = []
 
     class Noting(Sleeping):
-        def __init__(self, one: ResolvedPlan) -> None:
+        def __init__(self, one: ResolvedPlan, overlap: bool = True) -> None:
             super().__init__(0)
             given.append(one)
 
