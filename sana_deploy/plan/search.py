@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,9 +16,10 @@ from .cost import Placement
 from .grid import Candidate, PlacementGrid, Rules
 from .knobs import under, useful
 from .placements import CHUNK, CPU, Places, canonical_placements
-from .profile import PipelineProfile
+from .profile import ComponentProfile, PipelineProfile
 from .records import Place
 from .rejections import Rejection, RejectionTally
+from .seconds import component_phases
 from .setting import Tried
 from .shortlist import Key, KeyOf, Shortlist
 
@@ -131,18 +132,32 @@ def _whole_first(
 ) -> Search:
     """Search without what cuts into parts or is dearer, and then with it where that may find something better.
 
-    It cannot where no placement is short of memory, nor where `balance`, which avoids dear knobs before all else, has
-    found one.
+    It cannot where no placement is short of memory and no unit is faster with it, nor where `balance`, which avoids
+    dear knobs before all else, has found one.
     """
     settings = _settings(profile, rules.allow)
     order, tried = list(KNOBS), {knob for one in settings for knob in one.knobs}
     if cutting := [i for i, knob in enumerate(order) if knob in tried and KNOBS[knob].counts]:
-        plain = [one for one in settings if not {*order[cutting[0] :]} & {*one.knobs}]
+        dear = {*order[cutting[0] :]}
+        plain = [one for one in settings if not dear & {*one.knobs}]
         found = _search(profile, gpus, rules, blocks(), plain, key, limit)
         short = any(rejection.reason == "memory" for rejection in found.rejections)
-        if not short or (found.best and rules.objective == "balance"):
+        if found.best and rules.objective == "balance":
+            return found
+        if not short and not any(_saves_seconds(profile, one, dear, gpus) for one in settings if dear & {*one.knobs}):
             return found
     return _search(profile, gpus, rules, blocks(), settings, key, limit)
+
+
+def _saves_seconds(profile: PipelineProfile, tried: Tried, dear: Collection[Knob], gpus: Iterable[Gpu]) -> bool:
+    """Whether a unit takes fewer seconds on any GPU with the knobs that were tried than without the `dear` of them."""
+    changed = under(tried.profile, tried.knobs).parts
+    plain = under(profile, [knob for knob in tried.knobs if knob not in dear]).parts
+
+    def seconds(part: ComponentProfile, gpu: Gpu) -> float:
+        return sum(component_phases(part, profile.steps, gpu.rates).values())
+
+    return any(seconds(changed[name], gpu) < seconds(part, gpu) for gpu in gpus for name, part in plain.items())
 
 
 def _settings(profile: PipelineProfile, allow: Iterable[Knob]) -> list[Tried]:
