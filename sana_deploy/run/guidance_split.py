@@ -24,13 +24,12 @@ from torch.utils import _pytree as pytree
 from ..plan.units import component_of
 from .border import Border
 from .halves import Halves, UncutError
-from .hook import BorderHook
-from .mirror import Mirror
+from .mirror import Hook, Mirror
 from .not_copied import NotCopied
 from .split_tensor import SplitTensor, as_whole
 from .traffic import move
 
-Hook = Callable[..., BorderHook]
+PutHook = Callable[..., Hook]
 """Puts a hook on a module, given `unit` and `device` by name."""
 _GUIDED = "do_classifier_free_guidance"
 """The argument of a pipeline's `encode_prompt` that says whether the call is with guidance."""
@@ -102,8 +101,8 @@ class SplitForward(NotCopied):
             self.border.state.remark(remark)
 
 
-def second_units(pipeline: DiffusionPipeline, border: Border, hook: Hook) -> dict[str, Mirror]:
-    """Copy the components of the denoising loop onto the devices of their second units, each with a border of its own.
+def further_units(pipeline: DiffusionPipeline, border: Border, hook: PutHook) -> dict[str, Mirror]:
+    """Copy components onto the devices of their further units.
 
     Args:
         pipeline: with all components where they belong.

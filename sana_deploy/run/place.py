@@ -24,7 +24,7 @@ from ..plan.units import component_of
 from .border import Border
 from .control_image_copies import Copies, watch_copies
 from .decode_retry import put_back, vae_settings
-from .guidance_split import second_units, split_guidance
+from .guidance_split import further_units, split_guidance
 from .hook import BorderHook, attach, find_border
 from .host import Host, PresentHost
 from .quantize import quantize_linears
@@ -170,7 +170,7 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
     plan, border = resolved.plan, _new_border(resolved, host)
     hook = functools.partial(_hook, plan=plan, border=border)
     by_rows = plan.split == "rows"
-    mirrors = row_units(pipeline, border) if by_rows else second_units(pipeline, border, hook)
+    mirrors = row_units(pipeline, border) if by_rows else further_units(pipeline, border, hook)
     for name in plan.pipeline.names:
         device = torch.device(resolved.device_map[name])
         hook(getattr(pipeline, name), name, device, offloaded=waiting_device(resolved, name) != str(device))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..plan.units import component_of
 from .border import Border
+from .guidance_split import further_units
 from .mirror import Mirror
 from .not_copied import NotCopied
 from .row_group import CountedGroup, UndealtError, tell, units_of
@@ -215,14 +216,7 @@ def row_units(pipeline: DiffusionPipeline, border: Border) -> dict[str, Mirror]:
     Raises:
         torch.OutOfMemoryError: a copy does not fit.
     """
-    mirrors: dict[str, Mirror] = {}
-    for unit, device in border.units.items():
-        host = border.host
-        copy_module = functools.partial(host.copy_module, unit=unit, device=device)
-        module = getattr(pipeline, component_of(unit))
-        mirrors[unit] = Mirror(unit, module, copy_module, host.digest, lambda _: _Unhooked())
-        border.restore.append(mirrors[unit].free)
-    return mirrors
+    return further_units(pipeline, border, lambda module, unit, device: _Unhooked())
 
 
 def split_rows(
