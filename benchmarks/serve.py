@@ -53,6 +53,8 @@ class Load:
     url: str
     body: dict[str, Any]
     retries: int
+    vary: bool = False
+    """Whether each request has a prompt of its own."""
     after: tuple[int, Callable[[], None]] | None = None
     codes: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
@@ -69,9 +71,11 @@ class Load:
     async def _ask(self, client: httpx2.AsyncClient, seed: int) -> None:
         """One that is refused for a full queue comes again when it was told to."""
         began = time.perf_counter()
+        body = {**self.body, "seed": seed}
+        body["prompt"] += f", number {seed}" if self.vary else ""
         for attempt in range(self.retries + 1):
             try:
-                answer = await client.post(f"{self.url}{PATH}", json={**self.body, "seed": seed})
+                answer = await client.post(f"{self.url}{PATH}", json=body)
             except httpx2.HTTPError as problem:
                 self.codes[f"lost: {type(problem).__name__}"] += 1
                 return
@@ -145,7 +149,7 @@ def measured(options: argparse.Namespace, url: str, kill: Callable[[], None] | N
     """Send the load that the options ask for; `kill` is called after a third of it."""
     body = {"prompt": options.prompt, "size": options.size, "n": options.n}
     body |= {} if options.steps is None else {"steps": options.steps}
-    load = Load(url, body, options.retries, (options.requests // 3, kill) if kill else None)
+    load = Load(url, body, options.retries, options.vary, (options.requests // 3, kill) if kill else None)
     began = time.perf_counter()
     if options.rate:
         asyncio.run(open_loop(load, options.requests, options.rate))
@@ -237,6 +241,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8, help="requests in flight, in a closed loop")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second, in an open loop")
     parser.add_argument("--prompt", default="a small lighthouse on a rocky shore at dusk")
+    parser.add_argument("--vary", action="store_true", help="give each request a prompt of its own")
     parser.add_argument("--size", default="auto")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--n", type=int, default=1)

@@ -22,7 +22,8 @@ class Process:
     def __init__(self, command: list[str], folder: Path) -> None:
         self.ray = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, since sockets are in it
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "COLUMNS": "100"}
+        paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH")]
+        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "COLUMNS": "100"}
         environment |= {"OMP_NUM_THREADS": "1", "RAY_TMPDIR": self.ray}
         self.process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
         self.said = ""
