@@ -146,6 +146,26 @@ def test_pipelines_draw_at_once_each_its_own_seed(pair: tuple[DeploySpec, list[A
     assert measured.images_per_second == pytest.approx(2 / measured.seconds["generate"], rel=1e-3)
 
 
+@pytest.mark.usefixtures("short_prompts")
+def test_a_pipeline_draws_in_the_same_thread_each_time(
+    pair: tuple[DeploySpec, list[Any]],
+) -> None:
+    spec, pipelines = pair
+    drew: dict[int, set[int]] = {0: set(), 1: set()}
+    for number, pipeline in enumerate(pipelines):
+        encode = pipeline.encode_prompt
+        pipeline.encode_prompt = lambda *given, at=number, call=encode, **named: (
+            drew[at].add(threading.get_ident()),
+            call(*given, **named),
+        )[1]
+    for _ in range(2):
+        generate_each(pipelines, spec.workload.bounds, spec.workload.request)
+    for pipeline in pipelines:
+        del pipeline.encode_prompt
+    assert [len(threads) for threads in drew.values()] == [1, 1]
+    assert drew[0].isdisjoint(drew[1])
+
+
 def test_the_last_seed_is_followed_by_the_first(small: Small) -> None:
     request = small("workload.seed=9223372036854775807").workload.request
     assert [request_of(request, number).seed for number in range(3)] == [2**63 - 1, 0, 1]

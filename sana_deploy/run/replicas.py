@@ -6,8 +6,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
@@ -24,6 +25,9 @@ from .weights import Progress
 
 _SEEDS = 2**63
 """Seeds are below this."""
+_THREADS: WeakKeyDictionary[DiffusionPipeline, ThreadPoolExecutor] = WeakKeyDictionary()
+"""The thread in which a pipeline draws beside others. It is kept, since CUDA's libraries start anew in each thread,
+which takes as long as a picture; it ends with the pipeline."""
 
 
 def load_pipelines(
@@ -97,14 +101,19 @@ def generate_each(
         _Task(pipeline, workload, request_of(request, number), state, stop, None if number else on_step)
         for number, (pipeline, state) in enumerate(zip(pipelines, states, strict=True))
     ]
-    with ThreadPoolExecutor(len(tasks), "replica") as pool:
-        try:
-            drawn = _results([pool.submit(task.draw) for task in tasks])
-        except BaseException:
-            stop.set()
-            raise
+    futures = [_thread_of(task.pipeline).submit(task.draw) for task in tasks]
+    try:
+        drawn = _results(futures)
+    except BaseException:
+        stop.set()
+        wait(futures)
+        raise
     images = [image for own, _ in drawn for image in own]
     return images, _together([measured for _, measured in drawn], len(images), time.perf_counter() - started)
+
+
+def _thread_of(pipeline: DiffusionPipeline) -> ThreadPoolExecutor:
+    return _THREADS.setdefault(pipeline, ThreadPoolExecutor(1, "replica"))
 
 
 @dataclass(frozen=True)
