@@ -1,7 +1,7 @@
 """Seconds of a whole image with each runtime and split, beside diffusers' own eager pipeline in the same process.
 
-    python benchmarks/speed.py FOLDER [--model sana_1600m_controlnet] [--turns 7] [--sides 512 1024] [--batches 1]
-                              [--allow encode_once]
+    python benchmarks/speed.py FOLDER [--model sana_1600m_controlnet] [--pipeline SanaPAGPipeline] [--turns 7]
+                              [--sides 512 1024] [--batches 1] [--allow encode_once]
     python benchmarks/speed.py FOLDER --endure 1000
 
 FOLDER gets a checkpoint with random weights, unless it is there (`make_checkpoint.py`). Each case is drawn by diffusers
@@ -36,6 +36,7 @@ from make_checkpoint import make_checkpoint
 
 from sana_deploy import Plan, compile_plan, load_pipeline, place, unplace
 from sana_deploy.declare.control_image import read_control_image
+from sana_deploy.declare.pipelines import COMPONENTS
 from sana_deploy.declare.runtime import RUNTIMES
 from sana_deploy.errors import InfeasibleError
 from sana_deploy.facts.checkpoint import open_checkpoint
@@ -64,21 +65,21 @@ class Way:
         """`graphs`, or `graphs+guidance`."""
         return self.runtime if self.split == "none" else f"{self.runtime}+{self.split}"
 
-    @property
-    def hardware(self) -> tuple[str, ...]:
+    def hardware(self, components: list[str]) -> tuple[str, ...]:
         """Overrides: everything on the first GPU, but for the second half of guidance."""
         allow = f"hardware.allow=[{','.join(self.allow)}]"
         if self.split == "none":
             return ("hardware=single_gpu", allow, "hardware.use=[0]")
         return ("hardware=multi_gpu_balanced", f"hardware.split={self.split}", "hardware.objective=latency",
-                allow, "hardware.pin.transformer=0", "hardware.pin.text_encoder=0",
-                "hardware.pin.vae=0", "hardware.pin.controlnet=0")  # fmt: skip
+                allow, *(f"hardware.pin.{name}=0" for name in components))  # fmt: skip
 
 
 def planned(folder: Path, side: int, batch: int, way: Way, *more: str) -> Plan:
     """The documented recipe, in one way."""
+    listed = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    where = way.hardware([name for name in COMPONENTS if name in listed])
     return compile_plan([
-        "model=checkpoint", f"model.source={folder}", *way.hardware, "precision=mixed_bf16", f"runtime={way.runtime}",
+        "model=checkpoint", f"model.source={folder}", *where, "precision=mixed_bf16", f"runtime={way.runtime}",
         "workload.prompt=a lighthouse", "workload.negative_prompt=blurry", "workload.seed=1",
         f"workload.height={side}", f"workload.width={side}", f"workload.batch={batch}", *more,
     ])  # fmt: skip
@@ -167,18 +168,18 @@ def ways(only: list[str] | None, allow: list[str]) -> list[Way]:
 
 def compare(options: argparse.Namespace, pipeline: Any) -> None:
     """Print one JSON line per case and way."""
-    for side, batch in CASES:
-        if side not in (options.sides or [side]) or batch not in (options.batches or [batch]):
-            continue
+    asked = [(side, batch) for side in options.sides or () for batch in options.batches or [1]]
+    more = [f"model.pipeline={options.pipeline}"] if options.pipeline else []
+    for side, batch in asked or CASES:
         turns = options.turns if side * side * batch < 2**21 else max(3, options.turns // 2)
-        draw = drawer(pipeline, planned(options.folder, side, batch, Way("eager")))
+        draw = drawer(pipeline, planned(options.folder, side, batch, Way("eager"), *more))
         reference, seconds = drawn(draw, turns, WARM)
         base = median(seconds[WARM:])
         print(json.dumps({"side": side, "batch": batch, "way": "diffusers", "seconds": round(base, 4)}), flush=True)
         for way in ways(options.ways, options.allow):
             row = {"side": side, "batch": batch, "split": way.split}
             try:
-                plan = planned(options.folder, side, batch, way)
+                plan = planned(options.folder, side, batch, way, *more)
             except InfeasibleError as problem:
                 print(json.dumps(row | {"asked": way.runtime, "refused": str(problem)}), flush=True)
                 continue
@@ -210,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="seconds of whole images with each runtime, beside diffusers")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="sana_1600m_controlnet")
+    parser.add_argument("--pipeline", help="a class of diffusers, where the checkpoint is made for several")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--sides", type=int, nargs="*")
     parser.add_argument("--batches", type=int, nargs="*")
@@ -219,7 +221,8 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.folder / "model_index.json").is_file():
         make_checkpoint(options.model, options.folder)
-    pipeline = unplace(load_pipeline(planned(options.folder, 512, 1, Way("eager"))))
+    more = [f"model.pipeline={options.pipeline}"] if options.pipeline else []
+    pipeline = unplace(load_pipeline(planned(options.folder, 512, 1, Way("eager"), *more)))
     pipeline.set_progress_bar_config(disable=True)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(json.dumps({"gpus": gpus, "torch": torch.__version__, "model": options.model}))
