@@ -6,7 +6,7 @@ FOLDER gets a checkpoint with random weights, unless it is there (`make_checkpoi
 the other: a plain loop over diffusers' pipeline on one GPU; a loop over one pipeline of the plan; the command `serve`
 with one replica, and with one on every GPU, under two requests in flight for each replica, without batches. Each
 request has a prompt and a seed of its own, and all sides draw the same ones. A row of JSON has images per second,
-for the service those of the plan, how many times the loop over one pipeline it reaches, every code that was
+for the service those of the plan, and over the loop over one pipeline, times the replicas; every code that was
 answered, and latencies. PNG and HTTP count in the service's seconds and in no loop's.
 """
 
@@ -31,10 +31,11 @@ WARM = 3
 PROMPT = "a small lighthouse on a rocky shore at dusk"
 
 
-def overrides(options: argparse.Namespace, replicas: str) -> list[str]:
-    """The plan of one side: for one GPU, or one pipeline on each."""
+def overrides(options: argparse.Namespace, gpus: int) -> list[str]:
+    """The plan: a whole pipeline on each of the first GPUs."""
     side = [f"workload.height={options.side}", f"workload.width={options.side}"]
-    wide = ["hardware=multi_gpu_balanced", "hardware.objective=throughput", f"hardware.replicas={replicas}"]
+    wide = ["hardware=multi_gpu_balanced", f"hardware.use={[*range(gpus)]}", "hardware.objective=throughput"]
+    wide.append(f"hardware.replicas={gpus}")
     source = options.folder / options.model
     return ["model=checkpoint", f"model.source={source}", "precision=mixed_bf16", *wide, *side]
 
@@ -44,8 +45,7 @@ def loop(options: argparse.Namespace) -> dict[str, Any]:
     from sana_deploy import compile_plan, load_pipeline, unplace
     from sana_deploy.declare.control_image import read_control_image
 
-    eager = ["hardware=single_gpu", "hardware.use=[0]", "runtime=eager"] if options.loop == "diffusers" else []
-    plan = compile_plan([*overrides(options, "1"), *eager])
+    plan = compile_plan([*overrides(options, 1), *(["runtime=eager"] if options.loop == "diffusers" else [])])
     pipeline: Any = load_pipeline(plan)
     if options.loop == "diffusers":
         pipeline = unplace(pipeline).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,13 +62,13 @@ def loop(options: argparse.Namespace) -> dict[str, Any]:
     return {"side": options.side, "way": options.loop, "images_per_second": round(options.requests / seconds, 4)}
 
 
-def service(options: argparse.Namespace, replicas: str) -> dict[str, Any]:
+def service(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
     """Put the load on the command `serve`, and end it by SIGTERM."""
     from processes import started
 
     from sana_deploy.plan.records import Estimates, total_rate
 
-    command = [sys.executable, "-m", "sana_deploy", "serve", *overrides(options, replicas)]
+    command = [sys.executable, "-m", "sana_deploy", "serve", *overrides(options, gpus)]
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         with started([*command, "serve.port=0", "serve.batch=1"], Path(folder)) as one:
@@ -86,18 +86,9 @@ def service(options: argparse.Namespace, replicas: str) -> dict[str, Any]:
             one.process.terminate()
             code = one.ended(120)
     kept = ("images_per_second", "codes", "latency", "mean_queue_seconds", "different_pictures")
-    row = {
-        "side": options.side,
-        "way": "service",
-        "replicas": count,
-        "ready_seconds": round(ready, 1),
-        "exit_code": code,
-    }
-    return (
-        row
-        | {key: found[key] for key in kept}
-        | {"planned": total_rate([Estimates(**one["estimates"]) for one in each])}
-    )
+    row = {"side": options.side, "way": "service", "replicas": count, "ready_seconds": round(ready, 1)}
+    row |= {"exit_code": code, "planned": total_rate([Estimates(**one["estimates"]) for one in each])}
+    return row | {key: found[key] for key in kept}
 
 
 def apart(options: argparse.Namespace, way: str) -> dict[str, Any]:
@@ -128,9 +119,9 @@ def main() -> None:
     print(json.dumps(apart(options, "diffusers")), flush=True)
     one = apart(options, "pipeline")
     print(json.dumps(one), flush=True)
-    for replicas in ("1", "max") if torch.cuda.device_count() > 1 else ("1",):
-        row = service(options, replicas)
-        row["over_loop"] = round(row["images_per_second"] / one["images_per_second"], 3)
+    for gpus in sorted({1, max(1, torch.cuda.device_count())}):
+        row = service(options, gpus)
+        row["over_loop"] = round(row["images_per_second"] / one["images_per_second"] / gpus, 3)
         print(json.dumps(row), flush=True)
 
 
