@@ -1,6 +1,7 @@
 """Rows of one image over GPUs, beside one GPU and beside diffusers with and without its tiling: seconds, bytes, errors.
 
     python benchmarks/rows.py FOLDER OUT.json [--model sana_1600m_controlnet] [--sides 1024 2048 4096] [--steps 20]
+    python benchmarks/rows.py FOLDER OUT.json --sides 4096 --cap 24        (one GPU, and the same with 24 GiB of it)
     python benchmarks/rows.py tiny OUT.json --devices cpu cpu --sides 64
 
 FOLDER gets a checkpoint with random weights, unless it is there (`make_checkpoint.py`); `tiny` is the generated one.
@@ -8,8 +9,9 @@ For each side these are measured, the first device alone first: a denoising step
 transformer), the VAE's encode and decode (whole, in tiles as diffusers cuts them, in eight bands on the first device,
 and over all devices), and the whole image. A row has the median seconds, the most that PyTorch's allocator had on each
 device, the bytes that crossed, and how far the result is from that of the first device: in its norm, in its largest
-value, and for pictures as PSNR in dB. `float32` rows are of the smallest side, 1024 px at most. A case that
-runs out of memory says so. OUT.json is written after each case; a table is printed at the end.
+value, and for pictures as PSNR in dB. `float32` rows are of the smallest side, 1024 px at most. With
+`--cap` only whole images of the first GPU are drawn, then by a plan for so much of its memory, which PyTorch may not
+exceed. A case that runs out of memory says so. OUT.json is written after each case; a table is printed at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ from make_checkpoint import make_checkpoint
 from torch import Tensor
 
 from sana_deploy import ResolvedPlan, compile_plan, load_pipeline, place, unplace
+from sana_deploy._units import GIB, MIB
 from sana_deploy.declare.control_image import read_control_image
+from sana_deploy.facts.allocator import context_bytes
+from sana_deploy.facts.machine import probe
 from sana_deploy.facts.tiny import ensure_tiny
 from sana_deploy.run.hook import border_of
 from sana_deploy.run.rows.autoencoder import decode, encode
@@ -220,6 +225,19 @@ def measure_vae(bench: Bench, vae: Any, side: int) -> None:
         vae.disable_tiling()
 
 
+def drawer(pipeline: Any, plan: ResolvedPlan) -> Callable[[], Tensor]:
+    """Draws the plan's request: pixels (1, 3, side, side)."""
+    work = plan.plan.spec.workload
+    given = plan.plan.pipeline.arguments(work.request, work.bounds, read_control_image(work, work.bounds))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw() -> Tensor:
+        images: Tensor = pipeline(**given, generator=torch.Generator().manual_seed(1), output_type="pt").images
+        return images
+
+    return draw
+
+
 def measure_images(bench: Bench, pipeline: Any, side: int) -> None:
     """The whole image: on one device, with tiles, and with the rows of the denoiser on all devices."""
     wanted = None
@@ -228,15 +246,7 @@ def measure_images(bench: Bench, pipeline: Any, side: int) -> None:
         place(pipeline, plan)
         if way == "tiles of diffusers":
             pipeline.vae.enable_tiling()
-        work = plan.plan.spec.workload
-        given = plan.plan.pipeline.arguments(work.request, work.bounds, read_control_image(work, work.bounds))
-        pipeline.set_progress_bar_config(disable=True)
-
-        def draw(given: dict[str, Any] = given) -> Tensor:
-            images: Tensor = pipeline(**given, generator=torch.Generator().manual_seed(1), output_type="pt").images
-            return images
-
-        found = bench.case(side, "image", way, draw, wanted)
+        found = bench.case(side, "image", way, drawer(pipeline, plan), wanted)
         wanted = found if wanted is None else wanted
         pipeline.vae.disable_tiling()
         unplace(pipeline)
@@ -251,6 +261,25 @@ def measure_float32(bench: Bench, pipeline: Any, side: int) -> None:
     place(pipeline, resolved(bench, side, True, "precision=fp32"))
     bench.case(side, "step", "rows, float32", step_of(pipeline, side), alone)
     unplace(pipeline)
+
+
+def measure_capped(bench: Bench, pipeline: Any, side: int, cap: int) -> None:
+    """The whole image on one GPU, with all its memory and with so many GiB of it, by a plan that changes no pixels."""
+    gpu = probe().gpus[0]
+    kept = f"hardware.keep_free={(gpu.total_bytes - cap * GIB) // MIB}MiB"
+    allow = "hardware.allow=[encode_once,vae_slicing,text_encoder_offload,vae_bands]"
+    wanted = None
+    for way, more in (("one device", ()), (f"{cap} GiB of it", (kept, allow))):
+        plan = resolved(bench, side, False, *more)
+        if more:
+            usable = cap * GIB - context_bytes(gpu.capability)
+            torch.cuda.set_per_process_memory_fraction(usable / torch.cuda.mem_get_info(0)[1], 0)
+        place(pipeline, plan)
+        found = bench.case(side, "image", way, drawer(pipeline, plan), wanted)
+        wanted = found if wanted is None else wanted
+        bench.rows[-1] |= {"knobs": list(plan.plan.knobs), "vae_band_count": plan.plan.vae_band_count}
+        bench.write()
+        unplace(pipeline)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -281,21 +310,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--most-seconds", type=float, default=8.0, help="of turns of one case")
+    parser.add_argument("--cap", type=int, default=0, help="GiB that one GPU may take")
     options = parser.parse_args(arguments)
     folder = ensure_tiny() if options.folder == "tiny" else Path(options.folder)
     if options.folder != "tiny" and not (folder / "model_index.json").exists():
         make_checkpoint(options.model, folder)
     devices = [torch.device(name) for name in options.devices]
-    if len(devices) < 2:
+    if len(devices) < 2 and not options.cap:
         parser.error(f"rows need two devices, {len(devices)} found")
     bench = Bench(folder, devices, options.out, options.turns, options.steps, options.most_seconds)
     pipeline = load_pipeline(resolved(bench, options.sides[0], False))
     unplace(pipeline)
-    for side in options.sides:
+    for side in options.sides if options.cap else ():
+        measure_capped(bench, pipeline, side, options.cap)
+    for side in () if options.cap else options.sides:
         measure_steps(bench, pipeline, side)
         measure_vae(bench, pipeline.vae, side)
         measure_images(bench, pipeline, side)
-    measure_float32(bench, pipeline, min(FLOAT32_SIDE, *options.sides))  # last: it casts the weights
+    if not options.cap:
+        measure_float32(bench, pipeline, min([FLOAT32_SIDE, *options.sides]))  # last: it casts the weights
     print(table(bench.rows))
 
 
