@@ -29,6 +29,7 @@ def test_each_tiny_pipeline_is_planned_drawn_and_drawn_again_from_its_plan(
     common = [f"model={model}", "machine=2xrtx3060", *SIZE]
     compiled = here(*common, "until=compile", "hydra.run.dir=first")
     assert compiled.returncode == 0, compiled.stderr
+    assert f"model tiny ({CLASSES[model]})" in compiled.stderr
     plan = Plan.load(tmp_path / "first" / "plan.json")
     assert plan.pipeline_class == CLASSES[model]
     assert "controlnet" not in (tmp_path / "first" / "plan.json").read_text().replace("split_controlnet", "").replace(

@@ -29,6 +29,7 @@ from .wording import (
     image_words,
     knob_sentence,
     knob_words,
+    model_words,
     overlap_words,
     pool_words,
     rejection_words,
@@ -60,7 +61,7 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
     """
     spec = plan.spec
     return _template("plan").render(
-        title=f"{plan.checkpoint.source}, {spec.hardware.strategy}, {spec.precision.name}",
+        title=f"{model_words(plan)}, {spec.hardware.strategy}, {spec.precision.name}",
         status=outcome.status,
         error=outcome.error,
         workload=_workload(plan),

@@ -28,6 +28,7 @@ from .wording import (
     groups_words,
     image_words,
     knob_sentence,
+    model_words,
     numbers_words,
     overlap_words,
     pool_words,
@@ -81,7 +82,7 @@ def render_plan(plan: Plan, unicode: bool = True) -> RenderableType:
     """
     spec, work = plan.spec, plan.spec.workload
     head = Text.assemble(
-        ("plan ", "dim"), plan.digest[7:19], ("  model ", "dim"), plan.checkpoint.source,
+        ("plan ", "dim"), plan.digest[7:19], ("  model ", "dim"), model_words(plan),
         ("  ", "dim"), spec.hardware.strategy, ("  ", "dim"), spec.precision.name,
     )  # fmt: skip
     load = f"{work.width}x{work.height} px, batch {work.batch}, {steps_words(plan)}, guidance {work.guidance_scale:g}"

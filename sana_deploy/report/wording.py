@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from .._units import GIB, human_bytes
 from ..declare.hardware import SPLITS
 from ..declare.knobs import KNOBS, Exactness
-from ..declare.pipelines import Component
+from ..declare.pipelines import DEFAULT, Component
 from ..declare.runtime import RUNTIMES
 from ..plan.artifact import Plan
 from ..plan.records import Faster, Place, RejectionCount, Slot, ordered_places
@@ -29,6 +29,12 @@ PICTURE: Mapping[Exactness, str] = {
     "changes": "other pixels",
 }
 """What people read of an exactness."""
+
+
+def model_words(plan: Plan) -> str:
+    """Where the model comes from, and its pipeline where that is not the default one."""
+    source = plan.checkpoint.source
+    return source if plan.pipeline is DEFAULT else f"{source} ({plan.pipeline_class})"
 
 
 def steps_words(plan: Plan) -> str:
