@@ -1,6 +1,6 @@
 """Images per second of the service on the GPUs of a host, beside the plan and beside a loop over diffusers.
 
-    python benchmarks/service.py FOLDER [--model sana_1600m_controlnet] [--side 1024] [--requests 24]
+    python benchmarks/service.py FOLDER [--model sana_1600m_controlnet] [--side 1024] [--requests 24] [--gpus 1 2]
 
 FOLDER gets a checkpoint with random weights, unless it is there (`make_checkpoint.py`). In a process each, one after
 the other: a plain loop over diffusers' pipeline on one GPU; a loop over one pipeline of the plan; the command `serve`
@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("--model", default="sana_1600m_controlnet")
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--requests", type=int, default=24, help="on each GPU")
+    every = sorted({1, max(1, torch.cuda.device_count())})
+    parser.add_argument("--gpus", type=int, nargs="+", default=every, help="so many, a replica on each; 1 and all")
     parser.add_argument("--loop", choices=("diffusers", "pipeline"), help="only this loop, in this process")
     options = parser.parse_args()
     options.folder = options.folder.resolve()
@@ -119,7 +121,7 @@ def main() -> None:
     print(json.dumps(apart(options, "diffusers")), flush=True)
     one = apart(options, "pipeline")
     print(json.dumps(one), flush=True)
-    for gpus in sorted({1, max(1, torch.cuda.device_count())}):
+    for gpus in options.gpus:
         row = service(options, gpus)
         row["over_loop"] = round(row["images_per_second"] / one["images_per_second"] / gpus, 3)
         print(json.dumps(row), flush=True)
