@@ -270,6 +270,7 @@ def measure_capped(bench: Bench, pipeline: Any, side: int, cap: int) -> None:
     allow = "hardware.allow=[encode_once,vae_slicing,text_encoder_offload,vae_bands]"
     wanted = None
     for way, more in (("one device", ()), (f"{cap} GiB of it", (kept, allow))):
+        pipeline.to("cpu")  # a plan counts what is free
         plan = resolved(bench, side, False, *more)
         if more:
             usable = cap * GIB - context_bytes(gpu.capability)

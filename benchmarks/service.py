@@ -7,7 +7,8 @@ the other: a plain loop over diffusers' pipeline on one GPU; a loop over one pip
 with one replica, and with one on every GPU, under two requests in flight for each replica, without batches. Each
 request has a prompt and a seed of its own, and all sides draw the same ones. A row of JSON has images per second,
 for the service those of the plan, and over the loop over one pipeline, times the replicas; every code that was
-answered, and latencies. PNG and HTTP count in the service's seconds and in no loop's.
+answered, and latencies. `steady` are requests in flight over their median latency: the beginning and the end, when
+replicas have nothing to do, do not count. PNG and HTTP count in the service's seconds and in no loop's.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def service(options: argparse.Namespace, gpus: int) -> dict[str, Any]:
     kept = ("images_per_second", "codes", "latency", "mean_queue_seconds", "different_pictures")
     row = {"side": options.side, "way": "service", "replicas": count, "ready_seconds": round(ready, 1)}
     row |= {"exit_code": code, "planned": total_rate([Estimates(**one["estimates"]) for one in each])}
-    return row | {key: found[key] for key in kept}
+    row |= {key: found[key] for key in kept}
+    return row | {"steady": round(asked.concurrency / found["latency"]["p50"], 3)}
 
 
 def apart(options: argparse.Namespace, way: str) -> dict[str, Any]:
@@ -123,7 +125,11 @@ def main() -> None:
     print(json.dumps(one), flush=True)
     for gpus in options.gpus:
         row = service(options, gpus)
-        row["over_loop"] = round(row["images_per_second"] / one["images_per_second"] / gpus, 3)
+        loops = one["images_per_second"] * gpus
+        row |= {
+            "over_loop": round(row["images_per_second"] / loops, 3),
+            "steady_over_loop": round(row["steady"] / loops, 3),
+        }
         print(json.dumps(row), flush=True)
 
 

@@ -101,13 +101,7 @@ def generate_each(
         _Task(pipeline, workload, request_of(request, number), state, stop, None if number else on_step)
         for number, (pipeline, state) in enumerate(zip(pipelines, states, strict=True))
     ]
-    futures = [_thread_of(task.pipeline).submit(task.draw) for task in tasks]
-    try:
-        drawn = _results(futures)
-    except BaseException:
-        stop.set()
-        wait(futures)
-        raise
+    drawn = _results([_thread_of(task.pipeline).submit(task.draw) for task in tasks], stop)
     images = [image for own, _ in drawn for image in own]
     return images, _together([measured for _, measured in drawn], len(images), time.perf_counter() - started)
 
@@ -141,9 +135,16 @@ class _Task:
             self.on_step(done, of)
 
 
-def _results(futures: Sequence[Future[tuple[list[Image], Measured]]]) -> list[tuple[list[Image], Measured]]:
-    """The results, or the failure that stopped the others."""
-    problems = [problem for problem in (future.exception() for future in futures) if problem]
+def _results(
+    futures: Sequence[Future[tuple[list[Image], Measured]]], stop: threading.Event
+) -> list[tuple[list[Image], Measured]]:
+    """The results, or the failure that stopped the others; who interrupts the wait for them sets `stop`."""
+    try:
+        problems = [problem for problem in (future.exception() for future in futures) if problem]
+    except BaseException:
+        stop.set()
+        wait(futures)
+        raise
     if problems:
         raise next((one for one in problems if not isinstance(one, _StoppedError)), problems[0])
     return [future.result() for future in futures]

@@ -23,8 +23,7 @@ KEY = "sana_deploy"
 """The text chunk of a PNG that holds plan, seed and request; EXIF's image description in other formats."""
 _DESCRIPTION = 0x010E
 _PNG_EFFORT = 1
-"""Of 0 to 9. Compressing holds Python's lock, which replicas need for every step: 53 ms instead of 103 for a picture of
-1024 px with Pillow's default of 6, for a file that is a third larger."""
+"""Of 0 to 9: 53 ms instead of 103 for a picture of 1024 px with Pillow's default of 6, a file a third larger."""
 _MOST_EXIF_TEXT = 2000
 """Characters of a text in EXIF; each may take 12 bytes."""
 
