@@ -15,11 +15,13 @@ import yaml
 from conftest import CHECKOUT
 
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 CONSTRAINTS = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8")
 PINNED = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS, re.MULTILINE))
 READ_BY_TESTS = (
     "sana_deploy", "conf", "tests", "benchmarks", "docs", ".ci", ".github", ".pre-commit-config.yaml", "README.md",
-    "CHANGELOG.md", "LICENSE", "constraints.txt", "pyproject.toml", "Dockerfile", ".dockerignore",
+    "examples", "mkdocs.yml", "CHANGELOG.md", "LICENSE", "constraints.txt", "pyproject.toml", "Dockerfile",
+    ".dockerignore",
 )  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def test_only_a_tag_publishes_and_without_a_secret() -> None:
     assert "secrets." not in (CHECKOUT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("named", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]])
+@pytest.mark.parametrize("named", [*PROJECT["dependencies"], *EXTRAS["docs"], *EXTRAS["test"]])
 def test_every_dependency_is_pinned_within_its_bounds(named: str) -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
