@@ -95,7 +95,7 @@ def line(cell: Cell) -> str:
     """One row of the table."""
     what = [cell.pipeline.removesuffix("Pipeline"), cell.model, str(cell.side), cell.machine]
     if not cell.fits:
-        return f"| {' | '.join([*what, 'no', *[''] * 6])} |"
+        return f"| {' | '.join([*what, 'no', *[''] * 5])} |"
     seconds = "" if cell.seconds is None else f"{cell.seconds:.2f}"
     moved = f"{cell.image_bytes / 2**20:.1f}, {cell.step_bytes / 2**20:.1f}"
     other = "" if cell.theirs is None else f"{cell.theirs.verdict} {cell.theirs.placement}".strip()

@@ -304,7 +304,7 @@ def main() -> None:
     """Run the matrix on all cores and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, help="also write the table, with this text before it, to a file, and as CSV"
+        "--out", type=Path, help="also write the table to a page, with this text before it, and as CSV"
     )
     parser.add_argument("--quick", action="store_true", help="two machines and one resolution only")
     parser.add_argument("--models", nargs="+", default=MODELS, help="catalogued models")
