@@ -303,9 +303,7 @@ def rows_of(text: str) -> list[list[str]]:
 def main() -> None:
     """Run the matrix on all cores and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, help="also write the table to a page, with this text before it, and as CSV"
-    )
+    parser.add_argument("--out", type=Path, help="also write the table to a page, with this text before it, and as CSV")
     parser.add_argument("--quick", action="store_true", help="two machines and one resolution only")
     parser.add_argument("--models", nargs="+", default=MODELS, help="catalogued models")
     options = parser.parse_args()

@@ -72,9 +72,10 @@ def group_part(group: str) -> str:
         parts.append(table(["option", "what it is"], [[f"`{group}={name}`", text] for name, text in options.items()]))
     for option, model in MODELS[group].items():
         if len(MODELS[group]) > 1:
-            also = [name for name in options if model_of(group, name) is model and name != option]
-            named = f"`{group}={option}`" + (f", and {', '.join(also)}" if also else "")
-            parts.append(f"### Keys of {named}\n" if keys_of(group, option) else f"`{group}={option}` has no keys.\n")
+            also = [f"`{name}`" for name in options if model_of(group, name) is model and name != option]
+            named = f"`{group}={option}`"
+            parts.append(f"### Keys of {named}\n" if keys_of(group, option) else f"{named} has no keys.\n")
+            parts += [f"{', '.join(also)} have the same keys.\n"] if also else []
         if rows := [[f"`{key.name}`", key.type, key.default, key.help] for key in keys_of(group, option)]:
             parts.append(table(["key", "type and bounds", "default", "what it says"], rows))
     return "\n".join(parts)
