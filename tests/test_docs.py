@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CHECKOUT
@@ -33,10 +34,14 @@ def test_every_link_of_the_readme_leads_to_a_file() -> None:
     assert not [link for link in links if not (CHECKOUT / link).exists()]
 
 
+def blocks_of(page: Path, kind: str) -> list[str]:
+    """The fenced blocks of one kind."""
+    return re.findall(rf"```{kind}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def commands_of(page: Path) -> list[list[str]]:
     """The overrides of every `python -m sana_deploy` in a page's blocks of bash, but for sweeps and saved plans."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks_of(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     found = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m sana_deploy ")]
     later = ("summary", "diff", "serve", "-m")
     return [words[3:] for words in found if words[3] not in later and not any("plan_file=" in word for word in words)]
@@ -118,3 +123,28 @@ def test_the_data_beside_a_page_is_its_table(name: str, tmp_path: Path) -> None:
     assert len(rows) > 40
     assert len(set(head)) == len(head)
     assert all(len(row) == len(head) for row in rows)
+
+
+@pytest.mark.pinned
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/how/kaggle.md", "docs/how/nothing_fits.md"])
+def test_the_first_output_of_a_page_is_that_of_its_command(name: str, here: Any) -> None:
+    overrides, shown = commands_of(CHECKOUT / name)[0], blocks_of(CHECKOUT / name, "text")[0]
+    done = here(*(one for one in overrides if one != "until=compile"), "until=compile", COLUMNS="500")
+    said = [" ".join(line.split()) for line in done.stderr.splitlines()]
+    rehearsed = re.compile(r"\.\.\.|plan [0-9a-f]{12}|rehearsed in|  vgpu:")
+    planned = [" ".join(line.split()) for line in shown.splitlines() if not rehearsed.match(line)]
+    assert len(planned) > 1
+    assert not [line for line in planned if line not in said], done.stderr
+
+
+def test_a_new_page_comes_last_in_the_nav_and_no_page_twice() -> None:
+    import site_hooks
+    from mkdocs.config.defaults import MkDocsConfig
+
+    config = MkDocsConfig()
+    config.nav = [{"Home": "index.md"}, {"How to": [{"Serve": "how/serve.md"}, "serve.md"]}]
+    nav = site_hooks.on_config(config).nav
+    assert isinstance(nav, list)
+    assert nav[:2] == [{"Home": "index.md"}, {"How to": [{"Serve": "how/serve.md"}, "serve.md"]}]
+    assert {"tutorial.md", "rows.md"} <= set(nav[2]["More"])
+    assert not {"index.md", "serve.md"} & set(nav[2]["More"])

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from mkdocs.structure.files import File, Files
 
-sys.path.insert(0, str(Path(__file__).parent))
-import site_reference
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]  # the site tells of this checkout, whatever is installed
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)")
 """The path of a link or an image to another file of this repository."""
@@ -51,6 +50,8 @@ def _leaves(nav: Any) -> Iterator[str]:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is generated, and files beside `docs/` that pages link to."""
+    import site_reference
+
     for path, text in {**site_reference.pages(), **site_reference.files()}.items():
         files.append(File.generated(config, path, content=text))
     waiting = [(path, path.read_text(encoding="utf-8")) for path in sorted(DOCS.rglob("*.md"))]
