@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]  # the site tells of this checkout, whatever is installed
+import site_reference  # noqa: E402 - MkDocs takes the folders off the path again once this file is loaded
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -50,8 +51,6 @@ def _leaves(nav: Any) -> Iterator[str]:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is generated, and files beside `docs/` that pages link to."""
-    import site_reference
-
     for path, text in {**site_reference.pages(), **site_reference.files()}.items():
         files.append(File.generated(config, path, content=text))
     waiting = [(path, path.read_text(encoding="utf-8")) for path in sorted(DOCS.rglob("*.md"))]
