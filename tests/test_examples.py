@@ -45,6 +45,7 @@ def test_plan_only(run: Any) -> None:
     assert two["where"]["text_encoder"] != two["where"]["transformer"]
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_place_an_existing_pipeline(run: Any, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -52,6 +53,7 @@ def test_place_an_existing_pipeline(run: Any, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "lighthouse.png").size == (128, 128)
 
 
+@pytest.mark.usefixtures("short_prompts")
 def test_an_own_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from starlette.testclient import TestClient
 
@@ -94,7 +96,7 @@ def test_the_notebook_for_two_t4_on_virtual_gpus(tmp_path: Path, tiny: Path) -> 
     name = "two_t4"
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "it is kept without outputs"
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = "\n".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
     assert "auto chose mixed_fp32" in shown
     assert all(float(off) < 1 for off in re.findall(r"plan off by [+-]([\d.]+)%", shown))
