@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from placement import KNOB_LETTERS, Side, layout, theirs
+from placement import KNOB_LETTERS, Side, layout, theirs, write_page
 
 MACHINES = ("2xrtx3070", "2xrtx3060", "rtx4090")
 ALL_PIPELINES = ("sana_1600m", "sana15_4800m", "sana_sprint_1600m")
@@ -95,7 +95,7 @@ def line(cell: Cell) -> str:
     """One row of the table."""
     what = [cell.pipeline.removesuffix("Pipeline"), cell.model, str(cell.side), cell.machine]
     if not cell.fits:
-        return f"| {' | '.join([*what, 'no', *[''] * 6])} |"
+        return f"| {' | '.join([*what, 'no', *[''] * 5])} |"
     seconds = "" if cell.seconds is None else f"{cell.seconds:.2f}"
     moved = f"{cell.image_bytes / 2**20:.1f}, {cell.step_bytes / 2**20:.1f}"
     other = "" if cell.theirs is None else f"{cell.theirs.verdict} {cell.theirs.placement}".strip()
@@ -138,7 +138,7 @@ def read(path: Path | None) -> dict[tuple[str, str, str], Cell]:
 def main() -> None:
     """Work through the cells and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="also write the page to a file")
+    parser.add_argument("--out", type=Path, help="also write the page to a file, and its table as CSV")
     parser.add_argument("--models", nargs="+", help="catalogued models; all unless given")
     parser.add_argument("--machines", nargs="+", default=MACHINES)
     parser.add_argument("--kept", type=Path, help="a file that cells go to, and are taken from where they are in it")
@@ -166,7 +166,7 @@ def main() -> None:
         head = "# Models: where each fits, and how fast\n\n" + str(__doc__).replace("    python", "    $ python")
         legend = f"\nLetters of ours: {layout.__doc__} After it the knobs that are on: "
         legend += ", ".join(f"{letter} {knob}" for knob, letter in KNOB_LETTERS.items()) + ".\n\n"
-        options.out.write_text(head + legend + table + "\n", encoding="utf-8")
+        write_page(options.out, head + legend + table + "\n")
 
 
 if __name__ == "__main__":

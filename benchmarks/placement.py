@@ -14,6 +14,7 @@ the plan is right to refuse if that runs out of memory.
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import tempfile
 from collections import Counter
@@ -282,10 +283,27 @@ def summary(cells: list[Cell]) -> list[str]:
     ]
 
 
+def write_page(path: Path, text: str) -> None:
+    """Write a page, and its table as CSV in the folder `data` beside it."""
+    path.write_text(text, encoding="utf-8")
+    data = path.parent / "data" / f"{path.stem}.csv"
+    data.parent.mkdir(exist_ok=True)
+    with data.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows_of(text))
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of the table in a page, its head first. Heads that come again are told apart by the one before."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    head, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    before = [name.removesuffix(", ours") for name in head]
+    return [[f"{before[at - 1]}, {name}" if name in head[:at] else name for at, name in enumerate(head)], *rows]
+
+
 def main() -> None:
     """Run the matrix on all cores and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="also write the table, with this text before it, to a file")
+    parser.add_argument("--out", type=Path, help="also write the table to a page, with this text before it, and as CSV")
     parser.add_argument("--quick", action="store_true", help="two machines and one resolution only")
     parser.add_argument("--models", nargs="+", default=MODELS, help="catalogued models")
     options = parser.parse_args()
@@ -299,7 +317,7 @@ def main() -> None:
         legend = f"\nLetters: {layout.__doc__} After it the knobs that are on: e control image encoded once, "
         legend += "s VAE slicing, c ControlNet split off, o text encoder offloaded, b4 VAE in 4 bands of rows. "
         legend += f"Steps rehearsed: {STEPS}.\n\n"
-        options.out.write_text(head + legend + text + "\n", encoding="utf-8")
+        write_page(options.out, head + legend + text + "\n")
 
 
 if __name__ == "__main__":

@@ -55,15 +55,15 @@ def test_every_knob_has_an_effect_and_is_a_word_of_the_declaration() -> None:
         words.validate_python("vae_slice")
 
 
-def test_the_configuration_and_the_readme_say_what_each_knob_does() -> None:
+def test_the_configuration_and_the_page_on_knobs_say_what_each_knob_does() -> None:
     for option in ("single_gpu", "multi_gpu_balanced", "custom_map"):
         text = (conf_dir() / "hardware" / f"{option}.yaml").read_text(encoding="utf-8")
         offered = [one for one in KNOBS.values() if one.in_maps or option != "custom_map"]
         at = [text.index(f"#   {one.name:<21} {one.help}") for one in offered]
         assert at == sorted(at), "cheapest first"
         assert text.count("#   ") >= len(offered)
-    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
-    assert all(f"| `{knob}` |" in readme for knob in KNOBS)
+    page = (PACKAGE.parent / "docs" / "knobs.md").read_text(encoding="utf-8")
+    assert all(f"| `{knob}` |" in page for knob in KNOBS)
 
 
 def test_pixels_change_only_where_it_was_asked_for() -> None:

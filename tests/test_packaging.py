@@ -15,11 +15,13 @@ import yaml
 from conftest import CHECKOUT
 
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 CONSTRAINTS = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8")
 PINNED = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS, re.MULTILINE))
 READ_BY_TESTS = (
     "sana_deploy", "conf", "tests", "benchmarks", "docs", ".ci", ".github", ".pre-commit-config.yaml", "README.md",
-    "CHANGELOG.md", "LICENSE", "constraints.txt", "pyproject.toml", "Dockerfile", ".dockerignore",
+    "examples", "mkdocs.yml", "CHANGELOG.md", "LICENSE", "constraints.txt", "pyproject.toml", "Dockerfile",
+    ".dockerignore",
 )  # fmt: skip
 
 
@@ -72,7 +74,17 @@ def test_only_a_tag_publishes_and_without_a_secret() -> None:
     assert "secrets." not in (CHECKOUT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("named", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]])
+def test_the_site_is_built_strictly_and_published_without_a_secret() -> None:
+    docs = workflow("docs.yml")
+    assert docs[True]["push"] == {"branches": ["main"]}
+    assert "mkdocs build --strict" in [step.get("run") for step in docs["jobs"]["build"]["steps"]]
+    assert docs["jobs"]["publish"]["permissions"] == {"pages": "write", "id-token": "write"}
+    assert docs["jobs"]["publish"]["needs"] == "build"
+    assert docs["permissions"] == {"contents": "read"}
+    assert "mkdocs build --strict" in (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("named", [*PROJECT["dependencies"], *EXTRAS["docs"], *EXTRAS["test"]])
 def test_every_dependency_is_pinned_within_its_bounds(named: str) -> None:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name

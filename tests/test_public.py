@@ -63,16 +63,6 @@ def test_ci_runs_the_readme_s_two_commands_as_written() -> None:
         assert re.search(rf'^\(?eval "\$\{{commands\[{number}\]\}}"', script, re.MULTILINE), number
 
 
-def test_readme_and_help_and_classes_agree_on_exit_codes() -> None:
-    shown = (CHECKOUT / "conf" / "hydra" / "help" / "sana_deploy.yaml").read_text(encoding="utf-8")
-    classes = [
-        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SanaDeployError)
-    ]
-    for code in {0, *(kind.exit_code for kind in classes)}:
-        assert re.search(rf"^\| {code} \|", README, re.MULTILINE), f"README lacks exit code {code}"
-        assert re.search(rf"^    {code}  ", shown, re.MULTILINE), f"--help lacks exit code {code}"
-
-
 @pytest.mark.parametrize("overrides", ["precision=fp32", [1], 3, None, b"precision=fp32", ["until=compile", None]])
 def test_overrides_that_are_no_list_of_texts_are_refused(overrides: Any) -> None:
     with pytest.raises(errors.UsageError, match="was given") as caught:
