@@ -11,11 +11,12 @@ from typing import NoReturn
 
 from . import sweep
 from ._version import __version__
-from .api import compile_spec
+from .api import compile_plan, compile_spec
 from .declare import completion
 from .declare.compose import command_error
 from .errors import UsageError, did_you_mean
 from .plan import diff
+from .report import doctor
 from .report import terminal as report
 from .run.outcome import Outcome, document, failure_of
 from .serve import command as serving
@@ -36,11 +37,16 @@ class Command:
     """Whether it takes Hydra's overrides."""
 
 
+def _doctor(arguments: Sequence[str]) -> int:
+    return doctor.main(arguments, compile_plan)
+
+
 COMMANDS = (
     Command("run", "plan a deployment and draw", None, configured=True),
     Command("serve", "answer requests over HTTP", _serve, configured=True),
     Command("diff", "compare two plans", diff.main),
     Command("summary", "sum up a sweep", sweep.main),
+    Command("doctor", "what is here, what is missing", _doctor, configured=True),
 )
 """In the order of the first screen."""
 
