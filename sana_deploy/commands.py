@@ -15,8 +15,7 @@ from .api import compile_plan, compile_spec
 from .declare import completion
 from .declare.compose import command_error
 from .errors import UsageError, did_you_mean
-from .plan import diff
-from .report import doctor
+from .report import compare, doctor
 from .report import terminal as report
 from .run.outcome import Outcome, document, failure_of
 from .serve import command as serving
@@ -44,7 +43,7 @@ def _doctor(arguments: Sequence[str]) -> int:
 COMMANDS = (
     Command("run", "plan a deployment and draw", None, configured=True),
     Command("serve", "answer requests over HTTP", _serve, configured=True),
-    Command("diff", "compare two plans", diff.main),
+    Command("diff", "compare two plans", compare.main),
     Command("summary", "sum up a sweep", sweep.main),
     Command("doctor", "what is here, what is missing", _doctor, configured=True),
 )
