@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def test_a_healthy_machine_is_described_and_a_plan_can_run(two_gpus: Callable[..
     ("facts", "words"),
     [
         ({"wired": 0}, "GPU 0 - GPU 1: NVLink, peer access"),
+        ({"wired": 0, "peer": None}, "GPU 0 - GPU 1: NVLink, peer access"),
         ({"peer": 3}, "GPU 0 - GPU 1: PCIe over the CPU, no peer access: copies go over the CPU"),
         ({"peer": None, "wired": None}, "GPU 0 - GPU 1: PCIe over the CPU, peer access unknown"),
     ],
@@ -172,7 +174,7 @@ def described(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Set versions of distributions, None for one that is not here, and modules whose code is gone."""
 
     def describe(versions: dict[str, str | None], gone: tuple[str, ...] = ()) -> None:
-        real, found = metadata.version, requirements.find_spec
+        real, found = metadata.version, importlib.util.find_spec
 
         def version(name: str) -> str:
             if name in versions and versions[name] is None:
@@ -180,7 +182,9 @@ def described(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return versions.get(name) or real(name)
 
         monkeypatch.setattr(metadata, "version", version)
-        monkeypatch.setattr(requirements, "find_spec", lambda name: None if name in gone else found(name))
+        monkeypatch.setattr(
+            "sana_deploy.facts.requirements.find_spec", lambda name: None if name in gone else found(name)
+        )
         libraries.installed.cache_clear()
 
     return describe

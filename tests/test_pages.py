@@ -162,11 +162,12 @@ def wide_sweep() -> str:
         given = {f"workload.key{n}": f"value {n} of job {job} " * 3 for n in range(5)} | {"precision": f"p{job}"}
         rows.append({
             "job": job, "overrides": given, "status": status, "front": ended, "gpus": 2 * ended, "report": "",
-            "reason": "" if ended else WHY, "device_map": {}, "per_gpu": [], "compared_seconds": None,
+            "reason": "" if ended else WHY, "device_map": {}, "per_gpu": [],
+            "compared_seconds": 1.0 + job if ended else None,
             "exactness": "rounding" if ended else None,
             "knobs": ["vae_slicing", "split_controlnet", "text_encoder_offload"] * ended,
             "dtypes": dict.fromkeys(("text_encoder", "vae", "transformer", "controlnet"), "float16") if ended else {},
-            "total_peak_bytes": None, **empty,
+            "total_peak_bytes": 9 * GIB + job * GIB if ended else None, **empty,
         })  # fmt: skip
     return sweep_page("Sweep", rows, cells_of(rows), NUMBERS)
 

@@ -94,8 +94,11 @@ def _links(nvml: ModuleType, handles: list[Any]) -> Iterator[Link]:
         read = _or_none(nvml.nvmlDeviceGetP2PStatus, one, other, nvml.NVML_P2P_CAPS_INDEX_READ)
         wired = _or_none(nvml.nvmlDeviceGetP2PStatus, one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
         level = _or_none(nvml.nvmlDeviceGetTopologyCommonAncestor, one, other)
-        way = "NVLink" if wired == nvml.NVML_P2P_STATUS_OK else _path(level)
-        peer = None if read is None else read == nvml.NVML_P2P_STATUS_OK
+        by_wire = wired == nvml.NVML_P2P_STATUS_OK
+        way = "NVLink" if by_wire else _path(level)
+        peer = (
+            (by_wire or None) if read is None else read == nvml.NVML_P2P_STATUS_OK
+        )  # a virtual driver may tell one only
         yield Link((_uuid(nvml, one), _uuid(nvml, other)), way, peer)
 
 

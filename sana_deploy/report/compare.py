@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def _words(value: float | None, unit: str) -> str:
 
 def _glance(was: Plan, now: Plan) -> Iterator[Row]:
     """Figures of both: what, before, after, change, note."""
-    numbers = (
+    numbers: tuple[tuple[str, Callable[[Plan], float | None], str, str], ...] = (
         ("seconds per image", lambda plan: plan.estimates.seconds_per_image, " s", "seconds"),
         ("images per second", lambda plan: plan.images_per_second, "", "seconds"),
         ("fullest GPU", lambda plan: plan.fullness, "%", "peak"),
@@ -136,7 +136,7 @@ def _glance(was: Plan, now: Plan) -> Iterator[Row]:
     )
     for label, get, unit, note in numbers:
         yield label, _words(get(was), unit), _words(get(now), unit), _change(get(was), get(now), unit), note
-    texts = (
+    texts: tuple[tuple[str, Callable[[Plan], str]], ...] = (
         ("pixels", lambda plan: f"{plan.exactness}: {PICTURE[plan.exactness]}" if plan.exactness else ""),
         ("runtime", lambda plan: plan.runtime),
         ("split", lambda plan: plan.split),
