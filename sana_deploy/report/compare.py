@@ -24,7 +24,7 @@ from .drawings import bar_rows, legend, memory_bar, ordered_parts
 from .notes import notes_of, number
 from .pages import template
 from .terminal import console
-from .wording import PICTURE
+from .wording import PICTURE, model_words
 
 Row = tuple[Any, ...]
 MANY = 10
@@ -84,7 +84,7 @@ def _side(plan: Plan, name: str, label: str, bars: list[dict[str, Any]]) -> dict
     return {
         "label": label,
         "name": name,
-        "title": f"{plan.checkpoint.source}, {plan.spec.hardware.strategy}, {plan.spec.precision.name}",
+        "title": f"{model_words(plan)}, {plan.spec.hardware.strategy}, {plan.spec.precision.name}",
         "digest": plan.digest[7:19],
         "feasible": plan.feasible,
         "gpus": bars,
