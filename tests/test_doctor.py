@@ -296,3 +296,43 @@ def test_plain_terminals_get_plain_text(cli: Run) -> None:
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.isascii()
     assert "\x1b" not in shown.stdout
+
+
+def fake_libraries(folder: Path, torch: str) -> str:
+    """A folder whose torch is `torch`, beside empty transformers and diffusers."""
+    for name, text in (("torch", torch), ("transformers", ""), ("diffusers", "")):
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def test_imports_find_what_is_installed_but_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", fake_libraries(tmp_path, "raise ImportError('libcudart.so.13: cannot open')"))
+    found = examine([], compile_plan, imports=True)
+    (problem,) = found.problems
+    assert problem.message.endswith("cannot be imported: ImportError: libcudart.so.13: cannot open")
+    assert (problem.needed, found.exit_code) == (True, 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "known", "says"),
+    [
+        (2, ["sm_80", "sm_90a"], None),
+        (2, ["sm_70", "compute_75"], None),
+        (2, ["compute_90"], "torch has no kernels for GPU 0, compute capability 8.9 (compute_90)"),
+        (1, ["sm_80"], "CUDA gives 2 GPUs, torch sees 1 of them"),
+        (2, ["sm_90", "sm_120"], "torch has no kernels for GPU 0, compute capability 8.9 (sm_90, sm_120)"),
+    ],
+)
+def test_imports_compare_torch_with_the_gpus(
+    two_gpus: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, known: list[str],
+    says: str | None,
+) -> None:  # fmt: skip
+    two_gpus()
+    text = (
+        "class cuda:\n    is_available = staticmethod(lambda: True)\n"
+        f"    device_count = staticmethod(lambda: {count})\n    get_arch_list = staticmethod(lambda: {known})\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", fake_libraries(tmp_path, text))
+    found = examine([], compile_plan, imports=True)
+    assert [one.message for one in found.problems[:1]] == ([says] if says else [])
+    assert found.exit_code == int(says is not None)

@@ -11,6 +11,7 @@ from .._units import GIB, human_bytes
 from ..errors import SanaDeployError
 from ..facts.caches import Folder, folders
 from ..facts.driver import Driver, ask_driver
+from ..facts.imports import Imported, import_all
 from ..facts.libraries import install_hint
 from ..facts.machine import Machine, probe
 from ..facts.requirements import Extra, Library, extras, libraries, torch_cuda
@@ -50,6 +51,7 @@ class Checkup:
     asked: tuple[str, ...]
     plan: Plan | None
     problems: tuple[Problem, ...]
+    imported: Imported | None = None
 
     @property
     def exit_code(self) -> int:
@@ -57,8 +59,11 @@ class Checkup:
         return int(any(one.needed for one in self.problems))
 
 
-def examine(overrides: Sequence[str], compile_plan: Compile) -> Checkup:
+def examine(overrides: Sequence[str], compile_plan: Compile, imports: bool = False) -> Checkup:
     """Look at this machine, and plan what `overrides` ask for; SANA 1.6B where they name no model.
+
+    Args:
+        imports: import torch, transformers and diffusers too, in another process.
 
     Raises:
         ComposeError, InvalidSpecError, UsageError: an override is wrong.
@@ -67,6 +72,8 @@ def examine(overrides: Sequence[str], compile_plan: Compile) -> Checkup:
     machine, driver, cuda = probe(), ask_driver(), torch_cuda()
     needed, rooms = tuple(libraries()), tuple(folders())
     found = [*_of_libraries(needed), *_of_gpus(machine, driver, cuda), *_of_folders(rooms)]
+    imported = import_all() if imports else None
+    found += list(_of_imports(imported, machine)) if imported else []
     plan, refused = _planned(asked, compile_plan, needed=bool(overrides))
     return Checkup(
         python=".".join(map(str, sys.version_info[:3])),
@@ -79,6 +86,7 @@ def examine(overrides: Sequence[str], compile_plan: Compile) -> Checkup:
         asked=asked,
         plan=plan,
         problems=(*found, *refused),
+        imported=imported,
     )
 
 
@@ -105,6 +113,22 @@ def _of_libraries(needed: Sequence[Library]) -> Iterator[Problem]:
             words = says.get(one.state, f"{one.version} is outside {one.wanted}")
             again = "--force-reinstall --no-deps " if one.state == "broken" else ""
             yield Problem(True, f"{one.name} {words}", f"pip install {again}'{one.requirement}'")
+
+
+def _of_imports(imported: Imported, machine: Machine) -> Iterator[Problem]:
+    if imported.failed:
+        yield Problem(True, f"torch, transformers and diffusers cannot be imported: {imported.failed}",
+                      "pip install --force-reinstall -c constraints.txt torch transformers diffusers")  # fmt: skip
+        return
+    if imported.gpus < len(machine.gpus):
+        yield Problem(True, f"CUDA gives {len(machine.gpus)} GPUs, torch sees {imported.gpus} of them",
+                      "python -m torch.utils.collect_env")  # fmt: skip
+    for gpu in machine.gpus:
+        if not imported.has_kernels_for(gpu.capability):
+            built = ", ".join(imported.architectures)
+            number = ".".join(map(str, gpu.capability))
+            yield Problem(True, f"torch has no kernels for GPU {gpu.index}, compute capability {number} ({built})",
+                          f"hardware.use leaves it out, or install a build of torch for {number}")  # fmt: skip
 
 
 def _of_gpus(machine: Machine, driver: Driver, cuda: str | None) -> Iterator[Problem]:

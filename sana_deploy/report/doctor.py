@@ -36,11 +36,14 @@ def main(arguments: Sequence[str], compile_plan: Compile) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="what to plan for, as of a run; "
                         "output=json prints one JSON document")  # fmt: skip
-    overrides: list[str] = parser.parse_args(arguments).overrides
+    parser.add_argument("--imports", action="store_true", help="import torch, transformers and diffusers too: "
+                        "some seconds more, and finds what is installed but broken")  # fmt: skip
+    options = parser.parse_args(arguments)
+    overrides: list[str] = options.overrides
     for one in overrides:
         if "=" not in one:
             raise UsageError(f"{one!r} is no override", where="doctor", hint="values read KEY=VALUE")
-    found = examine([one for one in overrides if not one.startswith("output=")], compile_plan)
+    found = examine([one for one in overrides if not one.startswith("output=")], compile_plan, options.imports)
     if "output=json" in overrides:
         sys.stdout.write(json.dumps(document(found), ensure_ascii=False) + "\n")
     else:
@@ -61,6 +64,7 @@ def document(found: Checkup) -> dict[str, Any]:
         "torch_cuda": found.torch_cuda,
         "libraries": [asdict(one) for one in found.libraries],
         "extras": [asdict(one) for one in found.extras],
+        "imported": asdict(found.imported) if found.imported else None,
         "folders": [asdict(one) for one in found.folders],
         "plan": {
             "overrides": list(found.asked),
@@ -141,6 +145,8 @@ def _library_lines(found: Checkup, tick: str, cross: str) -> Iterator[Text]:
     for one in found.libraries:
         if one.state != "fine":
             yield Text.assemble((f"{cross} ", "red"), f"{one.name} {one.version}, {one.wanted} is needed: {one.state}")
+    if found.imported and not found.imported.failed:
+        yield Text.assemble((f"{tick} ", "green"), "torch, transformers and diffusers can be imported")
     others = [f"{one.name} {one.version} ({one.tested})" for one in fine if one.tested not in ("", one.version)]
     if others:
         yield Text(f"other than tested: {', '.join(others)}", style="yellow")
