@@ -61,11 +61,11 @@ def main() -> None:
 
 
 def _run() -> None:
-    code = commands.run_own(sys.argv[1:])
+    code = commands.run_own(sys.argv[1:], _job)
     if code is not None:
         _codes.append(code)
         return
-    sys.argv[1:] = free_text.command_texts(sweep.command_line(sys.argv[1:]))
+    sys.argv[1:] = free_text.command_texts(sweep.command_line(commands.of_run(sys.argv[1:])))
     _job()
     _codes.append(sweep.finish())
 

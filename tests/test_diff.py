@@ -12,7 +12,8 @@ from sana_deploy.api import compile_spec
 from sana_deploy.declare.spec import DeploySpec
 from sana_deploy.facts.machine import Machine
 from sana_deploy.plan.artifact import Plan
-from sana_deploy.plan.diff import compare, main, render
+from sana_deploy.plan.diff import compare, render
+from sana_deploy.report.compare import main
 
 LARGE = ["model=sana_1600m_controlnet", "workload.height=1024", "workload.width=1024"]
 

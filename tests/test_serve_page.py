@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from serving import Running, running, two_small_gpus
 from sleeping import Sleeping
-from test_pages import browser  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.browser
 
@@ -60,7 +59,7 @@ class Shown:
         return {url for url in sent if not url.startswith(("data:", "blob:"))}
 
 
-def test_a_prompt_and_a_dropped_image_become_a_picture(browser: Any, api: Running, tmp_path: Path) -> None:  # noqa: F811
+def test_a_prompt_and_a_dropped_image_become_a_picture(browser: Any, api: Running, tmp_path: Path) -> None:
     edges = tmp_path / "edges.png"
     Image.new("RGB", (96, 64), "red").save(edges)
     page = Shown(browser, api.url)
@@ -82,7 +81,7 @@ def test_a_prompt_and_a_dropped_image_become_a_picture(browser: Any, api: Runnin
     assert [one["message"] for one in browser.get_log("browser")] == []
 
 
-def test_what_is_refused_is_said_and_a_drawing_can_be_stopped(browser: Any, api: Running) -> None:  # noqa: F811
+def test_what_is_refused_is_said_and_a_drawing_can_be_stopped(browser: Any, api: Running) -> None:
     page = Shown(browser, api.url)
     page.fill(prompt="a red fox", size="2048x2048")
     page.at("draw").click()
@@ -98,7 +97,7 @@ def test_what_is_refused_is_said_and_a_drawing_can_be_stopped(browser: Any, api:
     assert page.at("draw").is_enabled()
 
 
-def test_the_page_runs_nothing_but_its_own_script(browser: Any, api: Running) -> None:  # noqa: F811
+def test_the_page_runs_nothing_but_its_own_script(browser: Any, api: Running) -> None:
     policy = httpx2.get(api.url).headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
@@ -108,7 +107,7 @@ def test_the_page_runs_nothing_but_its_own_script(browser: Any, api: Running) ->
     assert browser.execute_script("return window.foreign") is None
 
 
-def test_the_page_fits_a_narrow_screen(browser: Any, api: Running) -> None:  # noqa: F811
+def test_the_page_fits_a_narrow_screen(browser: Any, api: Running) -> None:
     size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:

@@ -18,7 +18,8 @@ ABSENT = "not installed"
 
 
 @cache
-def _installed(name: str) -> str:
+def installed(name: str) -> str:
+    """The version of a distribution without the build's local part; `ABSENT` where it is not here."""
     try:
         return metadata.version(name).partition("+")[0]
     except metadata.PackageNotFoundError:  # a plan can be read where it cannot be applied
@@ -48,7 +49,7 @@ def library_versions(formats: Iterable[Format] = ()) -> dict[str, str]:
     None of them is imported.
     """
     names = {name for form in formats if form.quantization for name in QUANTIZERS[form.quantization]}
-    quantizers = {name: _installed(name) for name in sorted(names)}
-    return {name: _installed(name) for name in LIBRARIES} | {
+    quantizers = {name: installed(name) for name in sorted(names)}
+    return {name: installed(name) for name in LIBRARIES} | {
         name: version for name, version in quantizers.items() if version != ABSENT
     }

@@ -1,16 +1,12 @@
-"""Compares two plans: what moved, and what it costs. `sana-deploy diff A.json B.json [--json] [--exit-code]`."""
+"""Compares two plans: what moved, and what it costs."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .._units import human_bytes
-from ..errors import SanaDeployError
 from .artifact import Plan
 from .records import Place, place_words
 
@@ -23,6 +19,28 @@ class Difference:
     where: str
     was: Any
     now: Any
+
+    def words(self, value: Any) -> str:
+        """What was, or is, as people read it."""
+        if value is None or value == "":
+            return "none"
+        if self.kind == "cost":
+            return human_bytes(value) if "bytes" in self.where else self._number(value)
+        if self.where.endswith(".slot"):
+            return place_words(value)
+        return str(value)
+
+    @property
+    def change(self) -> str:
+        """The change of bytes and seconds with its sign; empty for all else."""
+        if self.kind != "cost" or self.was is None or self.now is None:
+            return ""
+        delta = self.now - self.was
+        sign = "+" if delta > 0 else "-"
+        return f"{sign}{human_bytes(abs(delta)) if 'bytes' in self.where else self._number(abs(delta))}"
+
+    def _number(self, value: float) -> str:
+        return f"{value:.3g}" if self.where == "images_per_second" else f"{value:.2f} s"
 
 
 def compare(was: Plan, now: Plan) -> list[Difference]:
@@ -104,44 +122,8 @@ def render(differences: Sequence[Difference]) -> str:
     """One line per difference: key, was, is, and the change of bytes and seconds."""
     if not differences:
         return "no difference"
-    return "\n".join(f"{one.kind:<9} {one.where}: {_shown(one, one.was)} -> {_shown(one, one.now)}{_change(one)}"
-                     for one in differences)  # fmt: skip
-
-
-def _shown(one: Difference, value: Any) -> str:
-    if value is None or value == "":
-        return "none"
-    if one.kind == "cost":
-        return human_bytes(value) if "bytes" in one.where else f"{value:.2f}{_unit(one)}"
-    if one.where.endswith(".slot"):
-        return place_words(value)
-    return str(value)
-
-
-def _change(one: Difference) -> str:
-    if one.kind != "cost" or one.was is None or one.now is None:
-        return ""
-    delta = one.now - one.was
-    sign = "+" if delta > 0 else "-"
-    return f" ({sign}{human_bytes(abs(delta))})" if "bytes" in one.where else f" ({sign}{abs(delta):.2f}{_unit(one)})"
-
-
-def _unit(one: Difference) -> str:
-    return "" if one.where == "images_per_second" else " s"
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; 0, with `--exit-code` 1 if places, dtypes or knobs differ, or an error's own code."""
-    parser = argparse.ArgumentParser(prog="sana-deploy diff", description="Compare two plan files.")
-    parser.add_argument("was")
-    parser.add_argument("now")
-    parser.add_argument("--json", action="store_true", help="print the differences as JSON on stdout")
-    parser.add_argument("--exit-code", action="store_true", help="exit with 1 if places, dtypes or knobs differ")
-    options = parser.parse_args(arguments)
-    try:
-        differences = compare(Plan.load(options.was), Plan.load(options.now))
-    except SanaDeployError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return problem.exit_code
-    print(json.dumps([asdict(one) for one in differences]) if options.json else render(differences))
-    return int(options.exit_code and any(one.kind == "decided" for one in differences))
+    lines = []
+    for one in differences:
+        change = f" ({one.change})" if one.change else ""
+        lines.append(f"{one.kind:<9} {one.where}: {one.words(one.was)} -> {one.words(one.now)}{change}")
+    return "\n".join(lines)

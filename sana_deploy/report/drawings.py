@@ -4,18 +4,65 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .._units import GIB, human_bytes
 from ..plan.artifact import Plan
-from ..plan.records import Place, ordered_places, place_words
+from ..plan.records import Place, Slot, ordered_places, place_words
 from ..plan.units import component_of
 from ..run.outcome import Rehearsal, RehearsedGpu
-from .wording import taken_words
+from .wording import OTHERS_WORDS, pool_words, taken_words
 
-LINE, GAP, LABEL, BOX = 760, 2, 80, 150
+LINE, GAP, LABEL, BOX = 760, 2, 110, 150
 """Width of a timeline, the gap between its bars, the widest label, and a slot's width in the drawing of transfers."""
+
+
+_PART_NOTES = {"activations": "activations", "overhead": "overhead", "others": "capacity", "free": "peak"}
+"""Part of a bar -> the note on its number; all others are weights."""
+
+
+def legend(plan: Plan) -> list[tuple[str, str]]:
+    """What the colours of the bars mean; others only where they take any."""
+    others = [("others", OTHERS_WORDS)] if any(slot.others_bytes for slot in plan.all_slots) else []
+    parts = [("activations", "activations ~"), ("overhead", "context and headroom ~"), *others, ("free", "free")]
+    return [*((name, name) for name in plan.pipeline.names), *parts]
+
+
+def ordered_parts(plan: Plan) -> list[str]:
+    """Names of components and further units in the pipeline's order; a plan that was saved has them by name."""
+    names = list(plan.pipeline.names)
+    return sorted(plan.parts, key=lambda name: (names.index(component_of(name)), name))
+
+
+def memory_bar(plan: Plan, slot: Slot) -> dict[str, Any]:
+    """The bar of one GPU: weights of each component that is there at the peak, activations, overhead, others, free."""
+    here: dict[str, int] = {name: plan.parts[name].weights_bytes for name in ordered_parts(plan)
+                            if plan.parts[name].slot == slot.index}  # fmt: skip
+    if sum(here.values()) > slot.weights_bytes:  # the peak is in a phase when offloaded weights wait on the CPU
+        uploaded = {one.tensor for one in plan.transfers if one.src == "cpu"}
+        here = {name: size for name, size in here.items() if f"{name} weights" not in uploaded}
+    sizes: dict[str, int] = {**here, "activations": slot.activation_bytes, "overhead": slot.overhead_bytes,
+                             "others": slot.others_bytes}  # fmt: skip
+    total = max(slot.capacity_bytes, sum(sizes.values()))
+    sizes["free"] = total - sum(sizes.values())
+    parts = [
+        {"name": component_of(name), "percent": round(100 * size / total, 3), "part": name, "size": human_bytes(size),
+         "words": f"{name} {human_bytes(size)}", "note": _PART_NOTES.get(name, "weights")}
+        for name, size in sizes.items()
+        if size or name != "others"
+    ]  # fmt: skip
+    taken = taken_words(slot.peak_bytes, slot.others_bytes, slot.capacity_bytes, slot.fullness)
+    summary = f"{slot.gpu}: ~{taken}, fullest in {slot.peak_phase}{pool_words(slot)}"
+    words = f"GPU {slot.index}, {summary}: {', '.join(str(part['words']) for part in parts)}"
+    return {"name": f"GPU {slot.index}", "summary": summary, "parts": parts, "words": words}
+
+
+def bar_rows(bars: Iterable[Mapping[str, Any]], before: str = "") -> list[tuple[str, str, str, str]]:
+    """The numbers of memory bars as rows of a table: GPU (after `before`), part, size, and the note on it."""
+    return [
+        (f"{before}{bar['name']}", part["part"], part["size"], part["note"]) for bar in bars for part in bar["parts"]
+    ]
 
 
 def timeline(gpu: RehearsedGpu, rehearsal: Rehearsal) -> dict[str, Any]:
@@ -23,27 +70,21 @@ def timeline(gpu: RehearsedGpu, rehearsal: Rehearsal) -> dict[str, Any]:
 
     Below the bars stands what is taken all along: by others, by the CUDA context and by the allocator.
     """
-    bars: list[dict[str, Any]] = []
-    marks: list[dict[str, Any]] = []
-    before = ""
     taken = {"others": gpu.others_bytes, "overhead": gpu.context_bytes + gpu.allocator_bytes}
     whole = max(gpu.capacity_bytes, gpu.peak_bytes + gpu.others_bytes, 1)
     floor = 120 - 100 * sum(taken.values()) / whole
     moments = [moment for moment in rehearsal.timeline if moment.phase != "load"]
     pitch = max(8, LINE // max(len(moments), 1))
+    bars: list[dict[str, Any]] = []
     for index, moment in enumerate(moments):
         live = moment.live_bytes.get(gpu.device, 0)
         height = round(100 * live / whole, 1)
-        x = index * pitch
-        words = f"{moment.phase}, {moment.component}: {human_bytes(live)}"
-        bars.append({"x": x, "y": round(floor - height, 1), "width": pitch - GAP, "height": height,
-                     "name": component_of(moment.component), "words": words})  # fmt: skip
-        if moment.phase != before:
-            marks.append({"x": x, "phase": moment.phase, "label_x": x + 3, "anchor": "start"})
-        before = moment.phase
+        bars.append({
+            "phase": moment.phase, "component": moment.component, "bytes": live, "x": index * pitch,
+            "y": round(floor - height, 1), "width": pitch - GAP, "height": height,
+            "name": component_of(moment.component), "words": f"{moment.phase}, {moment.component}: {human_bytes(live)}",
+        })  # fmt: skip
     width = max(len(moments) * pitch, LINE)
-    if marks and width - marks[-1]["x"] < LABEL:
-        marks[-1] |= {"label_x": width, "anchor": "end"}
     peak = f"peak {taken_words(gpu.peak_bytes, gpu.others_bytes, gpu.capacity_bytes, gpu.fullness)}"
     phases = ", ".join(f"{phase} {human_bytes(size)}" for phase, size in gpu.phase_peaks.items() if phase != "load")
     return {
@@ -53,10 +94,24 @@ def timeline(gpu: RehearsedGpu, rehearsal: Rehearsal) -> dict[str, Any]:
         "capacity_y": round(120 - 100 * gpu.capacity_bytes / whole, 1),
         "words": f"Live bytes on {gpu.device} by phase: {phases}; taken all along: {_words(taken)}",
         "taken": _stacked(taken, whole),
+        "device": gpu.device,
         "bars": bars,
-        "marks": marks,
+        "marks": _marks(bars, width),
         "width": width,
     }
+
+
+def _marks(bars: Iterable[Mapping[str, Any]], width: int) -> list[dict[str, Any]]:
+    """Where phases begin; a label that would touch the one before it stands a line lower."""
+    marks: list[dict[str, Any]] = []
+    for bar in bars:
+        if not marks or bar["phase"] != marks[-1]["phase"]:
+            low = bool(marks) and bar["x"] - marks[-1]["x"] < LABEL and marks[-1]["label_y"] == 140
+            marks.append({"x": bar["x"], "phase": bar["phase"], "label_x": bar["x"] + 3, "label_y": 140 + 26 * low,
+                          "anchor": "start"})  # fmt: skip
+    if marks and width - marks[-1]["x"] < LABEL:
+        marks[-1] |= {"label_x": width, "anchor": "end"}
+    return marks
 
 
 def _stacked(sizes: Mapping[str, int], whole: int) -> list[dict[str, Any]]:
@@ -122,6 +177,7 @@ def chart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     points = [
         {"job": row["job"], "x": x(value), "y": y(row["total_peak_bytes"]), "best": row["front"],
+         "note": "measured" if row["seconds"] is not None else "seconds",
          "words": f"job {row['job']}: {row['compared_seconds']:.2f} s, {human_bytes(row['total_peak_bytes'])}"}
         for row, value in zip(drawn, seconds, strict=True)
     ]  # fmt: skip

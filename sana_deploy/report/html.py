@@ -7,22 +7,20 @@ text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from .._units import MIB, human_bytes
 from .._version import __version__
 from ..declare.spec import VirtualMachine
 from ..plan.artifact import Plan
-from ..plan.records import Place, Slot, place_words
-from ..plan.units import component_of
+from ..plan.records import Place, place_words
 from ..run.outcome import Outcome, Rehearsal
-from .drawings import chart, flow, timeline
+from .drawings import bar_rows, chart, flow, legend, memory_bar, ordered_parts, timeline
+from .notes import COLUMN_NOTES, SWEEP_NOTES, notes_of
+from .pages import template
 from .wording import (
-    OTHERS_WORDS,
+    PICTURE,
     considered_sentence,
     faster_sentence,
     groups_words,
@@ -31,25 +29,14 @@ from .wording import (
     knob_words,
     model_words,
     overlap_words,
-    pool_words,
     rejection_words,
     replicas_words,
     runtime_words,
     steps_words,
-    taken_words,
 )
 
 _LONG = ("dtypes", "knobs")
 """Columns of a sweep whose text may wrap."""
-
-
-@cache
-def _template(name: str) -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True,
-    )  # fmt: skip
-    return environment.get_template(f"{name}.html.j2")
 
 
 def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str] = ()) -> str:
@@ -59,8 +46,9 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         command: the command line of the run.
         pictures: images as data URLs.
     """
-    spec = plan.spec
-    return _template("plan").render(
+    spec, lines = plan.spec, _timelines(outcome.rehearsal)
+    bars = [memory_bar(one, slot) for one in plan.each() for slot in one.slots]
+    return template("plan").render(
         title=f"{model_words(plan)}, {spec.hardware.strategy}, {spec.precision.name}",
         status=outcome.status,
         error=outcome.error,
@@ -68,14 +56,18 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         digest=plan.digest[7:19],
         version=__version__,
         command=command,
-        legend=_legend(plan),
-        gpus=[_gpu(one, slot) for one in plan.each() for slot in one.slots],
+        glance=_glance(plan, outcome),
+        legend=legend(plan),
+        gpus=bars,
+        bar_rows=bar_rows(bars),
         replicas=_replicas(plan),
         components=_components(plan),
         seconds=_seconds(plan),
         faster=[faster_sentence(one) for one in plan.faster],
         knobs=[f"{knob_sentence(plan, knob)}: {knob_words(knob)}" for knob in plan.knobs],
-        timelines=_timelines(outcome.rehearsal),
+        timelines=lines,
+        turns=_turns(lines),
+        sure=notes_of(plan, outcome),
         rehearse=_rehearse(plan),
         measured=_measured(outcome),
         pictures=list(pictures),
@@ -83,13 +75,42 @@ def plan_page(plan: Plan, outcome: Outcome, command: str, pictures: Sequence[str
         considered=considered_sentence(plan),
         runners=_runners(plan),
         rejections=[f"{rejection_words(row)}; closest: {row.closest}" for row in plan.rejections],
-        remarks=[
-            {"severity": one.severity, "text": f"{one.where}: {one.message}" if one.where else one.message,
-             "hint": one.hint}
-            for one in (*plan.diagnostics, *outcome.diagnostics)
-        ],
+        remarks=_remarks(plan, outcome),
         **flow(plan),
     )  # fmt: skip
+
+
+def _turns(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Timelines as rows of a table: phase, component, and the live bytes on each GPU."""
+    return [
+        (turns[0]["phase"], turns[0]["component"], *(human_bytes(turn["bytes"]) for turn in turns))
+        for turns in zip(*(line["bars"] for line in lines), strict=True)
+    ]
+
+
+def _remarks(plan: Plan, outcome: Outcome) -> list[dict[str, str]]:
+    return [
+        {"severity": one.severity, "text": f"{one.where}: {one.message}" if one.where else one.message,
+         "hint": one.hint}
+        for one in (*plan.diagnostics, *outcome.diagnostics)
+    ]  # fmt: skip
+
+
+def _glance(plan: Plan, outcome: Outcome) -> list[tuple[str, str, str]]:
+    """What is read first: label, figure and note."""
+    made, measured = plan.estimates, outcome.measured
+    rows = [
+        ("seconds per image", "" if made.seconds_per_image is None else f"~{made.seconds_per_image:.2f}", "seconds"),
+        ("images per second", "" if plan.images_per_second is None else f"~{plan.images_per_second:.3g}", "seconds"),
+        ("seconds in this run", f"{measured.seconds['generate']:.2f}" if "generate" in measured.seconds else "",
+         "measured"),
+        ("fullest GPU", "" if plan.fullness is None else f"~{plan.fullness:.0%}", "peak"),
+        ("moved per step", f"~{human_bytes(made.bytes_per_step)}" if made.bytes_per_step else "", "moved"),
+        ("moved per image", f"~{human_bytes(made.bytes_per_image)}" if made.bytes_per_image else "nothing", "moved"),
+        ("weights", human_bytes(sum(part.weights_bytes for part in plan.parts.values())), "weights"),
+        (PICTURE[plan.exactness] if plan.exactness else "", plan.exactness or "", ""),
+    ]  # fmt: skip
+    return [row for row in rows if row[1]]
 
 
 def thumbnail(path: Path) -> str:
@@ -117,34 +138,6 @@ def _workload(plan: Plan) -> str:
     return ", ".join(filter(None, [shape, runtime_words(plan), exactness, replicas_words(plan), overlap_words(plan)]))
 
 
-def _legend(plan: Plan) -> list[tuple[str, str]]:
-    """What the colours of the bars mean; others only where they take any."""
-    others = [("others", OTHERS_WORDS)] if any(slot.others_bytes for slot in plan.all_slots) else []
-    parts = [("activations", "activations ~"), ("overhead", "context and headroom ~"), *others, ("free", "free")]
-    return [*((name, name) for name in plan.pipeline.names), *parts]
-
-
-def _gpu(plan: Plan, slot: Slot) -> dict[str, Any]:
-    """The bar of one GPU: weights of each component that is there at the peak, activations, overhead, others, free."""
-    here: dict[str, int] = {name: part.weights_bytes for name, part in plan.parts.items() if part.slot == slot.index}
-    if sum(here.values()) > slot.weights_bytes:  # the peak is in a phase when offloaded weights wait on the CPU
-        uploaded = {one.tensor for one in plan.transfers if one.src == "cpu"}
-        here = {name: size for name, size in here.items() if f"{name} weights" not in uploaded}
-    sizes: dict[str, int] = {**here, "activations": slot.activation_bytes, "overhead": slot.overhead_bytes,
-                             "others": slot.others_bytes}  # fmt: skip
-    total = max(slot.capacity_bytes, sum(sizes.values()))
-    sizes["free"] = total - sum(sizes.values())
-    parts = [
-        {"name": component_of(name), "percent": round(100 * size / total, 3), "words": f"{name} {human_bytes(size)}"}
-        for name, size in sizes.items()
-        if size or name != "others"
-    ]
-    taken = taken_words(slot.peak_bytes, slot.others_bytes, slot.capacity_bytes, slot.fullness)
-    summary = f"{slot.gpu}: ~{taken}, fullest in {slot.peak_phase}{pool_words(slot)}"
-    words = f"GPU {slot.index}, {summary}: {', '.join(str(part['words']) for part in parts)}"
-    return {"name": f"GPU {slot.index}", "summary": summary, "parts": parts, "words": words}
-
-
 def _components(plan: Plan) -> list[tuple[str, ...]]:
     return [
         (
@@ -154,7 +147,7 @@ def _components(plan: Plan) -> list[tuple[str, ...]]:
             human_bytes(part.weights_bytes),
             human_bytes(part.activation_bytes),
         )
-        for name, part in plan.parts.items()
+        for name, part in ((name, plan.parts[name]) for name in ordered_parts(plan))
     ]
 
 
@@ -184,7 +177,7 @@ def _timelines(rehearsal: Rehearsal | None) -> list[dict[str, Any]]:
 def _seconds(plan: Plan) -> str:
     if plan.estimates.seconds_per_image is None:
         return ""
-    phases = ", ".join(f"{phase} {value:.2f}" for phase, value in plan.estimates.seconds.items())
+    phases = ", ".join(f"{phase} {value:.2f} s" for phase, value in plan.estimates.seconds.items())
     return f"{plan.estimates.seconds_per_image:.2f} s per image ({phases})"
 
 
@@ -220,7 +213,7 @@ def _transfers(plan: Plan) -> list[tuple[str, ...]]:
             place_words(one.src),
             place_words(one.dst),
             one.tensor,
-            human_bytes(one.bytes_per_step),
+            human_bytes(one.bytes_per_step) if one.bytes_per_step else "",
             human_bytes(one.bytes_per_image),
         )
         for one in plan.transfers
@@ -265,13 +258,15 @@ def sweep_page(title: str, rows: Sequence[Mapping[str, Any]], cells: Sequence[Ma
     titles = [title for title in cells[0] if title != "reason"] if cells else []
     statuses = list(dict.fromkeys(str(row["status"]) for row in rows))
     counts = ", ".join(f"{sum(row['status'] == status for row in rows)} {status}" for status in statuses)
-    return _template("sweep").render(
+    return template("sweep").render(
         title=title,
         version=__version__,
         counts=f"{len(rows)} jobs: {counts}",
         statuses=statuses,
         titles=titles,
         numbers=set(numbers),
+        noted=COLUMN_NOTES,
+        sure=SWEEP_NOTES,
         rows=[_sweep_row(row, shown, titles, numbers) for row, shown in zip(rows, cells, strict=True)],
         **chart(rows),
     )
