@@ -28,7 +28,8 @@ class SlotUse:
     """What one slot holds at its fullest moment, in bytes; `peak_bytes` includes context and headroom.
 
     `allocator_bytes` are what PyTorch's allocator counts beyond tensors: unsplit blocks and cuBLAS's workspace.
-    `pool_bytes` are the part of `activation_bytes` that graphs keep, also while nothing works.
+    `pool_bytes` are the part of `activation_bytes` that graphs keep, also while nothing works; `first_pool_bytes` what
+    they keep of it before calls with large activations are in graphs, from the second request on.
     """
 
     weights_bytes: int
@@ -37,6 +38,7 @@ class SlotUse:
     overhead_bytes: int
     phase: Phase
     pool_bytes: int = 0
+    first_pool_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -52,7 +54,8 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     phase work one after the other, so that the largest counts, units of one component at once, so that they add up;
     what waits outside the denoising loop (prompt embeddings, the control image) is listed under the denoiser's units
     and adds to whoever works there. What graphed units take in their own phase is in the pool of their graphs, which is
-    there in every phase: a second request finds it.
+    there in every phase: a second request finds it. Other calls in graphs take theirs from the same pool, but for the
+    first request, in which they are eager and take it beside a pool that is as small as without them.
 
     Args:
         gpu: the one that the slot is; without it workspace, context and headroom are left out.
@@ -60,7 +63,9 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     here = {name: profile.parts[name] for name, place in placement.items() if place == slot}
     graphed = {name: part for name, part in here.items() if part.graphed and slot != "cpu"}
     worked = {name: _graphed_bytes(profile, part) + early_bytes(profile, name, here) for name, part in graphed.items()}
-    pool = pool_bytes(max(worked.values())) if graphed else 0
+    later = [size for part in here.values() if slot != "cpu" for size in _graph_phase_bytes(part)]
+    first = pool_bytes(max(worked.values())) if graphed else 0
+    pool = max(first, pool_bytes(max(later))) if later else first
     weights, unsplit, activations = (dict.fromkeys(PHASES, 0) for _ in range(3))
     for phase in PHASES:
         for part in here.values():
@@ -68,10 +73,14 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
                 weights[phase] += part.weights_bytes
                 unsplit[phase] += part.unsplit_bytes + part.workspaces.get(phase, 0) if slot != "cpu" else 0
         beside = {name: _beside_pool(profile, name, phase, here) for name in graphed}
-        activations[phase] = pool + _activations(profile, here, phase, beside)
+        in_pool = {name: 0 for name, part in here.items() if slot != "cpu" and phase in part.graph_phases}
+        activations[phase] = max(
+            first + _activations(profile, here, phase, beside),
+            pool + _activations(profile, here, phase, {**beside, **in_pool}),
+        )
     phase = max(PHASES, key=lambda name: weights[name] + unsplit[name] + activations[name])
     allocated = unsplit[phase] + (workspace_bytes(gpu.capability) if gpu else 0)
-    return SlotUse(weights[phase], activations[phase], allocated, overhead(gpu) if gpu else 0, phase, pool)
+    return SlotUse(weights[phase], activations[phase], allocated, overhead(gpu) if gpu else 0, phase, pool, first)
 
 
 def _activations(
@@ -86,6 +95,11 @@ def _activations(
         else:
             working[part.name] = working.get(part.name, 0) + own
     return waiting + max(working.values(), default=0)
+
+
+def _graph_phase_bytes(part: ComponentProfile) -> list[int]:
+    """Bytes of activations that a unit takes in each phase in which calls besides its `forward` are in graphs."""
+    return [part.activations[phase] for phase in part.graph_phases]
 
 
 def _graphed_bytes(profile: PipelineProfile, part: ComponentProfile) -> int:

@@ -30,8 +30,8 @@ class ComponentProfile:
 
     `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them, `workspaces` what libraries take
     in a phase. `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own
-    phases. `execution` is how it executes. `units` are those of the component, whose kernels one thread
-    launches.
+    phases. `execution` is how its `forward` executes, `graph_phases` are those in which its other calls are launched
+    from graphs. `units` are those of the component, whose kernels one thread launches.
     """
 
     name: Component
@@ -45,6 +45,7 @@ class ComponentProfile:
     workspaces: Mapping[Phase, int] = field(default_factory=dict)
     execution: Execution = "eager"
     units: int = 1
+    graph_phases: tuple[Phase, ...] = ()
 
     @property
     def activation_bytes(self) -> int:
@@ -53,7 +54,7 @@ class ComponentProfile:
 
     @property
     def graphed(self) -> bool:
-        """Whether its calls are launched from graphs, on a GPU: what is compiled is, in the denoising loop alone."""
+        """Whether its `forward` is launched from graphs, on a GPU: what is compiled is, in the denoising loop alone."""
         return self.execution == "graphs" or (self.execution == "compiled" and "denoise" in self.activations)
 
 

@@ -38,6 +38,7 @@ class Call:
         besides: named inputs that the pipeline gives besides the first one, where it gives no others.
         reads: fields of the result that the pipeline reads, where it reads no others.
         spares: named arguments, and their values, with which the call does not make what is not read.
+        graphed: whether the call may be a CUDA graph, for methods other than `forward`, of which the component says so.
     """
 
     method: str
@@ -49,6 +50,7 @@ class Call:
     besides: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     spares: tuple[tuple[str, Any], ...] = ()
+    graphed: bool = False
 
     def is_pipelines_own(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether these are the arguments of a call that the pipeline itself makes, which needs `reads` alone."""

@@ -44,7 +44,8 @@ TEXT_ENCODER = ComponentDescription(
     graphed=True,
 )
 
-_DECODE = Call("decode", "decode", output="image", input="latents", keeps=True)  # pixels go to the host next
+# Pixels go to the host next.
+_DECODE = Call("decode", "decode", output="image", input="latents", keeps=True, graphed=True)
 VAE = ComponentDescription(
     name="vae",
     role="vae",
@@ -80,7 +81,7 @@ SPRINT_SCHEDULER = SchedulerDescription("SCMScheduler", (("prediction_type", "tr
 
 def encoding_vae(image: str, latents: str) -> ComponentDescription:
     """The VAE of a pipeline that encodes an image; both names are what reports call the tensors."""
-    encode = Call("encode", "prepare", output=latents, input=image)
+    encode = Call("encode", "prepare", output=latents, input=image, graphed=True)
     return replace(VAE, calls=(VAE.calls[0], encode, _DECODE))
 
 
