@@ -29,7 +29,7 @@ from .tensor_mark import TensorMark
 
 log = logging.getLogger(__name__)
 Forward = Callable[..., Any]
-MOST_GRAPHS = 8
+MOST_GRAPHS = 12
 """Graphs that one device keeps; the one that was used longest ago makes room."""
 
 
