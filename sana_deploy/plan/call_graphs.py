@@ -46,13 +46,15 @@ def in_graphs(profile: PipelineProfile, chosen: Chosen) -> PipelineProfile:
 
     The VAE's are not where it takes an image in parts: a knob that saves memory is not to be paid for with a pool.
     """
-    may: dict[str, list[Phase]] = {}
-    if RUNTIMES[profile.execution].graphs:
-        for one in profile.pipeline.components:
-            may[one.name] = [call.phase for call in one.calls if call.graphed and call.phase]
+    if not RUNTIMES[profile.execution].graphs:
+        return profile
+    may: dict[str, list[Phase]] = {
+        one.name: [call.phase for call in one.calls if call.graphed and call.phase]
+        for one in profile.pipeline.components
+    }
 
     def changed(part: ComponentProfile, whole: bool = True) -> ComponentProfile:
-        phases = [phase for phase in may.get(part.name, ()) if whole and phase in part.work and chosen(part, phase)]
+        phases = [phase for phase in may[part.name] if whole and phase in part.work and chosen(part, phase)]
         return replace(part, graph_phases=tuple(phases))
 
     under = {mode: changed(part, _is_whole(profile, mode)) for mode, part in profile.vae_under.items()}

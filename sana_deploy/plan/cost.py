@@ -54,8 +54,9 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     phase work one after the other, so that the largest counts, units of one component at once, so that they add up;
     what waits outside the denoising loop (prompt embeddings, the control image) is listed under the denoiser's units
     and adds to whoever works there. What graphed units take in their own phase is in the pool of their graphs, which is
-    there in every phase: a second request finds it. Other calls in graphs take theirs from the same pool, but for the
-    first request, in which they are eager and take it beside a pool that is as small as without them.
+    there in every phase: a second request finds it. So is what they read and do not compute. Other calls in graphs take
+    theirs from the same pool, but for the first request, in which they are eager and take it beside a pool that is as
+    small as without them.
 
     Args:
         gpu: the one that the slot is; without it workspace, context and headroom are left out.
@@ -64,8 +65,9 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     graphed = {name: part for name, part in here.items() if part.graphed and slot != "cpu"}
     worked = {name: _graphed_bytes(profile, part) + early_bytes(profile, name, here) for name, part in graphed.items()}
     later = [size for part in here.values() if slot != "cpu" for size in _graph_phase_bytes(part)]
-    first = pool_bytes(max(worked.values())) if graphed else 0
-    pool = max(first, pool_bytes(max(later))) if later else first
+    steady = sum(part.steady_bytes for part in graphed.values())
+    first = steady + pool_bytes(max(worked.values())) if graphed else 0
+    pool = max(first, steady + pool_bytes(max(later))) if later else first
     weights, unsplit, activations = (dict.fromkeys(PHASES, 0) for _ in range(3))
     for phase in PHASES:
         for part in here.values():

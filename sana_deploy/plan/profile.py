@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from ..declare.formats import Format
+from ..declare.formats import DTYPE_BYTES, Format
 from ..declare.hardware import Split
 from ..declare.knobs import BANDS
 from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
@@ -31,7 +31,8 @@ class ComponentProfile:
     `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them, `workspaces` what libraries take
     in a phase. `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own
     phases. `execution` is how its `forward` executes, `graph_phases` are those in which its other calls are launched
-    from graphs. `units` are those of the component, whose kernels one thread launches.
+    from graphs. `units` are those of the component, whose kernels one thread launches. `steady_bytes` are results that
+    its graphs read and do not compute, since they are the same in every step.
     """
 
     name: Component
@@ -46,6 +47,7 @@ class ComponentProfile:
     execution: Execution = "eager"
     units: int = 1
     graph_phases: tuple[Phase, ...] = ()
+    steady_bytes: int = 0
 
     @property
     def activation_bytes(self) -> int:
@@ -173,8 +175,17 @@ def profile_component(
         form,
         facts.weights_bytes(form),
         unsplit_bytes=facts.unsplit_bytes(form),
+        steady_bytes=_steady_bytes(pipeline, facts, form, workload, share),
         **_in_mode(pipeline, form, needs, workload, mode, share),
     )
+
+
+def _steady_bytes(
+    pipeline: PipelineDescription, facts: ComponentFacts, form: Format, workload: Workload, share: float
+) -> int:
+    """Bytes of what a component computes once for all steps of a request."""
+    each = sum(chain.numbers(facts.config, workload) for chain in pipeline.by_name[facts.name].chains)
+    return round(each * pipeline.rows(workload) * share) * DTYPE_BYTES[form.dtype]
 
 
 def _in_mode(

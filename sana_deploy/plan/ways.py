@@ -84,8 +84,8 @@ class Ways:
             self._plain[way.split] = self._made[way.split]()
         if way not in self._executed:
             plain = self._plain[way.split]
-            self._executed[way] = plain if way.runtime == PLAINEST else executed(plain, way.runtime)
-            self._executed[way] = in_graphs(self._executed[way], launch_bound(self.gpus.values()))
+            changed = plain if way.runtime == PLAINEST else executed(plain, way.runtime)
+            self._executed[way] = in_graphs(changed, launch_bound(self.gpus.values()))
         return self._executed[way]
 
     def search(self, way: Way) -> Search:

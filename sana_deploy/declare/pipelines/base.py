@@ -80,11 +80,13 @@ class SteadyChain:
         argument: the named input of the call that `first` works on, cast to the dtype of the call.
         first: name of the first layer in the component.
         last: name of the second one; its result has the shape of the first one's.
+        numbers: how many of them the result has for each row of a step, by the component's config.
     """
 
     argument: str
     first: str
     last: str
+    numbers: Callable[[Mapping[str, Any], Workload], int]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,16 @@ INSTRUCTION_BYTES = 1058
 """The same for a byte-level vocabulary such as `tiny`'s."""
 
 DENOISER_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "mlp_ratio", "sample_size", "patch_size")
-CAPTION = SteadyChain("encoder_hidden_states", "caption_projection", "caption_norm")
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Numbers of a token in a transformer or ControlNet."""
+    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+CAPTION = SteadyChain(
+    "encoder_hidden_states", "caption_projection", "caption_norm", lambda config, _: MAX_TOKENS * hidden_size(config)
+)
 STEADY = ("encoder_hidden_states", "encoder_attention_mask")
 
 TEXT_ENCODER = ComponentDescription(
