@@ -167,11 +167,12 @@ def test_a_new_size_is_not_eager_beside_what_large_graphs_keep(
     assert kept(pipeline).count("vae") == 2
     there = []
     border_of(pipeline).on_outputs.append(lambda name, *_: there.append(kept(pipeline)) if name == "vae" else None)
-    wide = {"height": 96}
+    plain: dict[str, Any] = {}
+    wide: dict[str, Any] = {"height": 96}
     assert drawn(pipeline, spec, **wide) == drawn(eager, spec, **wide)
     assert there[0] == [], "all of them, since memory of their pool comes back when no graph of it is left"
     assert "vae" not in there[1]
-    for shape in ({}, wide, {}, wide):
+    for shape in (plain, wide, plain, wide):
         assert drawn(pipeline, spec, **shape) == drawn(eager, spec, **shape)
     assert kept(pipeline).count("vae") == 4, "two calls of two sizes"
     assert replays(pipeline) == [5, 5], "no form is eager twice"

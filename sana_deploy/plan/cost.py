@@ -5,7 +5,7 @@ A profile given here has its knobs applied (`knobs.under`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..declare.pipelines import PHASES, Component, Crossing, Phase
@@ -70,16 +70,16 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     pool = max(first, steady + pool_bytes(max(later))) if later else first
     weights, unsplit, activations = (dict.fromkeys(PHASES, 0) for _ in range(3))
     for phase in PHASES:
-        for part in here.values():
-            if part.resident or phase in part.activations:
-                weights[phase] += part.weights_bytes
-                unsplit[phase] += part.unsplit_bytes + part.workspaces.get(phase, 0) if slot != "cpu" else 0
+        there = [part for part in here.values() if part.resident or phase in part.activations]
+        weights[phase] = sum(part.weights_bytes for part in there)
+        inside = {name for name, part in here.items() if slot != "cpu" and phase in part.graph_phases}
         beside = {name: _beside_pool(profile, name, phase, here) for name in graphed}
-        in_pool = {name: 0 for name, part in here.items() if slot != "cpu" and phase in part.graph_phases}
-        activations[phase] = max(
-            first + _activations(profile, here, phase, beside),
-            pool + _activations(profile, here, phase, {**beside, **in_pool}),
-        )
+        ways = [(first, beside, set[str]()), (pool, {**beside, **dict.fromkeys(inside, 0)}, inside)]
+        held = [
+            (kept + _activations(profile, here, phase, own), _allocated(there, phase, out) if slot != "cpu" else 0)
+            for kept, own, out in ways
+        ]
+        activations[phase], unsplit[phase] = max(held, key=sum)
     phase = max(PHASES, key=lambda name: weights[name] + unsplit[name] + activations[name])
     allocated = unsplit[phase] + (workspace_bytes(gpu.capability) if gpu else 0)
     return SlotUse(weights[phase], activations[phase], allocated, overhead(gpu) if gpu else 0, phase, pool, first)
@@ -100,8 +100,17 @@ def _activations(
 
 
 def _graph_phase_bytes(part: ComponentProfile) -> list[int]:
-    """Bytes of activations that a unit takes in each phase in which calls besides its `forward` are in graphs."""
-    return [part.activations[phase] for phase in part.graph_phases]
+    """Bytes that a unit takes in each phase in which calls besides its `forward` are in graphs, workspaces included."""
+    return [part.activations[phase] + part.workspaces.get(phase, 0) for phase in part.graph_phases]
+
+
+def _allocated(there: Iterable[ComponentProfile], phase: Phase, inside: Collection[str]) -> int:
+    """Bytes of a phase that blocks of weights have beyond them, and workspaces of libraries that are in no pool.
+
+    Args:
+        inside: units whose workspaces are in the pool of graphs.
+    """
+    return sum(part.unsplit_bytes + (0 if part.name in inside else part.workspaces.get(phase, 0)) for part in there)
 
 
 def _graphed_bytes(profile: PipelineProfile, part: ComponentProfile) -> int:
