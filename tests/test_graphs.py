@@ -26,7 +26,8 @@ class Attention(nn.Module):
         self.scale, self.processor = 1.0, SimpleNamespace(gain=1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * (self.scale * self.processor.gain)
+        scaled: torch.Tensor = x * (self.scale * self.processor.gain)
+        return scaled
 
 
 class Net(nn.Module):

@@ -181,6 +181,7 @@ def test_auto_takes_graphs_where_a_step_waits_for_python(pixels: int) -> None:
     assert plan.graphed_calls == ["vae.encode", "vae.decode"]
     assert (plan.knobs, plan.device_map) == (eager.knobs, eager.device_map)
     slot, more = plan.slots[0], plan.slots[0].peak_bytes - eager.slots[0].peak_bytes
+    assert slot.first_pool_bytes is not None
     assert 0 < more == slot.first_pool_bytes < slot.pool_bytes, "the VAE's activations are in the pool or beside it"
     assert plan.digest != eager.digest == compile_plan([LARGE, *H100, *side(pixels), "runtime=eager"]).digest
 

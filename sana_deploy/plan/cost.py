@@ -74,7 +74,8 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
         weights[phase] = sum(part.weights_bytes for part in there)
         inside = {name for name, part in here.items() if slot != "cpu" and phase in part.graph_phases}
         beside = {name: _beside_pool(profile, name, phase, here) for name in graphed}
-        ways = [(first, beside, set[str]()), (pool, {**beside, **dict.fromkeys(inside, 0)}, inside)]
+        results = {name: _result_bytes(profile, name, phase) for name in inside}
+        ways = [(first, beside, set[str]()), (pool, {**beside, **results}, inside)]
         held = [
             (kept + _activations(profile, here, phase, own), _allocated(there, phase, out) if slot != "cpu" else 0)
             for kept, own, out in ways
@@ -102,6 +103,12 @@ def _activations(
 def _graph_phase_bytes(part: ComponentProfile) -> list[int]:
     """Bytes that a unit takes in each phase in which calls besides its `forward` are in graphs, workspaces included."""
     return [part.activations[phase] + part.workspaces.get(phase, 0) for phase in part.graph_phases]
+
+
+def _result_bytes(profile: PipelineProfile, name: str, phase: Phase) -> int:
+    """Bytes copied out of the pool, of calls besides `forward` in a phase: latents to read, pixels to show."""
+    latents = sum(one.bytes_each for one in profile.crossings if one.src == name and one.phase == phase)
+    return latents + (profile.parts[name].pixel_bytes if phase == PHASES[-1] else 0)
 
 
 def _allocated(there: Iterable[ComponentProfile], phase: Phase, inside: Collection[str]) -> int:

@@ -32,7 +32,8 @@ class ComponentProfile:
     in a phase. `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own
     phases. `execution` is how its `forward` executes, `graph_phases` are those in which its other calls are launched
     from graphs. `units` are those of the component, whose kernels one thread launches. `steady_bytes` are results that
-    its graphs read and do not compute, since they are the same in every step.
+    its graphs read and do not compute, since they are the same in every step. `pixel_bytes` are images that it decoded,
+    and what the pipeline makes of them.
     """
 
     name: Component
@@ -48,6 +49,7 @@ class ComponentProfile:
     units: int = 1
     graph_phases: tuple[Phase, ...] = ()
     steady_bytes: int = 0
+    pixel_bytes: int = 0
 
     @property
     def activation_bytes(self) -> int:
@@ -176,6 +178,7 @@ def profile_component(
         facts.weights_bytes(form),
         unsplit_bytes=facts.unsplit_bytes(form),
         steady_bytes=_steady_bytes(pipeline, facts, form, workload, share),
+        pixel_bytes=0 if mode is None else _pixel_bytes(form, workload),
         **_in_mode(pipeline, form, needs, workload, mode, share),
     )
 
@@ -186,6 +189,11 @@ def _steady_bytes(
     """Bytes of what a component computes once for all steps of a request."""
     each = sum(chain.numbers(facts.config, workload) for chain in pipeline.by_name[facts.name].chains)
     return round(each * pipeline.rows(workload) * share) * DTYPE_BYTES[form.dtype]
+
+
+def _pixel_bytes(form: Format, workload: Workload) -> int:
+    """Bytes of decoded images, with the two tensors that the pipeline makes while it scales them to 0 to 1."""
+    return 3 * 3 * workload.batch * workload.height * workload.width * DTYPE_BYTES[form.dtype]
 
 
 def _in_mode(
