@@ -8,9 +8,10 @@ FOLDER gets a checkpoint with random weights, unless it is there (`make_checkpoi
 first, with another prompt in each turn and the same negative prompt; then the same pipeline is placed by a plan of each
 runtime, and draws the same requests. Where there are two GPUs, plans that split guidance are drawn as well. A row has
 the ratio of medians to diffusers; the seconds of the first picture, in which shapes are seen, captured and compiled;
-the plan's seconds over those measured; for each GPU what PyTorch's allocator had at most over what the plan counts;
-whether all pictures have the same bits, and how far they are apart; the seconds of each phase; and a step over the
-FLOPs of its matrix products at the card's rate. A busy host makes diffusers slower, and ratios better.
+the plan's seconds over those measured, of the image and of each phase; for each GPU what the plan counts over what
+PyTorch's allocator had at most, and the pool of graphs that is planned over what the allocator keeps for them; whether
+all pictures have the same bits, and how far they are apart; what ran eagerly and why; the seconds of each phase; and a
+step over the FLOPs of its matrix products at the card's rate. A busy host makes diffusers slower, and ratios better.
 
 The control image is encoded once, as by default: at some sizes that rounds otherwise than two at once. `--allow`
 without a knob compares what keeps the bits.
@@ -122,6 +123,23 @@ def floor_seconds(plan: Plan) -> float:
     return flops / (probe().gpus[0].rates.tflops_float16 * 1e12)
 
 
+def pool_bytes(gpu: int) -> int:
+    """Bytes that PyTorch's allocator keeps on a GPU for graphs."""
+    segments: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return sum(one["total_size"] for one in segments if one["device"] == gpu and one["segment_pool_id"] != (0, 0))
+
+
+def phases_of(pipeline: Any, plan: Plan, turns: int) -> tuple[dict[str, float], RequestState]:
+    """Median seconds of each phase, of prompts that are new, and what the last request gathered."""
+    found, work = [], plan.spec.workload
+    for number in range(1 + turns):  # the first one imports what it needs
+        state, prompt = RequestState(), f"{PROMPTS[number % len(PROMPTS)]}, by phase"
+        request = work.request.model_copy(update={"prompt": prompt})
+        found.append(generate(pipeline, work.bounds, request, state=state)[1].seconds)
+    names = [name for name in found[-1] if name in plan.estimates.seconds]
+    return {name: median(one[name] for one in found[1:]) for name in names}, state
+
+
 WARM = 2
 """Requests that see a shape for the first time: in the first one, graphs are captured."""
 
@@ -147,13 +165,18 @@ def measure(
     yield "planned_over_measured", round((plan.estimates.seconds_per_image or 0) * batch / now, 3)
     counted = {s.index: s.weights_bytes + s.activation_bytes + s.allocator_bytes for s in plan.slots}
     yield "counted_over_peak", {i: round(counted[i] / peak, 4) for i, peak in peaks.items()}
+    pools = {slot.index: pool_bytes(slot.index) for slot in plan.slots}
+    yield "pool_over_kept", {s.index: round(s.pool_bytes / pools[s.index], 4) for s in plan.slots if pools[s.index]}
+    yield "graphed_calls", plan.graphed_calls
     pairs = list(zip(pictures, reference, strict=True))
     yield "same_bits", all(torch.equal(one, other) for one, other in pairs)
     yield "largest_difference", round(max(float((one - other).abs().max()) for one, other in pairs), 5)
-    generate(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)  # imports what it needs
-    phases = generate(pipeline, plan.spec.workload.bounds, plan.spec.workload.request)[1].seconds
+    phases, state = phases_of(pipeline, plan, turns)
+    yield "eager", state.eager_sentences()
     yield "phases", {name: round(value, 4) for name, value in phases.items()}
-    yield "planned_phases", plan.estimates.seconds
+    expected = plan.estimates.seconds
+    yield "planned_phases", expected
+    yield "planned_over_measured_phases", {name: round(expected[name] / value, 3) for name, value in phases.items()}
     yield "step_over_floor", round(phases["denoise"] / plan.spec.workload.steps / floor_seconds(plan), 2)
     unplace(pipeline)
 

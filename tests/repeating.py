@@ -18,7 +18,7 @@ class Repeating:
         self.recorded = 0
         self.failing = False
 
-    def warm_up(self, work: Callable[[], Any]) -> Any:
+    def warm_up(self, work: Callable[[], Any], beside: bool = False) -> Any:
         return work()
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ class TapeRecorder:
         self.tapes: list[Tape] = []
         self.running: Tape | None = None
 
-    def warm_up(self, work: Callable[[], Any]) -> Any:
+    def warm_up(self, work: Callable[[], Any], beside: bool = False) -> Any:
         return work()
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:

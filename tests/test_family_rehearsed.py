@@ -79,7 +79,7 @@ def test_halves_of_guidance_go_over_two_gpus_without_a_controlnet() -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_images_that_several_drawings_start_from_all_pass_the_vae(count: int) -> None:
     size = ["workload.height=512", "workload.width=768", f"workload.batch={count}"]
-    plan = planned("tiny_sprint_img2img", *APART, "precision=mixed_bf16", *size)
+    plan = planned("tiny_sprint_img2img", *APART, "precision=mixed_bf16", "runtime=eager", *size)
     resolved, work = plan.resolve(), plan.spec.workload
     host, state = open_host(resolved, "shapes"), RequestState()
     pipeline = load_pipeline(resolved, host=host)

@@ -4,6 +4,7 @@ a recording repeats the work itself, into the tensors that the first repetition 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +18,27 @@ from sana_deploy.run.graphs import DeviceGraphs
 from sana_deploy.run.recent import Recent
 
 
+class Attention(nn.Module):
+    """What a layer of attention is to whoever looks for changes: it has numbers, and a processor that has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.processor = 1.0, SimpleNamespace(gain=1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = x * (self.scale * self.processor.gain)
+        return scaled
+
+
 class Net(nn.Module):
     """Two layers, called as a transformer is."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.first, self.second, self.attention = nn.Linear(8, 8), nn.Linear(8, 8), Attention()
 
     def forward(self, x: torch.Tensor, *, timestep: torch.Tensor, scale: float = 1.0, extra: Any = None) -> Any:
-        x = self.second(torch.relu(self.first(x))) * scale + timestep[:, None]
+        x = self.second(self.attention(torch.relu(self.first(x)))) * scale + timestep[:, None]
         return (x if extra is None else x + sum(extra),)
 
 
@@ -184,6 +197,8 @@ CHANGES: dict[str, Callable[[Net], object]] = {
     "memory": lambda net: setattr(net.second.weight, "data", torch.ones(8, 8)),
     "a hook": lambda net: net.first.register_forward_hook(lambda module, args, output: output * 2),
     "an adapter": lambda net: setattr(net.first, "scaling", {"style": 0.5}),
+    "attention's scale": lambda net: setattr(net.attention, "scale", 2.0),
+    "a number of its processor": lambda net: setattr(net.attention.processor, "gain", 3.0),
 }
 
 

@@ -36,11 +36,11 @@ def test_the_plan_counts_what_the_rehearsal_finds(small: Small, places: str, pre
     report = rehearse(plan).report
     for slot, gpu in zip(plan.slots, report.gpus, strict=True):
         assert abs(gpu.planned_error) < 0.02, gpu.device
-        graphed = {name for name, place in plan.device_map.items() if place == slot.index and name != "vae"}
-        assert bool(slot.pool_bytes) == bool(graphed)
+        assert slot.pool_bytes > 0
         for phase, size in gpu.phase_activations.items():
-            assert size >= slot.pool_bytes - MIB, phase
-        assert {"load"} <= set(gpu.phase_activations) or not graphed
+            kept = slot.pool_bytes if slot.first_pool_bytes is None or phase != "prepare" else slot.first_pool_bytes
+            assert size >= kept - MIB, phase
+        assert "load" in gpu.phase_activations
 
 
 def side(pixels: int) -> list[str]:
@@ -54,8 +54,10 @@ def test_a_batch_of_four_is_counted_too(small: Small) -> None:
     eager = rehearse(compile_spec(small(LARGE, "runtime=eager", *ONE, *side(768), "workload.batch=4"))).report.gpus[0]
     saved = {phase: size - eager.phase_activations[phase] for phase, size in gpu.phase_activations.items()
              if phase in eager.phase_activations}  # fmt: skip
-    pool = plan.slots[0].pool_bytes
-    assert saved["prepare"] == pytest.approx(pool, abs=1024)
+    assert plan.graphed_calls == ["vae.encode"], "four images at once keep the GPU busy in decode"
+    pool, first = plan.slots[0].pool_bytes, plan.slots[0].first_pool_bytes
+    assert first is not None
+    assert saved["prepare"] == pytest.approx(first, abs=1024), "an encode is eager at first, beside what others keep"
     assert pool / 2 < saved["encode"] <= pool + 1024, "the text encoder works in it, the batch's prompts are beside it"
     assert pool / 2 < saved["decode"] < pool, "residuals that wait for nothing are in the pool"
     assert abs(saved["denoise"]) < pool, "it stands in the place of a step's activations"

@@ -23,7 +23,8 @@ from sana_deploy.run.request_state import RequestState
 from sana_deploy.run.rows.one_device import bands_of
 
 Small = Callable[..., DeploySpec]
-ONE = ["machine=virtual", "machine.gpus=rtx4090", "hardware=single_gpu", "precision=fp32", "machine.fidelity=shapes"]
+ONE = ["machine=virtual", "machine.gpus=rtx4090", "hardware=single_gpu", "precision=fp32", "machine.fidelity=shapes",
+       "runtime=eager"]  # fmt: skip
 
 
 def run_short_of_memory(small: Small, place: str, spare: int, *overrides: str) -> tuple[Any, Any, RequestState]:
@@ -102,7 +103,7 @@ def test_decode_fails_where_tiles_are_not_wanted_or_do_not_help(small: Small, sp
     [("text_encoder.forward", "text_encoder during encode"), ("transformer.forward", "transformer during denoise")],
 )
 def test_anywhere_else_the_component_and_the_plan_are_named(small: Small, place: str, where: str) -> None:
-    _, run, state = run_short_of_memory(small, place, MIB, "runtime=eager")
+    _, run, state = run_short_of_memory(small, place, MIB)
     with pytest.raises(RunError, match=f"in {where}; the plan expected .* there at most, of 23.65 GiB that were free"):
         run()
     assert state.remarks == []

@@ -56,7 +56,7 @@ class Runtime(Declared):
     """
 
     mode: Literal["auto", "eager", "graphs", "compiled"] = "auto"
-    most_graphs: Annotated[int, Field(ge=2, le=64)] = 8
+    most_graphs: Annotated[int, Field(ge=2, le=64)] = 12
     prompt_cache: Annotated[int, Field(ge=0, le=4096)] = 16
 
     @property

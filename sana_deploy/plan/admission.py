@@ -18,6 +18,7 @@ from ..declare.workload import VAE_FACTOR, Workload
 from ..errors import InfeasibleError
 from ..facts.checkpoint import Checkpoint
 from .artifact import Plan, ResolvedPlan
+from .call_graphs import in_graphs, planned_calls
 from .cost import host_bytes, slot_use
 from .execution import executed
 from .guidance_split import split_guidance
@@ -224,7 +225,8 @@ class _Replica:
             profile = dealt.again(plan.rows, _vae_is_dealt(plan))
         knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]
         profile = replace(profile, band_count=plan.vae_band_count or 1)
-        return executed(under(profile, knobs), plan.runtime)
+        profile = executed(under(profile, knobs), plan.runtime)
+        return in_graphs(profile, planned_calls(plan.graphed_calls, profile))
 
 
 def _longest(each: Iterable[float | None]) -> float | None:

@@ -16,6 +16,7 @@ from ..declare.spec import DeploySpec
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Gpu, Machine
 from .artifact import Plan
+from .call_graphs import graphed_calls
 from .cost import (
     Placement,
     bytes_per_request,
@@ -127,6 +128,7 @@ def _placed(profile: PipelineProfile, placement: Placement) -> dict[str, Any]:
         "runtime": profile.execution,
         "split": profile.split,
         "rows": list(profile.rows),
+        "graphed_calls": graphed_calls(profile, placement),
     }
 
 
@@ -197,6 +199,7 @@ def _slot(profile: PipelineProfile, placement: Placement, gpu: Gpu) -> Slot:
         peak_bytes=use.peak_bytes,
         peak_phase=use.phase,
         pool_bytes=use.pool_bytes,
+        first_pool_bytes=use.first_pool_bytes if use.first_pool_bytes != use.pool_bytes else None,
     )
 
 

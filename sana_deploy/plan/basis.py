@@ -51,6 +51,10 @@ POOL_BASIS = {"slots.*.pool_bytes": "estimated"}
 """The same for plans whose components execute in graphs."""
 
 
+FIRST_POOL_BASIS = {"slots.*.first_pool_bytes": "estimated"}
+"""The same for plans with calls besides `forward` in graphs."""
+
+
 OVERLAP_BASIS = {
     "overlap.stages.*.seconds": "estimated",
     "overlap.slots.*.waiting_bytes": "estimated",
@@ -80,4 +84,5 @@ def _own(replica: Mapping[str, Any]) -> dict[str, str]:
         **(FASTER_BASIS if replica.get("faster") else {}),
         **(OVERLAP_BASIS if replica.get("overlap") else {}),
         **(POOL_BASIS if RUNTIMES[replica.get("runtime", "eager")].graphs else {}),
+        **(FIRST_POOL_BASIS if replica.get("graphed_calls") else {}),
     }

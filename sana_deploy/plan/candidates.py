@@ -14,7 +14,7 @@ from ..declare.knobs import KNOBS, Knob
 from ..declare.pipelines import Crossing, Phase
 from .placements import Places
 from .profile import ComponentProfile, PipelineProfile
-from .seconds import critical_path, phase_steps
+from .seconds import phase_steps, seconds_by_phase
 from .setting import Floats, Integers, Setting
 
 
@@ -99,6 +99,7 @@ def request_seconds(setting: Setting, places: Places) -> Floats:
         return setting.crossings[one][at[one.src], at[one.dst]]
 
     total = np.zeros(len(places))
-    for steps in phase_steps(setting.profile, work, crossing, at).values():
-        total += critical_path(steps, partial(np.maximum.reduce, axis=0))
+    steps = phase_steps(setting.profile, work, crossing, at)
+    for seconds in seconds_by_phase(setting.profile, steps, partial(np.maximum.reduce, axis=0)).values():
+        total += seconds
     return total.round(6)

@@ -5,7 +5,7 @@ A profile given here has its knobs applied (`knobs.under`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..declare.pipelines import PHASES, Component, Crossing, Phase
@@ -28,7 +28,8 @@ class SlotUse:
     """What one slot holds at its fullest moment, in bytes; `peak_bytes` includes context and headroom.
 
     `allocator_bytes` are what PyTorch's allocator counts beyond tensors: unsplit blocks and cuBLAS's workspace.
-    `pool_bytes` are the part of `activation_bytes` that graphs keep, also while nothing works.
+    `pool_bytes` are the part of `activation_bytes` that graphs keep, also while nothing works; `first_pool_bytes` what
+    they keep of it before calls with large activations are in graphs, from the second request on.
     """
 
     weights_bytes: int
@@ -37,6 +38,7 @@ class SlotUse:
     overhead_bytes: int
     phase: Phase
     pool_bytes: int = 0
+    first_pool_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -52,7 +54,9 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     phase work one after the other, so that the largest counts, units of one component at once, so that they add up;
     what waits outside the denoising loop (prompt embeddings, the control image) is listed under the denoiser's units
     and adds to whoever works there. What graphed units take in their own phase is in the pool of their graphs, which is
-    there in every phase: a second request finds it.
+    there in every phase: a second request finds it. So is what they read and do not compute. Other calls in graphs take
+    theirs from the same pool, but for the first request, in which they are eager and take it beside a pool that is as
+    small as without them.
 
     Args:
         gpu: the one that the slot is; without it workspace, context and headroom are left out.
@@ -60,18 +64,26 @@ def slot_use(profile: PipelineProfile, placement: Placement, slot: Place, gpu: G
     here = {name: profile.parts[name] for name, place in placement.items() if place == slot}
     graphed = {name: part for name, part in here.items() if part.graphed and slot != "cpu"}
     worked = {name: _graphed_bytes(profile, part) + early_bytes(profile, name, here) for name, part in graphed.items()}
-    pool = pool_bytes(max(worked.values())) if graphed else 0
+    later = [size for part in here.values() if slot != "cpu" for size in _graph_phase_bytes(part)]
+    steady = sum(part.steady_bytes for part in graphed.values())
+    first = steady + pool_bytes(max(worked.values())) if graphed else 0
+    pool = max(first, steady + pool_bytes(max(later))) if later else first
     weights, unsplit, activations = (dict.fromkeys(PHASES, 0) for _ in range(3))
     for phase in PHASES:
-        for part in here.values():
-            if part.resident or phase in part.activations:
-                weights[phase] += part.weights_bytes
-                unsplit[phase] += part.unsplit_bytes + part.workspaces.get(phase, 0) if slot != "cpu" else 0
+        there = [part for part in here.values() if part.resident or phase in part.activations]
+        weights[phase] = sum(part.weights_bytes for part in there)
+        inside = {name for name, part in here.items() if slot != "cpu" and phase in part.graph_phases}
         beside = {name: _beside_pool(profile, name, phase, here) for name in graphed}
-        activations[phase] = pool + _activations(profile, here, phase, beside)
+        results = {name: _result_bytes(profile, name, phase) for name in inside}
+        ways = [(first, beside, set[str]()), (pool, {**beside, **results}, inside)]
+        held = [
+            (kept + _activations(profile, here, phase, own), _allocated(there, phase, out) if slot != "cpu" else 0)
+            for kept, own, out in ways
+        ]
+        activations[phase], unsplit[phase] = max(held, key=sum)
     phase = max(PHASES, key=lambda name: weights[name] + unsplit[name] + activations[name])
     allocated = unsplit[phase] + (workspace_bytes(gpu.capability) if gpu else 0)
-    return SlotUse(weights[phase], activations[phase], allocated, overhead(gpu) if gpu else 0, phase, pool)
+    return SlotUse(weights[phase], activations[phase], allocated, overhead(gpu) if gpu else 0, phase, pool, first)
 
 
 def _activations(
@@ -86,6 +98,26 @@ def _activations(
         else:
             working[part.name] = working.get(part.name, 0) + own
     return waiting + max(working.values(), default=0)
+
+
+def _graph_phase_bytes(part: ComponentProfile) -> list[int]:
+    """Bytes that a unit takes in each phase in which calls besides its `forward` are in graphs, workspaces included."""
+    return [part.activations[phase] + part.workspaces.get(phase, 0) for phase in part.graph_phases]
+
+
+def _result_bytes(profile: PipelineProfile, name: str, phase: Phase) -> int:
+    """Bytes copied out of the pool, of calls besides `forward` in a phase: latents to read, pixels to show."""
+    latents = sum(one.bytes_each for one in profile.crossings if one.src == name and one.phase == phase)
+    return latents + (profile.parts[name].pixel_bytes if phase == PHASES[-1] else 0)
+
+
+def _allocated(there: Iterable[ComponentProfile], phase: Phase, inside: Collection[str]) -> int:
+    """Bytes of a phase that blocks of weights have beyond them, and workspaces of libraries that are in no pool.
+
+    Args:
+        inside: units whose workspaces are in the pool of graphs.
+    """
+    return sum(part.unsplit_bytes + (0 if part.name in inside else part.workspaces.get(phase, 0)) for part in there)
 
 
 def _graphed_bytes(profile: PipelineProfile, part: ComponentProfile) -> int:

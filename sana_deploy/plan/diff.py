@@ -102,6 +102,7 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
     yield "runtime", plan.runtime
     yield "split", plan.split
     yield "rows", ", ".join(map(str, plan.rows))
+    yield "graphed_calls", ", ".join(plan.graphed_calls)
     yield "knobs", ", ".join(plan.knobs)
     yield "vae_band_count", plan.vae_band_count
 

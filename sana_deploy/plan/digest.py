@@ -74,6 +74,11 @@ def _drop_empty(key: str, records: list[Any]) -> None:
             record.pop(key, None)
 
 
+def _drop_later_bytes(slots: list[Any]) -> None:
+    for key in ("pool_bytes", "first_pool_bytes"):
+        _drop_empty(key, slots)
+
+
 def _drop_what_follows(content: dict[str, Any]) -> None:
     """Leave out of basis and replicas what is left out of the plan's own keys."""
     match content:
@@ -84,7 +89,9 @@ def _drop_what_follows(content: dict[str, Any]) -> None:
             for key in _OUTSIDE_DIGEST:
                 _drop(key, replicas)
             _drop_empty("vae_band_count", replicas)
-            _drop_empty("rows", replicas)
+            for key in ("rows", "graphed_calls"):
+                _drop_empty(key, replicas)
+            _drop_later_bytes([slot for one in replicas if isinstance(one, dict) for slot in one.get("slots", [])])
 
 
 def _drop(key: str, records: list[Any]) -> None:
@@ -127,7 +134,7 @@ def digest_of(values: dict[str, Any]) -> str:
             _drop_wholes(parts)
     match content:
         case {"slots": list(slots)}:
-            _drop_empty("pool_bytes", slots)
+            _drop_later_bytes(slots)
     match content:
         case {"considered": {"runners_up": list(runners), **others}}:
             _drop_empty("units", [*runners, others.get("closest")])

@@ -56,7 +56,13 @@ def _first_unit(profile: PipelineProfile, half: ComponentProfile, between: tuple
         # Beside the rows that pass: the embeddings of the others, their latents, and what comes back of them.
         activations["denoise"] += (waiting - residuals) // 2 + sum(one.bytes_each for one in between if one.per_step)
         activations["decode"] = waiting - residuals // 2
-    return replace(whole, activations=activations, work={**whole.work, "denoise": half.work["denoise"]}, units=2)
+    return replace(
+        whole,
+        activations=activations,
+        work={**whole.work, "denoise": half.work["denoise"]},
+        units=2,
+        steady_bytes=half.steady_bytes,
+    )
 
 
 def _second_unit(profile: PipelineProfile, half: ComponentProfile) -> ComponentProfile:

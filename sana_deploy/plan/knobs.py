@@ -49,8 +49,10 @@ def _offloaded(role: Role) -> Callable[[PipelineProfile], PipelineProfile]:
 
     def change(profile: PipelineProfile) -> PipelineProfile:
         name = profile.pipeline.of(role)
+        # Graphs of large calls keep in every phase what they take: also beside weights that are there in one.
+        others = {other: replace(part, graph_phases=()) for other, part in profile.components.items()}
         waiting = replace(profile.components[name], resident=False, execution="eager")
-        return replace(profile, components={**profile.components, name: waiting})
+        return replace(profile, components={**others, name: waiting})
 
     return change
 

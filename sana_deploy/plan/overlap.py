@@ -169,7 +169,7 @@ def launch_seconds(profile: PipelineProfile) -> float:
 
 def _in_graphs(part: ComponentProfile, phase: Phase) -> bool:
     """Whether graphs launch a component's kernels: in other phases than the loop's, its components have no calls."""
-    return part.graphed and (phase == "denoise" or "denoise" not in part.work)
+    return phase in part.graph_phases or (part.graphed and (phase == "denoise" or "denoise" not in part.work))
 
 
 def waiting_bytes(profile: PipelineProfile, placement: Placement, place: Place, gpu: Gpu) -> int:

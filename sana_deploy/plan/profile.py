@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from ..declare.formats import Format
+from ..declare.formats import DTYPE_BYTES, Format
 from ..declare.hardware import Split
 from ..declare.knobs import BANDS
 from ..declare.pipelines import PHASES, Component, Crossing, Phase, PipelineDescription
@@ -30,8 +30,10 @@ class ComponentProfile:
 
     `unsplit_bytes` are what blocks of a GPU's memory have beyond the weights in them, `workspaces` what libraries take
     in a phase. `resident` is False where the weights wait on the CPU and are on the GPU only in the component's own
-    phases. `execution` is how it executes. `units` are those of the component, whose kernels one thread
-    launches.
+    phases. `execution` is how its `forward` executes, `graph_phases` are those in which its other calls are launched
+    from graphs. `units` are those of the component, whose kernels one thread launches. `steady_bytes` are results that
+    its graphs read and do not compute, since they are the same in every step. `pixel_bytes` are images that it decoded,
+    and what the pipeline makes of them.
     """
 
     name: Component
@@ -45,6 +47,9 @@ class ComponentProfile:
     workspaces: Mapping[Phase, int] = field(default_factory=dict)
     execution: Execution = "eager"
     units: int = 1
+    graph_phases: tuple[Phase, ...] = ()
+    steady_bytes: int = 0
+    pixel_bytes: int = 0
 
     @property
     def activation_bytes(self) -> int:
@@ -53,7 +58,7 @@ class ComponentProfile:
 
     @property
     def graphed(self) -> bool:
-        """Whether its calls are launched from graphs, on a GPU: what is compiled is, in the denoising loop alone."""
+        """Whether its `forward` is launched from graphs, on a GPU: what is compiled is, in the denoising loop alone."""
         return self.execution == "graphs" or (self.execution == "compiled" and "denoise" in self.activations)
 
 
@@ -172,8 +177,23 @@ def profile_component(
         form,
         facts.weights_bytes(form),
         unsplit_bytes=facts.unsplit_bytes(form),
+        steady_bytes=_steady_bytes(pipeline, facts, form, workload, share),
+        pixel_bytes=0 if mode is None else _pixel_bytes(form, workload),
         **_in_mode(pipeline, form, needs, workload, mode, share),
     )
+
+
+def _steady_bytes(
+    pipeline: PipelineDescription, facts: ComponentFacts, form: Format, workload: Workload, share: float
+) -> int:
+    """Bytes of what a component computes once for all steps of a request."""
+    each = sum(chain.numbers(facts.config, workload) for chain in pipeline.by_name[facts.name].chains)
+    return round(each * pipeline.rows(workload) * share) * DTYPE_BYTES[form.dtype]
+
+
+def _pixel_bytes(form: Format, workload: Workload) -> int:
+    """Bytes of decoded images, with the two tensors that the pipeline makes while it scales them to 0 to 1."""
+    return 3 * 3 * workload.batch * workload.height * workload.width * DTYPE_BYTES[form.dtype]
 
 
 def _in_mode(

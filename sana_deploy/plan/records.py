@@ -60,7 +60,8 @@ class Slot(Record):
     """A logical GPU and what it must offer; bytes.
 
     `overhead_bytes` are the CUDA context, headroom, and `allocator_bytes`: what PyTorch's allocator counts beyond
-    tensors (unsplit blocks, cuBLAS's workspace). `pool_bytes` are the part of `activation_bytes` that graphs keep.
+    tensors (unsplit blocks, cuBLAS's workspace). `pool_bytes` are the part of `activation_bytes` that graphs keep;
+    `first_pool_bytes` are what they keep of it in a first request, None where that is all of it.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Slot(Record):
     peak_bytes: int
     peak_phase: str
     pool_bytes: int = 0
+    first_pool_bytes: int | None = None
 
     @property
     def others_bytes(self) -> int:
@@ -258,7 +260,8 @@ class Replica(Record):
     """One pipeline of several beside each other: what of a plan is its own. Slots are those of the machine.
 
     A plan is the first one, with what all of them share. `vae_band_count` are the bands of rows that the VAE takes an
-    image in; None where it takes it whole. `rows` are those of tokens that each unit of the denoising loop computes,
+    image in; None where it takes it whole. `graphed_calls` are those besides `forward` that are launched from graphs,
+    such as `vae.decode`. `rows` are those of tokens that each unit of the denoising loop computes,
     where the split deals them.
     """
 
@@ -279,6 +282,7 @@ class Replica(Record):
     runtime: Execution = "eager"
     split: Split = "none"
     rows: list[int] = []
+    graphed_calls: list[str] = []
     exactness: Exactness | None = None
     faster: list[Faster] = []
     overlap: Overlap | None = None

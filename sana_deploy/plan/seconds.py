@@ -44,6 +44,11 @@ PHASE_EFFICIENCY = Efficiency(0.5, 0.3, 0.3)
 """Of text encoder and VAE. Calibrated on an H200 (docs/measured.md); in graphs, a text encoder takes 5 % less."""
 
 
+GRAPHED_EFFICIENCY = Efficiency(0.6, 0.36, 0.36)
+"""Of a VAE in graphs, where no kernel waits for Python. Calibrated on an H100: encode 12 ms and decode 15 ms at 512 px,
+decode 55 ms at 1024 px, within 15 %."""
+
+
 STEP_EFFICIENCY = Efficiency(0.84, 1.0, 0.33, 2.6e-6)
 """Of transformer and ControlNet in denoise. Calibrated on CUDA graphs on an H100, 512 to 2048 px, batch 1 and 4."""
 
@@ -60,6 +65,21 @@ an H200; the host decides it, and how busy that is."""
 
 REFILL_SECONDS = 8e-6
 """What each kernel of one more call loses while the GPU drains and fills again: slicing, tiles. Likewise."""
+
+
+STEP_WAIT = 0.4e-3
+"""Seconds of a step in which the GPU waits between graphs: inputs are copied, and the scheduler's step is launched
+eagerly. Calibrated on an H100: loops of 20 steps at 512 and 1024 px, graphs and compiled, on one GPU and two."""
+
+
+HOST_STEP, HOST_CALL = 3.7e-3, 1.0e-3
+"""Seconds that Python takes for a step, and for each call in it that is replayed: no step is shorter. Their sum is that
+of compiled halves on two H100s at 512 px, 7.75 ms for four calls with checks of their modules, where the kernels need
+5.6 ms. How it divides is an estimate."""
+
+
+HOST_REQUEST: Mapping[Phase, float] = {"encode": 0.015, "decode": 0.025}
+"""Seconds of a request outside of components: tokens, timesteps, pixels to the host. Calibrated likewise."""
 
 
 LINK_EFFICIENCY = 0.8
@@ -137,17 +157,22 @@ def crossing_seconds(crossing: Crossing, src: KnownGpu, dst: KnownGpu) -> float:
 
 def component_phases(part: ComponentProfile, steps: int, rates: KnownGpu) -> dict[Phase, float]:
     """Seconds of one component on one GPU in each phase of a request; the upload of offloaded weights is encode's."""
-    # In other phases than the loop's, a denoiser does what the pipeline itself launches.
-    launches = 0 if part.graphed and "denoise" not in part.work else part.units
     seconds = {
-        phase: steps * step_seconds(part, rates)
-        if phase == "denoise"
-        else work_seconds(work, part.format.dtype, rates, launches=launches)
+        phase: steps * step_seconds(part, rates) if phase == "denoise" else _once_seconds(part, phase, work, rates)
         for phase, work in part.work.items()
     }
     if not part.resident:
         seconds["encode"] = seconds.get("encode", 0.0) + upload_seconds(part.weights_bytes, rates)
     return seconds
+
+
+def _once_seconds(part: ComponentProfile, phase: Phase, work: Work, rates: KnownGpu) -> float:
+    """Seconds of one component on one GPU in a phase that is no loop."""
+    if phase in part.graph_phases:
+        return work_seconds(work, part.format.dtype, rates, GRAPHED_EFFICIENCY, 0)
+    # In other phases than the loop's, a denoiser does what the pipeline itself launches.
+    launches = 0 if part.graphed and "denoise" not in part.work else part.units
+    return work_seconds(work, part.format.dtype, rates, launches=launches)
 
 
 Step = tuple[Hashable, tuple[Any, ...], Any]
@@ -178,6 +203,24 @@ def critical_path(steps: Iterable[Step], longest: Callable[[list[Any]], Any] = m
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> Any:
     return reduce(and_, (a == b for a, b in zip(one, other, strict=True)))
+
+
+def seconds_by_phase(
+    profile: PipelineProfile, steps: Mapping[Phase, Iterable[Step]], longest: Callable[[list[Any]], Any] = max
+) -> dict[Phase, Any]:
+    """Seconds of each phase: its critical path, and what Python takes of it.
+
+    Args:
+        steps: of each phase, in numbers or in arrays; see `phase_steps`.
+        longest: see `critical_path`.
+    """
+    found = {phase: critical_path(each, longest) + HOST_REQUEST.get(phase, 0.0) for phase, each in steps.items()}
+    if RUNTIMES[profile.execution].graphs:
+        calls = sum(1 for part in profile.parts.values() if "denoise" in part.work)
+        least = HOST_STEP + HOST_CALL * calls
+        waited = found["denoise"] + STEP_WAIT * profile.steps
+        found["denoise"] = longest([waited, 0.0 * waited + least * profile.steps])
+    return found
 
 
 def phase_steps(
@@ -228,4 +271,4 @@ def phase_seconds(profile: PipelineProfile, placement: Placement, gpus: Mapping[
             return 0.0
         return one.times(profile.steps) * crossing_seconds(one, rates[one.src], rates[one.dst])
 
-    return {phase: critical_path(steps) for phase, steps in phase_steps(profile, work, crossing, placement).items()}
+    return seconds_by_phase(profile, phase_steps(profile, work, crossing, placement))

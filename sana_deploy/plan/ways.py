@@ -8,9 +8,10 @@ from types import MappingProxyType
 
 from .._models import Diagnostic
 from ..declare.hardware import SPLITS, Split
-from ..declare.knobs import Exactness, least_exact
+from ..declare.knobs import KNOBS, Exactness, Knob, least_exact
 from ..declare.runtime import RUNTIMES, Execution
 from ..facts.machine import Gpu, Machine
+from .call_graphs import in_graphs, launch_bound
 from .execution import executed
 from .grid import Candidate
 from .profile import PipelineProfile
@@ -70,6 +71,7 @@ class Ways:
         self.splits = tuple(profiles)
         self._made, self._search = profiles, searched
         self._plain: dict[Split, PipelineProfile] = {}
+        self._executed: dict[Way, PipelineProfile] = {}
         self._found: dict[Way, Search] = {}
 
     def __iter__(self) -> Iterator[Way]:
@@ -80,18 +82,33 @@ class Ways:
         """The profile of a request that goes this way."""
         if way.split not in self._plain:
             self._plain[way.split] = self._made[way.split]()
-        plain = self._plain[way.split]
-        return plain if way.runtime == PLAINEST else executed(plain, way.runtime)
+        if way not in self._executed:
+            plain = self._plain[way.split]
+            changed = plain if way.runtime == PLAINEST else executed(plain, way.runtime)
+            self._executed[way] = in_graphs(changed, launch_bound(self.gpus.values()))
+        return self._executed[way]
 
     def search(self, way: Way) -> Search:
         """The placements of a request that goes this way."""
         if way not in self._found:
             self._found[way] = self._search(self.profile(way))
+            self._without_large_graphs(way)
         return self._found[way]
+
+    def _without_large_graphs(self, way: Way) -> None:
+        """Leave the VAE's calls out of graphs where their pool leaves no room, or takes a knob that saves memory."""
+        profile, found = self._executed[way], self._found[way]
+        plain = in_graphs(profile, lambda part, phase: False)
+        if plain == profile or (found.best and not _saving(found.best)):
+            return
+        search = self._search(plain)
+        if search.best and (found.best is None or len(_saving(search.best)) < len(_saving(found.best))):
+            self._executed[way], self._found[way] = plain, search
 
     def choice(self, way: Way, *remarks: Diagnostic) -> Choice:
         """Choose this way."""
-        return Choice(way, self.profile(way), self.search(way), remarks)
+        search = self.search(way)  # which decides what of the profile is in graphs
+        return Choice(way, self.profile(way), search, remarks)
 
     def short_of(self, candidate: Candidate) -> list[int]:
         """GPUs that a candidate does not fit, which is so where it is forced."""
@@ -101,3 +118,8 @@ class Ways:
         """GPUs of a candidate that a runtime does not work on."""
         used = sorted({place for place in candidate.placement.values() if place != "cpu"})
         return [self.gpus[i] for i in used if self.gpus[i].capability < RUNTIMES[runtime].capability]
+
+
+def _saving(candidate: Candidate) -> list[Knob]:
+    """The knobs that are on to save memory."""
+    return [knob for knob in candidate.knobs if not KNOBS[knob].always and not KNOBS[knob].apart]

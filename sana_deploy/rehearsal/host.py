@@ -35,13 +35,18 @@ class VirtualHost(VirtualGpus):
 
     Args:
         pools: GPU index -> bytes that the plan says graphs keep there.
+        first_pools: the same of a first request, where it is less.
     """
 
     def __init__(
-        self, capacities: list[int], fidelity: Fidelity, pools: Mapping[int, int] = MappingProxyType({})
+        self,
+        capacities: list[int],
+        fidelity: Fidelity,
+        pools: Mapping[int, int] = MappingProxyType({}),
+        first_pools: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         super().__init__(capacities, fidelity)
-        self.pools = pools
+        self.pools, self.first_pools = pools, first_pools
 
     @property
     def reads_weights(self) -> bool:
@@ -115,7 +120,8 @@ class VirtualHost(VirtualGpus):
         if device.type != DEVICE_TYPE:
             return None
         try:
-            return PoolRecorder(self.ledger, device.index, self.pools.get(device.index, 0))
+            kept, first = self.pools.get(device.index, 0), self.first_pools.get(device.index)
+            return PoolRecorder(self.ledger, device.index, kept, first)
         except torch.OutOfMemoryError as problem:
             raise RunError(f"out of memory while making room for graphs: {problem}", where="runtime") from problem
 

@@ -27,21 +27,32 @@ class PoolRecorder:
     Args:
         gpu: index of the virtual GPU.
         pool_bytes: what the plan says that graphs keep there.
+        first_bytes: what they keep of it while large work runs that no graph was made of yet; all of it unless given.
 
     Raises:
         torch.OutOfMemoryError: the pool does not fit.
     """
 
-    def __init__(self, ledger: Ledger, gpu: int, pool_bytes: int) -> None:
+    def __init__(self, ledger: Ledger, gpu: int, pool_bytes: int, first_bytes: int | None = None) -> None:
         self.ledger, self.gpu, self.pool_bytes = ledger, gpu, pool_bytes
+        self.first_bytes = pool_bytes if first_bytes is None else first_bytes
         self._key, self._credit, self._held = next(_KEYS), next(_KEYS), False
         self._parts: list[weakref.ref[VirtualTensor]] = []
         self._first: list[weakref.ref[VirtualTensor]] = []
         self._recorded = False
         self._hold()
 
-    def warm_up(self, work: Callable[[], Any]) -> Any:
-        """Run `work` in the place of the pool, where its result stays until the first recording makes the pool."""
+    def warm_up(self, work: Callable[[], Any], beside: bool = False) -> Any:
+        """Run `work` in the place of the pool, where its result stays until the first recording makes the pool.
+
+        Work that is large is `beside` what others keep of the pool.
+        """
+        if beside:
+            self._hold(self.first_bytes)
+            try:
+                return work()
+            finally:
+                self._hold()
         return self._in_its_place(work if self._recorded else lambda: self._standing_in(work()))
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -95,10 +106,10 @@ class PoolRecorder:
         self._parts = [*(ref for ref in self._parts if ref() is not None), *_refs(made)]
         return made
 
-    def _hold(self) -> None:
+    def _hold(self, size: int | None = None) -> None:
         self._give_back()
         parts = _storages([*self._parts, *self._first])
-        left = max(0, self.pool_bytes - sum(parts.values()))
+        left = max(0, (self.pool_bytes if size is None else size) - sum(parts.values()))
         # Memory of a part that is gone is the pool's: a second request finds all of it.
         self._held = self.ledger.claim(self._key, self.gpu, left, inherits=parts)
 

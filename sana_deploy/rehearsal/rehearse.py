@@ -56,7 +56,7 @@ def open_host(resolved: ResolvedPlan, fidelity: Fidelity | None = None) -> Virtu
         InfeasibleError: the plan is not for virtual GPUs, or a GPU is smaller than a CUDA context.
     """
     check_virtual(resolved)
-    capacities, pools = [], {}
+    capacities, pools, first_pools = [], {}, {}
     for gpu in resolved.machine.gpus:
         context = context_bytes(gpu.capability)
         if gpu.free_bytes <= context:
@@ -68,7 +68,9 @@ def open_host(resolved: ResolvedPlan, fidelity: Fidelity | None = None) -> Virtu
         slot = _slot_of(resolved, gpu.index)
         capacities.append(max(0, gpu.free_bytes - context - (slot.allocator_bytes if slot else 0)))
         pools[gpu.index] = slot.pool_bytes if slot else 0
-    return VirtualHost(capacities, fidelity or fidelity_of(resolved.plan), pools)
+        if slot and slot.first_pool_bytes is not None:
+            first_pools[gpu.index] = slot.first_pool_bytes
+    return VirtualHost(capacities, fidelity or fidelity_of(resolved.plan), pools, first_pools)
 
 
 def _slot_of(resolved: ResolvedPlan, index: int) -> Slot | None:

@@ -46,6 +46,17 @@ def put_back(vae: Any, settings: dict[str, Any]) -> None:
     vae.__dict__.update(settings)
 
 
+def parts_taken(vae: Any, args: Sequence[Any]) -> str | None:
+    """Why the images of a call would pass the VAE in parts; None where all pass together, and whole."""
+    if not args:
+        return "the call is not one that the pipeline makes"
+    if vae.use_tiling:
+        return "the VAE takes tiles"
+    if any(name in vars(vae) for name in METHODS):
+        return "the VAE takes bands of rows"
+    return "the VAE takes one image at a time" if vae.use_slicing and len(args[0]) > 1 else None
+
+
 @contextlib.contextmanager
 def one_at_a_time(vae: Any) -> Iterator[None]:
     """Have the VAE take one image at a time while the block runs."""

@@ -1,4 +1,4 @@
-"""A component's forward, replayed from graphs where it can be, and run eagerly with a reason where it cannot."""
+"""A component's forward, or another call of it, replayed from graphs where it can be, and else run eagerly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ MOST_FORMS = 64
 
 
 class GraphedForward(NotCopied):
-    """A component's forward, replayed from graphs where it can be.
+    """A component's forward, or another call of it, replayed from graphs where it can be.
+
+    An eager call has a reason, unless it is the first of its form.
 
     Args:
         name: the component.
@@ -39,6 +41,7 @@ class GraphedForward(NotCopied):
         invariants: what a graph reads and does not compute, since it is the same in every step.
         unfit: says why no graph may take a call of these arguments; None where one may.
         factors: named arguments that are numbers which the results are multiplied by: one graph serves all of them.
+        large: an eager call needs the memory that its graphs keep, so that graphs go before one.
         caller: who calls now. Where results are not `lasting`, a call by another one runs eagerly until they were used.
     """
 
@@ -54,10 +57,11 @@ class GraphedForward(NotCopied):
         factors: Collection[str] = (),
         unfit: Callable[[Sequence[Any], Mapping[str, Any]], str | None] = lambda args, kwargs: None,
         invariants: StepInvariants | None = None,
+        large: bool = False,
     ) -> None:
         self.name, self.module, self.forward, self.graphs = name, module, forward, graphs
         self.on_eager, self.lasting, self.caller, self.factors = on_eager, lasting, caller, factors
-        self.unfit, self.invariants = unfit, invariants
+        self.unfit, self.invariants, self.large = unfit, invariants, large
         self.state: ModuleState | None = None
         self.seen: Recent[Hashable, bool] = Recent(MOST_FORMS)
         self.refused: Recent[Hashable, str] = Recent(MOST_FORMS)
@@ -69,9 +73,14 @@ class GraphedForward(NotCopied):
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         with self.graphs.lock:
             try:
-                return self._run(leaves, spec, tensors, lambda: self.forward(*args, **kwargs), self.unfit(args, kwargs))
+                return self._run(leaves, spec, tensors, lambda: self._eager(args, kwargs), self.unfit(args, kwargs))
             finally:
                 self.graphs.release(tensors)
+
+    def _eager(self, args: Any, kwargs: Any) -> Any:
+        if self.large:
+            self.graphs.make_room()
+        return self.forward(*args, **kwargs)
 
     def _run(
         self,
@@ -93,7 +102,7 @@ class GraphedForward(NotCopied):
         graph = self.graphs.find(key)
         if graph is None and not self.seen.get(form):
             self.seen.put(form, True)
-            return self.graphs.recorder.warm_up(eager)
+            return self.graphs.recorder.warm_up(eager, self.large)
         graph = graph or self._capture(key, leaves, spec, places)
         if graph is None:
             return eager()
@@ -186,7 +195,7 @@ class GraphedForward(NotCopied):
             self.on_eager(reason)
             return None
         reads = [place for place in places if place is not None]
-        graph = Graph(replay, inputs, result, reads, factors, lambda: refresh(prepared))
+        graph = Graph(replay, inputs, result, reads, factors, lambda: refresh(prepared), large=self.large)
         self.graphs.add(key, graph)
         return graph
 

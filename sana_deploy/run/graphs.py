@@ -29,15 +29,19 @@ from .tensor_mark import TensorMark
 
 log = logging.getLogger(__name__)
 Forward = Callable[..., Any]
-MOST_GRAPHS = 8
+MOST_GRAPHS = 12
 """Graphs that one device keeps; the one that was used longest ago makes room."""
 
 
 class Recorder(Protocol):
     """Records work of one device once and repeats it."""
 
-    def warm_up(self, work: Callable[[], Any]) -> Any:
-        """Run `work` once before it is recorded, so that libraries have what they need."""
+    def warm_up(self, work: Callable[[], Any], beside: bool = False) -> Any:
+        """Run `work` once before it is recorded, so that libraries have what they need.
+
+        Args:
+            beside: its activations are large, and are beside what smaller work keeps.
+        """
         ...
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -97,7 +101,7 @@ class CudaRecorder:
         self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._recording = _Recording()
 
-    def warm_up(self, work: Callable[[], Any]) -> Any:
+    def warm_up(self, work: Callable[[], Any], beside: bool = False) -> Any:
         """Run `work` eagerly; see `Recorder`."""
         return work()
 
@@ -182,6 +186,7 @@ class Graph:
         factors: numbers that it reads, in the order of the call's.
         refresh: writes what else it reads anew, where its inputs changed.
         holder: whoever has the result and has not used it yet.
+        large: whether it keeps as much memory as an eager call needs, which then has to be given back first.
     """
 
     replay: Callable[[], None]
@@ -191,6 +196,7 @@ class Graph:
     factors: Sequence[Factor] = ()
     refresh: Callable[[], object] = _nobody
     holder: Callable[[], object] = _nobody
+    large: bool = False
 
     def run(self, tensors: Sequence[torch.Tensor], numbers: Sequence[float] = ()) -> Any:
         """Replay the call with other tensors of the same form, and other numbers as factors."""
@@ -234,6 +240,12 @@ class DeviceGraphs:
         for key in [key for key in self.graphs if isinstance(key, tuple) and key[0] is owner]:
             del self.graphs[key]
         self._list_results()
+
+    def make_room(self) -> None:
+        """Forget all graphs if one of them is large: memory of a pool is free again when no graph of it is left."""
+        if any(graph.large for graph in self.graphs.values()):
+            self.graphs.clear()
+            self._list_results()
 
     def is_result(self, tensor: torch.Tensor) -> bool:
         """Whether a graph writes this tensor."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..plan.units import component_of
 from .border import Border
 from .compiled import CompiledCalls
 from .control_image_copies import Copies
-from .decode_retry import Retry, attempt, one_at_a_time, retries_of
+from .decode_retry import Retry, attempt, one_at_a_time, parts_taken, retries_of
 from .graphed_forward import GraphedForward
 from .offload import OffloadedWeights
 from .prompt_cache import reading, remember_prompts
@@ -46,6 +46,8 @@ class BorderHook(ModelHook):  # type: ignore[misc]
 
     Attributes:
         graphed: the forward that is replayed from graphs; None where there are none.
+        inner: other methods, by name, as the module has them.
+        methods: those of them that are replayed from graphs.
         sender: sends results otherwise than by a copy when all are made.
     """
 
@@ -56,6 +58,8 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self.border = border
         self.execution_device, self.target = border.home, border.target_of(name)
         self.graphed: GraphedForward | None = None
+        self.inner: dict[str, Callable[..., Any]] = {}
+        self.methods: dict[str, GraphedForward] = {}
         self.sender: Callable[[Any], Any] | None = None
         self.compiled: CompiledCalls | None = None
         self.plain: Callable[..., Any] | None = None
@@ -82,7 +86,8 @@ class BorderHook(ModelHook):  # type: ignore[misc]
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Wrap the methods that are no `forward`."""
         for method in self._wrapped_methods():
-            setattr(module, method, self._wrapped(module, getattr(module, method), method))
+            self.inner[method] = getattr(module, method)
+            setattr(module, method, self._wrapped(module, self.inner[method], method))
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
@@ -97,8 +102,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             vars(module)["_old_forward"] = self.plain
         if self.invariants is not None:
             self.invariants.take_off()
-        if self.graphed is not None:
-            self.graphed.reset()
+        self.forget_graphs()
         if self.compiled is not None:
             self.compiled.undo()
         return module
@@ -134,24 +138,27 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         # Residuals of a ControlNet beside its denoiser go from its graph to the denoiser's where they are.
         lasting = self.part.role != "controlnet" or self.device != self.target
         eager, factors = vars(module)["_old_forward"], self.calls["forward"].factors
+        unfit, heard, kept = functools.partial(self._unfit, module), self._on_eager, self.invariants
         self.graphed = GraphedForward(
-            self.name,
-            module,
-            eager,
-            graphs,
-            self._on_eager,
-            lasting,
-            lambda: border.state,
-            factors,
-            functools.partial(self._unfit, module),
-            self.invariants,
+            self.name, module, eager, graphs, heard, lasting, lambda: border.state, factors, unfit, kept
         )
         self._replace(module, self.graphed)
 
     def forget_graphs(self) -> None:
         """Give back the memory of graphs, if there are any."""
-        if self.graphed is not None:
-            self.graphed.reset()
+        for graphed in (self.graphed, *self.methods.values()):
+            if graphed is not None:
+                graphed.reset()
+
+    def use_graphs_in(self, module: nn.Module, methods: Collection[str]) -> None:
+        """Replay methods besides `forward` from graphs, on a device that has them; those of a VAE."""
+        graphs = self.border.graphs_of(self.device) if methods else None
+        if graphs is None:
+            return
+        for method in methods:
+            inner, unfit = self.inner[method], lambda args, kwargs: parts_taken(module, args)
+            made = GraphedForward(self.name, module, inner, graphs, self._on_eager, unfit=unfit, large=True)
+            self.methods[method] = made
 
     def _unfit(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Why no graph may take a call: it gives more than the pipeline reads, or does what values tell it to."""
@@ -182,7 +189,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
                 args = (copies.distinct(args[0]), *args[1:])
             args, kwargs = self._pull(args, [self.calls[method].input]), self._pull(kwargs)
             self.border.ready(self.name, method, args, kwargs)
-            work = functools.partial(inner, *args, **kwargs)
+            work = functools.partial(self.methods.get(method, inner), *args, **kwargs)
             if self.compiled is not None:
                 work = functools.partial(self.compiled.run, work)
             with one_at_a_time(module) if copies else contextlib.nullcontext():
@@ -253,13 +260,14 @@ def attach(
     graphed: bool = False,
     compiled: bool = False,
     remembered: int = 0,
+    methods: Collection[str] = (),
 ) -> BorderHook:
     """Put the border hook on a component, or on one of its units; accelerate's `remove_hook_from_module` takes it off.
 
     Where it is `offloaded`, its weights stay on the CPU and are on `device` only while it works. Where it is `graphed`,
-    its forward is replayed from graphs, if `device` has them. Where it is `compiled`, what its description names is
-    compiled, if `device` has a compiler. So many of a text encoder's results are `remembered`. What is the same in each
-    step is computed once, where tensors have values.
+    its forward is replayed from graphs, if `device` has them, and so are `methods`. Where it is `compiled`, what its
+    description names is compiled, if `device` has a compiler. So many of a text encoder's results are `remembered`.
+    What is the same in each step is computed once, where tensors have values.
 
     Raises:
         RunError: there is no memory for graphs.
@@ -277,6 +285,7 @@ def attach(
         hook.compute_once(module)
     if graphed:
         hook.use_graphs(module)
+    hook.use_graphs_in(module, methods)
     if remembered:
         remember_prompts(module, part, border, remembered)
     return hook

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
-from operator import attrgetter, is_, is_not, itemgetter
+from operator import attrgetter, call, is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .tensor_mark import version_of
 
 _ADAPTER = ("scaling", "active_adapter", "_active_adapter", "_disable_adapters", "merged_adapters")
 """Attributes of peft's layers that are no tensors and change what a layer computes."""
+_PLAIN = (bool, int, float, str)
 _ATTENTION = "_attn_implementation_internal"
 """Where a config of transformers says which attention its layers compute."""
 
@@ -74,6 +75,7 @@ class ModuleState:
         self.sizes = [*map(len, self.held)]
         self.objects = _Entries([entry for layer in layers for entry in _objects(layer)])
         self.tensors = _Tensors(layers, values)
+        self.plain = _Plain([own for own in self.own if "processor" in own])
         self.words = [word for layer in layers for word in _words(layer)]
 
     def holds(self) -> bool:
@@ -84,6 +86,7 @@ class ModuleState:
             and self.tensors.hold()
             and self._forwards_hold()
             and [*map(itemgetter("training"), self.own)] == self.training
+            and self.plain.hold()
             and all(repr(values.get(key)) == word for values, key, word in self.words)
         )
 
@@ -104,6 +107,33 @@ class _Entries:
     def now(self) -> Iterable[Any]:
         """The values of today."""
         return map(dict.get, self.owners, self.keys)
+
+
+class _Plain:
+    """Numbers and words among the attributes of attention layers and of their processors, such as a scale.
+
+    Those of all layers would take as long to compare as everything else.
+    """
+
+    def __init__(self, layers: Iterable[dict[str, Any]]) -> None:
+        self.owners: list[dict[str, Any]] = []
+        self.getters: list[Callable[[dict[str, Any]], Any]] = []
+        for own in layers:
+            for values in (own, getattr(own["processor"], "__dict__", {})):
+                if names := [key for key, value in values.items() if type(value) in _PLAIN]:
+                    self.owners.append(values)
+                    self.getters.append(itemgetter(*names))
+        self.values = self._now()
+
+    def hold(self) -> bool:
+        """Whether they are what they were."""
+        try:
+            return self._now() == self.values
+        except KeyError:
+            return False
+
+    def _now(self) -> list[Any]:
+        return [*map(call, self.getters, self.owners)]
 
 
 class _Tensors:

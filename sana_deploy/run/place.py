@@ -213,7 +213,8 @@ def _hook(
     part, runtime = plan.pipeline.by_name[component_of(unit)], RUNTIMES[plan.runtime]
     graphed = runtime.graphs and part.graphed and not offloaded
     remembered = plan.spec.runtime.prompt_cache if part.role == "text_encoder" else 0
-    return attach(module, unit, device, border, offloaded, graphed, runtime.compiles, remembered)
+    methods = [name.rpartition(".")[2] for name in plan.graphed_calls if name.rpartition(".")[0] == unit]
+    return attach(module, unit, device, border, offloaded, graphed, runtime.compiles, remembered, methods)
 
 
 def _set_vae(vae: Any, plan: Plan, border: Border) -> None:

@@ -38,6 +38,7 @@ class Call:
         besides: named inputs that the pipeline gives besides the first one, where it gives no others.
         reads: fields of the result that the pipeline reads, where it reads no others.
         spares: named arguments, and their values, with which the call does not make what is not read.
+        graphed: whether the call may be a CUDA graph, for methods other than `forward`, of which the component says so.
     """
 
     method: str
@@ -49,6 +50,7 @@ class Call:
     besides: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     spares: tuple[tuple[str, Any], ...] = ()
+    graphed: bool = False
 
     def is_pipelines_own(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether these are the arguments of a call that the pipeline itself makes, which needs `reads` alone."""
@@ -78,11 +80,13 @@ class SteadyChain:
         argument: the named input of the call that `first` works on, cast to the dtype of the call.
         first: name of the first layer in the component.
         last: name of the second one; its result has the shape of the first one's.
+        numbers: how many of them the result has for each row of a step, by the component's config.
     """
 
     argument: str
     first: str
     last: str
+    numbers: Callable[[Mapping[str, Any], Workload], int]
 
 
 @dataclass(frozen=True)

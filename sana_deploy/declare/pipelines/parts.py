@@ -18,7 +18,16 @@ INSTRUCTION_BYTES = 1058
 """The same for a byte-level vocabulary such as `tiny`'s."""
 
 DENOISER_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "mlp_ratio", "sample_size", "patch_size")
-CAPTION = SteadyChain("encoder_hidden_states", "caption_projection", "caption_norm")
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Numbers of a token in a transformer or ControlNet."""
+    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+
+CAPTION = SteadyChain(
+    "encoder_hidden_states", "caption_projection", "caption_norm", lambda config, _: MAX_TOKENS * hidden_size(config)
+)
 STEADY = ("encoder_hidden_states", "encoder_attention_mask")
 
 TEXT_ENCODER = ComponentDescription(
@@ -44,7 +53,8 @@ TEXT_ENCODER = ComponentDescription(
     graphed=True,
 )
 
-_DECODE = Call("decode", "decode", output="image", input="latents", keeps=True)  # pixels go to the host next
+# Pixels go to the host next.
+_DECODE = Call("decode", "decode", output="image", input="latents", keeps=True, graphed=True)
 VAE = ComponentDescription(
     name="vae",
     role="vae",
@@ -80,7 +90,7 @@ SPRINT_SCHEDULER = SchedulerDescription("SCMScheduler", (("prediction_type", "tr
 
 def encoding_vae(image: str, latents: str) -> ComponentDescription:
     """The VAE of a pipeline that encodes an image; both names are what reports call the tensors."""
-    encode = Call("encode", "prepare", output=latents, input=image)
+    encode = Call("encode", "prepare", output=latents, input=image, graphed=True)
     return replace(VAE, calls=(VAE.calls[0], encode, _DECODE))
 
 

@@ -29,6 +29,7 @@ from .parts import (
     decode_crossing,
     encoding_vae,
     half_crossings,
+    hidden_size,
     latents_bytes,
     prompt_crossings,
 )
@@ -91,6 +92,12 @@ def together(requests: Sequence[Request], workload: Workload, control_images: Se
     }
 
 
+def _image_numbers(config: Mapping[str, Any], workload: Workload) -> int:
+    """Numbers of the embedded control image."""
+    token = VAE_FACTOR * int(config["patch_size"])
+    return workload.height * workload.width // token**2 * hidden_size(config)
+
+
 CONTROLNET = ComponentDescription(
     name="controlnet",
     role="controlnet",
@@ -101,7 +108,7 @@ CONTROLNET = ComponentDescription(
     layered=LayeredResults("transformer_blocks", "controlnet_blocks", scale="conditioning_scale"),
     compiled=("transformer_blocks",),
     graphed=True,
-    chains=(CAPTION, SteadyChain("controlnet_cond", "patch_embed", "input_block")),
+    chains=(CAPTION, SteadyChain("controlnet_cond", "patch_embed", "input_block", _image_numbers)),
 )
 SANA_CONTROLNET = PipelineDescription(
     class_name="SanaControlNetPipeline",
