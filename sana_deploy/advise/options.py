@@ -1,0 +1,197 @@
+"""What one machine can do: plans for it, the first of them that meets the goals, and what that takes and draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..declare.advising import Goal
+from ..declare.hardware import SPLITS, MultiGpuBalanced, Planned
+from ..declare.knobs import EXACTNESSES, KNOBS, Exactness, least_exact, ordered
+from ..declare.spec import DeploySpec, VirtualMachine
+from ..errors import InfeasibleError
+from ..plan.artifact import Plan
+from ..report.wording import groups_words
+
+Compile = Callable[[DeploySpec], Plan]
+HOUR = 3600
+_OF_MACHINES = ("budget",)
+"""Goals that no plan changes."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A plan for a machine, and the overrides that plan it besides those that were given."""
+
+    plan: Plan
+    overrides: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of an image that is drawn alone, by the slowest replica; None where no estimate is known."""
+        each = [one.estimates.seconds_per_image for one in self.plan.each()]
+        known = [seconds for seconds in each if seconds is not None]
+        return max(known) if len(known) == len(each) else None
+
+    @property
+    def exactness(self) -> Exactness:
+        """What the plan does to pixels, by the least exact replica."""
+        return least_exact(one.exactness or "changes" for one in self.plan.each())
+
+    @property
+    def images_per_hour(self) -> float | None:
+        """Images of all replicas while requests never run out, stages overlapping where the plan has room for it."""
+        rates = [_rate(one) for one in self.plan.each()]
+        known = [rate for rate in rates if rate is not None]
+        return sum(known) * HOUR if len(known) == len(rates) else None
+
+    @property
+    def measures(self) -> dict[str, float | None]:
+        """What goals bind, by name."""
+        return {"seconds": self.seconds, "images_per_hour": self.images_per_hour}
+
+    def over(self, goals: Sequence[Goal]) -> float:
+        """By how much the farthest goal is missed, as `Goal.over`; 0 where all are met."""
+        return max(
+            (goal.over(self.measures[goal.measure]) for goal in goals if goal.measure in self.measures), default=0.0
+        )
+
+    @property
+    def words(self) -> str:
+        """The plan in a few words: replicas or places, how the denoising loop executes, knobs that save memory."""
+        plan, parts = self.plan, []
+        used = len({slot.index for slot in plan.all_slots})
+        if plan.replicas:
+            parts.append(f"{len(plan.replicas) + 1} replicas on {used} GPUs")
+        elif plan.split != "none":
+            parts.append(f"split {plan.split} over {used} GPUs")
+        elif used > 1:
+            parts.append(groups_words(plan.device_map))
+        savers = [knob for knob in plan.knobs if not KNOBS[knob].always]
+        return ", ".join([*parts, plan.runtime, *savers])
+
+
+def _rate(plan: Plan) -> float | None:
+    """Images per second of one replica."""
+    return plan.overlap.images_per_second if plan.overlap else plan.estimates.images_per_second
+
+
+class Options:
+    """Plans machines for one declaration; those of the same GPUs are planned once.
+
+    Args:
+        spec: the declaration, whose machine is left open.
+        given: the overrides that it was composed from.
+        goals: what a plan should meet.
+        exactness: the least exact that a plan may be.
+        compile_spec: makes a plan of a declaration.
+    """
+
+    def __init__(
+        self, spec: DeploySpec, given: Sequence[str], goals: Sequence[Goal], exactness: Exactness, compile_spec: Compile
+    ) -> None:
+        self._spec, self._compile = spec, compile_spec
+        self._goals = [goal for goal in goals if goal.measure not in _OF_MACHINES]
+        self._exactness = exactness
+        self._kept = _within(spec, given, exactness)
+        self._found: dict[str, Option | str] = {}
+
+    def best(self, gpus: str, count: int) -> Option | str:
+        """The plan for a machine that meets the goals and draws most, else the one that comes nearest to them.
+
+        Args:
+            gpus: the machine in the words of `machine.gpus`.
+            count: its GPUs.
+
+        Returns:
+            The option, or why nothing fits.
+        """
+        if gpus not in self._found:
+            self._found[gpus] = self._best(gpus, count)
+        return self._found[gpus]
+
+    def _best(self, gpus: str, count: int) -> Option | str:
+        """The plan that draws most, where it meets the goals.
+
+        Else fewer and fewer replicas, since one with more GPUs draws sooner. The soonest plan, and the one that draws
+        most, say at once whether any between them can meet the goals.
+        """
+        tried = _Tried(self._goals)
+        bound = {goal.measure: goal for goal in self._goals}
+        if "seconds" in bound and count > 1:
+            soonest = tried.add(self._planned(gpus, {"objective": "latency"}))
+            if soonest and bound["seconds"].over(soonest.seconds) > 0:
+                return soonest
+        most = tried.add(self._planned(gpus, {"objective": "throughput"}))
+        hopeless = most is None or (
+            "images_per_hour" in bound and bound["images_per_hour"].over(most.images_per_hour) > 0
+        )
+        replicas = 1 if hopeless or "seconds" not in bound else count // 2
+        while replicas > 1 and not tried.met:
+            tried.add(self._planned(gpus, {"objective": "latency", "replicas": replicas}))
+            replicas //= 2
+        return tried.nearest()
+
+    def _planned(self, gpus: str, changes: Mapping[str, Any]) -> Option | str:
+        """A plan with `changes` of the group `hardware`, or why there is none."""
+        changed = {**self._kept, **changes}
+        hardware = self._spec.hardware.model_copy(update=changed)
+        machine = VirtualMachine(kind="virtual", gpus=gpus)
+        try:
+            plan = self._compile(self._spec.model_copy(update={"hardware": hardware, "machine": machine}))
+        except InfeasibleError as problem:
+            nearest = problem.plan.considered.closest if problem.plan else None
+            return nearest.message if nearest else problem.message
+        option = Option(plan, tuple(f"hardware.{key}={_value(value)}" for key, value in changed.items()))
+        if EXACTNESSES.index(option.exactness) > EXACTNESSES.index(self._exactness):
+            return f"its plan is {option.exactness}, and advise.exactness={self._exactness}"
+        return option
+
+
+@dataclass
+class _Tried:
+    """Plans of one machine, in the order in which they were tried."""
+
+    goals: Sequence[Goal]
+    found: list[Option] = field(default_factory=list)
+    refused: str = ""
+
+    def add(self, planned: Option | str) -> Option | None:
+        """Remember a plan, or the first reason why there is none."""
+        if isinstance(planned, str):
+            self.refused = self.refused or planned
+            return None
+        self.found.append(planned)
+        return planned
+
+    @property
+    def met(self) -> bool:
+        """Whether a plan that was tried after the soonest meets the goals."""
+        return bool(self.found) and self.found[-1].over(self.goals) <= 0
+
+    def nearest(self) -> Option | str:
+        """The plan that meets the goals and draws most, else the one that comes nearest to them."""
+        meeting = [one for one in self.found if one.over(self.goals) <= 0]
+        if meeting:
+            return max(meeting, key=lambda one: one.images_per_hour or 0)
+        return min(self.found, key=lambda one: one.over(self.goals), default=self.refused)
+
+
+def _within(spec: DeploySpec, given: Sequence[str], exactness: Exactness) -> dict[str, Any]:
+    """What of `hardware` has to change so that no plan is less exact; where pixels may change, so may every knob."""
+    hardware, worst = spec.hardware, EXACTNESSES.index(exactness)
+    assert isinstance(hardware, Planned)
+    named = any(one.startswith("hardware.allow=") for one in given)
+    wanted = list(hardware.allow) if named or exactness != "changes" else list(KNOBS)
+    allow = [knob for knob in ordered(wanted) if EXACTNESSES.index(KNOBS[knob].exactness) <= worst]
+    changes: dict[str, Any] = {} if set(allow) == set(hardware.allow) else {"allow": allow}
+    if isinstance(hardware, MultiGpuBalanced) and hardware.split == "auto":
+        splits = [split for split, one in SPLITS.items() if EXACTNESSES.index(one.exactness) <= worst]
+        if len(splits) == 1:
+            changes["split"] = splits[0]
+    return changes
+
+
+def _value(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
