@@ -13,8 +13,8 @@ from ..serve.kuberay import NAME, PORT, pod_template
 _PLAN_FOLDER = "/plan"
 _DRIVER = "gpu.nvidia.com"
 """The device class, and the domain of attributes, of NVIDIA's DRA driver."""
-_MEMORY_LABEL = "nvidia.com/gpu.memory"
-"""MiB of a node's GPUs, set by NVIDIA's GPU feature discovery."""
+_MEMORY_LABEL, _MAJOR_LABEL = "nvidia.com/gpu.memory", "nvidia.com/gpu.compute.major"
+"""MiB and compute capability of a node's GPUs, set by NVIDIA's GPU feature discovery."""
 _PERIOD = 5
 
 
@@ -90,13 +90,15 @@ def _template(plan: Plan, options: Serving, host_bytes: int, served: Sequence[st
 
 
 def _claim(plan: Plan) -> dict[str, Any]:
-    """The template of a claim for as many GPUs as the plan has slots, each with the memory of the fullest one."""
+    """The template of a claim for as many GPUs as the plan has slots, each with what the fullest one needs."""
+    major, minor = _capability(plan)
+    new = f"device.attributes['{_DRIVER}'].cudaComputeCapability.compareTo(semver('{major}.{minor}.0')) >= 0"
     enough = f"device.capacity['{_DRIVER}'].memory.compareTo(quantity('{_needed_mib(plan)}Mi')) >= 0"
     exactly = {
         "deviceClassName": _DRIVER,
         "allocationMode": "ExactCount",
         "count": len(plan.all_slots),
-        "selectors": [{"cel": {"expression": enough}}],
+        "selectors": [{"cel": {"expression": one}} for one in (enough, new)],
     }
     return {
         "apiVersion": "resource.k8s.io/v1",
@@ -107,9 +109,16 @@ def _claim(plan: Plan) -> dict[str, Any]:
 
 
 def _nodes(plan: Plan) -> dict[str, Any]:
-    """Nodes whose GPUs have the memory of the fullest slot."""
-    enough = {"key": _MEMORY_LABEL, "operator": "Gt", "values": [str(_needed_mib(plan) - 1)]}
-    return {"nodeSelectorTerms": [{"matchExpressions": [enough]}]}
+    """Nodes whose GPUs have the memory that the fullest slot needs; the plan itself refuses what is too old for it."""
+    least = {_MEMORY_LABEL: _needed_mib(plan), _MAJOR_LABEL: _capability(plan)[0]}
+    labels = [{"key": key, "operator": "Gt", "values": [str(value - 1)]} for key, value in least.items()]
+    return {"nodeSelectorTerms": [{"matchExpressions": labels}]}
+
+
+def _capability(plan: Plan) -> tuple[int, int]:
+    """The compute capability of the newest GPU that was planned for: an older one is refused."""
+    major, minor = max(slot.compute_capability for slot in plan.all_slots)
+    return major, minor
 
 
 def _needed_mib(plan: Plan) -> int:

@@ -63,12 +63,12 @@ def _head(table: PriceTable) -> list[str]:
     return lines
 
 
-def _rows(out: Console, advices: Sequence[Advice]) -> None:
+def _rows(out: Console, judged: Sequence[Advice]) -> None:
     """Two lines for each machine: what it does and costs, and the plan."""
     cells = max(_NAME_CELLS, min(_MOST_NAME_CELLS, out.width - sum(_NUMBERS.values()) - _NUMBER_CELLS))
     head = "".join(title.rjust(width) for title, width in _NUMBERS.items())
     _print(out, Text(f"{'':{_NUMBER_CELLS}}{'machine':{cells}}{head}", style="dim"))
-    for number, one in enumerate(advices, 1):
+    for number, one in enumerate(judged, 1):
         option, name = one.option, one.price.name
         name = name if len(name) <= cells else f"{name[: cells - 2]}.."
         values = (option.seconds, option.images_per_hour, one.price.usd_per_hour, one.usd_per_1000_images)

@@ -66,16 +66,16 @@ def rank(table: PriceTable, options: Options, goals: Sequence[Goal], advance: Ad
     Args:
         advance: told of every machine that is planned.
     """
-    advices, unfit = [], []
+    judged, unfit = [], []
     for number, price in enumerate(table.prices):
         advance(price.gpus, number, len(table.prices))
         best = options.best(price.gpus, price.gpu_count)
         if isinstance(best, str):
             unfit.append((price, best))
         else:
-            advices.append(_judged(price, best, goals))
-    meeting = sorted((one for one in advices if not one.misses), key=_by_cost)
-    missing = sorted((one for one in advices if one.misses), key=lambda one: (one.over, *_by_cost(one)))
+            judged.append(_judged(price, best, goals))
+    meeting = sorted((one for one in judged if not one.misses), key=_by_cost)
+    missing = sorted((one for one in judged if one.misses), key=lambda one: (one.over, *_by_cost(one)))
     return Ranking(meeting, missing, unfit)
 
 

@@ -11,11 +11,11 @@ from ..serve.kuberay import NAME, folder_of
 from .prices import Price
 
 _KNOWN = """
-aws azure cudo do fluidstack gcp hyperbolic hyperstack lambda nebius oci paperspace primeintellect runpod scp seeweb
-shadeform vast verda vsphere
+aws azure cudo do fluidstack gcp hyperbolic ibm lambda mithril nebius oci paperspace primeintellect runpod scp seeweb
+shadeform vast verda vsphere yotta
 """
 _CLOUDS = frozenset(_KNOWN.split())
-"""Providers as SkyPilot names them; a task for another one leaves the choice to SkyPilot."""
+"""Providers as SkyPilot 0.14 names them; a task for another one leaves the choice to SkyPilot."""
 _ACCELERATORS = {"H100-PCIE": "H100"}
 """GPUs that SkyPilot's catalogue does not tell apart."""
 _DECIMAL_GB = 10**9
