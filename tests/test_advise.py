@@ -124,12 +124,18 @@ def test_one_document_says_everything_and_its_commands_plan_what_was_ranked(here
         assert words in ended.stderr
 
 
-def test_no_machine_that_meets_the_goals_ends_with_code_4_and_how_far_each_is(here: Run, table: Path) -> None:
+def test_no_machine_that_meets_the_goals_ends_with_code_4_and_how_far_each_is(
+    here: Run, table: Path, tmp_path: Path
+) -> None:
     ended = here("advise", *MODEL, f"advise.prices={table}", "advise.goal=[images_per_hour>=90000]", "advise.show=1")
     assert ended.returncode == 4
     assert "no machine meets the goals" in ended.stderr
     assert "images an hour, " in ended.stderr
     assert "fewer than 90000" in ended.stderr
+    small_gpus = tmp_path / "small.csv"
+    small_gpus.write_text(f"{TITLES}\n{ROWS[0]}\n", encoding="utf-8")
+    lacking = here("advise", "model=sana_1600m_4k", "hardware.allow=[]", f"advise.prices={small_gpus}")
+    assert (lacking.returncode, "nothing fits on any of these machines" in lacking.stderr) == (4, True)
     assert "3 more: advise.show=NUMBER" in ended.stderr
     written = here("advise", "--export", "skypilot", "out.yaml", *MODEL, f"advise.prices={table}",
                    "advise.goal=budget<=0.1")  # fmt: skip
@@ -219,15 +225,20 @@ def test_the_group_is_of_the_command_alone(here: Run) -> None:
     assert "images_per_hour>=X" in told
 
 
-def test_ranking_imports_no_torch(table: Path) -> None:
+def test_machines_are_planned_in_several_processes_without_torch_and_as_in_one(here: Run, table: Path) -> None:
+    given = ["advise", "model=sana_600m", f"advise.prices={table}", "output=json"]
     script = (
-        "import sys\nfrom sana_deploy import commands\n"
-        f"code = commands.run_own(['advise', 'model=sana_600m', 'advise.prices={table}', 'output=json'])\n"
-        "sys.exit(code or ('torch imported' if 'torch' in sys.modules else 0))\n"
+        "import os, sys\nfrom sana_deploy import commands\nfrom sana_deploy.advise import options\n"
+        "options._FEW = 1\nos.sched_getaffinity = lambda process: {0, 1}\n"
+        f"code = commands.run_own({given!r})\n"
+        "pools = 'concurrent.futures.process' in sys.modules\n"
+        "sys.exit(code or ('torch imported' if 'torch' in sys.modules else 0 if pools else 'one process'))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["meeting"], "one document on stdout and nothing else"
+    in_one = here(*given)
+    assert json.loads(done.stdout) == json.loads(in_one.stdout), "one document on stdout and nothing else"
+    assert json.loads(done.stdout)["meeting"]
 
 
 def test_the_first_ones_are_rehearsed_where_that_is_asked_for(here: Run, table: Path) -> None:

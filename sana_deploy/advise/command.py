@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -128,13 +128,16 @@ def _declared(spec: DeploySpec) -> DeploySpec:
 
 @contextmanager
 def _late_progress(title: str) -> Iterator[Advance]:
-    """Progress that is shown once the block has taken longer than a moment."""
+    """Progress that is shown once the block has taken longer than a moment; nothing of it is there before."""
     start = time.monotonic()
-    with progress(title) as shown:
+    with ExitStack() as stack:
+        shown: list[Advance] = []
 
         def advance(item: str, done: int, of: int) -> None:
             if time.monotonic() - start > _QUICK:
-                shown(item, done, of)
+                if not shown:
+                    shown.append(stack.enter_context(progress(title)))
+                shown[0](item, done, of)
 
         yield advance
 

@@ -37,8 +37,9 @@ def show(
         _rows(out, ranking.meeting[:most])
         _more(out, len(ranking.meeting) - most)
         _commands(out, ranking.meeting[0], given)
-    elif goals:
-        _print(out, Text("no machine meets the goals", style="yellow"))
+    else:
+        words = "no machine meets the goals" if ranking.missing else "nothing fits on any of these machines"
+        _print(out, Text(words, style="yellow"))
     if ranking.missing:
         _print(out, Text("misses a goal, the nearest first:", style="yellow"))
         for one in ranking.missing[:most]:

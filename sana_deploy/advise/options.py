@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +17,13 @@ from ..declare.knobs import EXACTNESSES, KNOBS, Exactness, least_exact, ordered
 from ..declare.spec import DeploySpec, VirtualMachine
 from ..errors import InfeasibleError
 from ..plan.artifact import Plan
+from ..report.progress import Advance
 from ..report.wording import groups_words
 
 Compile = Callable[[DeploySpec], Plan]
 HOUR = 3600
+_FEW = 6
+"""Machines that are planned in turn sooner than processes start."""
 _OF_MACHINES = ("budget",)
 """Goals that no plan changes."""
 
@@ -64,9 +72,9 @@ class Option:
         used = len({slot.index for slot in plan.all_slots})
         if plan.replicas:
             parts.append(f"{len(plan.replicas) + 1} replicas on {used} GPUs")
-        elif plan.split != "none":
-            parts.append(f"split {plan.split} over {used} GPUs")
-        elif used > 1:
+        if plan.split != "none":
+            parts.append(f"split {plan.split}{'' if plan.replicas else f' over {used} GPUs'}")
+        elif used > 1 and not plan.replicas:
             parts.append(groups_words(plan.device_map))
         savers = [knob for knob in plan.knobs if not KNOBS[knob].always]
         return ", ".join([*parts, plan.runtime, *savers])
@@ -78,7 +86,7 @@ def _rate(plan: Plan) -> float | None:
 
 
 class Options:
-    """Plans machines for one declaration; those of the same GPUs are planned once.
+    """Plans machines for one declaration.
 
     Args:
         spec: the declaration, whose machine is left open.
@@ -95,24 +103,32 @@ class Options:
         self._goals = [goal for goal in goals if goal.measure not in _OF_MACHINES]
         self._exactness = exactness
         self._kept = _within(spec, given, exactness)
-        self._found: dict[str, Option | str] = {}
 
-    def best(self, gpus: str, count: int) -> Option | str:
-        """The plan for a machine that meets the goals and draws most, else the one that comes nearest to them.
+    def best_of(self, machines: Mapping[str, int], advance: Advance) -> dict[str, Option | str]:
+        """For each machine the plan that meets the goals and draws most, else the one that comes nearest to them.
+
+        Several are planned at once, in processes of their own, where there are cores for it. The first one is planned
+        here: a checkpoint of unknown shapes is measured for it, which imports torch, and a process with it cannot fork.
 
         Args:
-            gpus: the machine in the words of `machine.gpus`.
-            count: its GPUs.
+            machines: in the words of `machine.gpus`, with the number of GPUs of each.
+            advance: told of every machine that is planned.
 
         Returns:
-            The option, or why nothing fits.
+            The option, or why nothing fits, by machine.
         """
-        if gpus not in self._found:
-            self._found[gpus] = self._best(gpus, count)
-        return self._found[gpus]
+        found: dict[str, Option | str] = {}
+        (first, *others), of = machines.items(), len(machines)
+        advance(first[0], 0, of)
+        found[first[0]] = self.best(*first)
+        with _several(len(others)) as each:
+            for number, ((gpus, _), option) in enumerate(zip(others, each(self.best, others), strict=True), 1):
+                advance(gpus, number, of)
+                found[gpus] = option
+        return found
 
-    def _best(self, gpus: str, count: int) -> Option | str:
-        """The plan that draws most, where it meets the goals.
+    def best(self, gpus: str, count: int) -> Option | str:
+        """The plan of one machine that draws most, where it meets the goals; see `best_of`.
 
         Else fewer and fewer replicas, since one with more GPUs draws sooner. The soonest plan, and the one that draws
         most, say at once whether any between them can meet the goals.
@@ -176,6 +192,29 @@ class _Tried:
         if meeting:
             return max(meeting, key=lambda one: one.images_per_hour or 0)
         return min(self.found, key=lambda one: one.over(self.goals), default=self.refused)
+
+
+Each = Callable[[Callable[..., "Option | str"], Sequence[tuple[str, int]]], Iterable["Option | str"]]
+
+
+@contextmanager
+def _several(count: int) -> Iterator[Each]:
+    """What maps over arguments: in as many processes as there are cores, in turn where a process cannot fork."""
+    workers = min(count, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    alone = threading.active_count() == 1 and not {"torch", "ray"} & set(sys.modules)
+    if workers < 2 or not alone or count < _FEW:
+        yield lambda work, arguments: (work(*one) for one in arguments)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(workers, get_context("fork"), _leave_interrupts_to_the_parent) as pool:
+        yield lambda work, arguments: pool.map(work, *zip(*arguments, strict=True))
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _within(spec: DeploySpec, given: Sequence[str], exactness: Exactness) -> dict[str, Any]:

@@ -67,9 +67,9 @@ def rank(table: PriceTable, options: Options, goals: Sequence[Goal], advance: Ad
         advance: told of every machine that is planned.
     """
     judged, unfit = [], []
-    for number, price in enumerate(table.prices):
-        advance(price.gpus, number, len(table.prices))
-        best = options.best(price.gpus, price.gpu_count)
+    found = options.best_of({price.gpus: price.gpu_count for price in table.prices}, advance)
+    for price in table.prices:
+        best = found[price.gpus]
         if isinstance(best, str):
             unfit.append((price, best))
         else:
