@@ -24,7 +24,7 @@ from ..facts.checkpoint import settled
 from ..report import terminal as report
 from ..report.progress import Advance, progress
 from ..serve.export import OPTION, named
-from .export import KINDS, write
+from .export import KINDS, check_weights, write
 from .lines import show
 from .options import Compile, Options
 from .prices import read_prices
@@ -78,6 +78,8 @@ def main(arguments: Sequence[str], compile_spec: Compile) -> int:
     asked = Advising.from_mapping(cast("dict[str, Any]", OmegaConf.to_container(config.advise, resolve=True)))
     serving = Serving.from_mapping(cast("dict[str, Any]", OmegaConf.to_container(config.serve, resolve=True)))
     spec, goals = _declared(spec_from_config(config, given)), goals_of(asked.goal)
+    if wanted:
+        check_weights(spec.model)
     table = read_prices(asked.prices, asked.spot)
     options = Options(spec, given, goals, asked.exactness, compile_spec)
     with _late_progress("planning") as advance:

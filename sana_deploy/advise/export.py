@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from .._units import GIB
 from .._version import __version__
+from ..declare.knobs import KNOBS
 from ..declare.serving import Serving
-from ..declare.spec import CatalogueModel, DeploySpec
+from ..declare.spec import CatalogueModel, DeploySpec, Model
 from ..errors import UsageError
 from ..plan.artifact import Plan
 from ..serve import command as serving
@@ -33,43 +33,15 @@ _LIBRARIES_BYTES = 4 * GIB
 """Of this process before any weights: torch, diffusers, CUDA's contexts."""
 
 
-@dataclass(frozen=True)
-class Served:
-    """What is to be served, and how.
+def check_weights(model: Model) -> None:
+    """Refuse to write what could not be served.
 
-    Attributes:
-        given: overrides of the declaration.
-        options: overrides of the group `serve` that a service reads.
-        host_bytes: memory of the host that it takes.
+    Raises:
+        UsageError: the model names no weights.
     """
-
-    advice: Advice
-    given: Sequence[str]
-    options: Sequence[str]
-    serving: Serving
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the machine."""
-        return self.advice.option.plan
-
-    @property
-    def host_bytes(self) -> int:
-        """Host memory: libraries, the weights of one replica while they are cast, and what stays there of each one."""
-        loading = sum(part.weights_bytes for part in self.plan.components.values())
-        return _LIBRARIES_BYTES + loading + sum(_waiting(one) for one in self.plan.each())
-
-    @property
-    def command(self) -> list[str]:
-        """What serves that plan on its machine, planned there anew."""
-        overrides = [*self.given, *self.advice.option.overrides]
-        return ["sana-deploy", "serve", "serve.host=0.0.0.0", *self.options, *overrides]
-
-
-def _waiting(plan: Plan) -> int:
-    """Bytes of weights that stay in host memory: what runs there, and what is offloaded."""
-    offloaded = [plan.pipeline.of("text_encoder")] if "text_encoder_offload" in plan.knobs else []
-    return sum(part.weights_bytes for name, part in plan.components.items() if part.slot == "cpu" or name in offloaded)
+    if isinstance(model, CatalogueModel) and model.source is None:
+        hint = "model.source=FOLDER_OR_REPO"
+        raise UsageError("the model has no weights that could be served", where="model.source", hint=hint)
 
 
 def write(
@@ -87,27 +59,35 @@ def write(
         served: overrides of the group `serve`.
 
     Raises:
-        UsageError: the plan names no weights, or paths that the machine does not have.
+        UsageError: the plan names paths that the machine does not have.
         InputError: the file cannot be written.
     """
     kind, file = wanted
     plan, price = first.option.plan, first.price
-    if isinstance(plan.spec.model, CatalogueModel) and plan.spec.model.source is None:
-        raise UsageError("the model has no weights that could be served", where="model.source",
-                         hint="model.source=FOLDER_OR_REPO")  # fmt: skip
     if kind == "kuberay":
         serving.check_installed("ray")
         serving.export(Export(kind, file), plan, spec, options.model_copy(update={"engine": "ray"}))
         return file
     check_paths(plan, options, pods=kind == "kubernetes")
-    one = Served(first, given, served, options)
-    documents = (
-        [skypilot.task(plan, price, one.host_bytes, shlex.join(one.command), options, __version__)]
-        if kind == "skypilot"
-        else kubernetes.manifests(plan, options, one.host_bytes, served, gpus_by)
-    )
+    if kind == "skypilot":
+        command = ["sana-deploy", "serve", "serve.host=0.0.0.0", *served, *given, *first.option.overrides]
+        documents = [skypilot.task(plan, price, host_bytes(plan), shlex.join(command), options, __version__)]
+    else:
+        documents = kubernetes.manifests(plan, options, host_bytes(plan), served, gpus_by)
     header = _HEADER.format(
         option=OPTION, kind=kind, machine=price.name, words=first.option.words, price=price.usd_per_hour,
         day=price.date, source=price.source, usage=KINDS[kind].format(file=file.name),
     )  # fmt: skip
     return written(file, header + "---\n".join(map(as_yaml, documents)))
+
+
+def host_bytes(plan: Plan) -> int:
+    """Host memory of a service: libraries, a replica's weights while they are cast, what stays there of each."""
+    loading = sum(part.weights_bytes for part in plan.components.values())
+    return _LIBRARIES_BYTES + loading + sum(_waiting(one) for one in plan.each())
+
+
+def _waiting(plan: Plan) -> int:
+    """Bytes of weights that stay in host memory: what runs there, and what waits there between requests."""
+    waits = {plan.pipeline.of(KNOBS[knob].role) for knob in plan.knobs if KNOBS[knob].needs_gpu}
+    return sum(part.weights_bytes for name, part in plan.components.items() if part.slot == "cpu" or name in waits)
