@@ -2,19 +2,20 @@
 
     python benchmarks/advise.py [--out docs/advise.md] [--only NUMBER ...]
 
-Each question is asked in a process of its own, once for its seconds and once with `advise.rehearse=1`. The rehearsal
-runs the plan of the first machine on virtual GPUs. It counts bytes: it checks that the plan fits and how full GPUs are.
-Seconds and images per hour are the planner's estimates; docs/measured.md has some beside measured ones.
+Each question is asked in a process of its own, once for its seconds and once with `advise.rehearse=1`. Seconds are
+those of all processors together, since the host is shared; as many cores as there are plan at once. The rehearsal runs
+the plan of the first machine on virtual GPUs. It counts bytes: it checks that the plan fits and how full GPUs are.
+Seconds of an image and images per hour are the planner's estimates; docs/measured.md has some beside measured ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,20 @@ _ROWS = 3
 
 
 def asked(arguments: str, *further: str) -> tuple[dict[str, Any], float]:
-    """The document that answers a question, and the seconds that it took."""
+    """The document that answers a question, and the seconds of processors that it took."""
     command = [sys.executable, "-m", "sana_deploy", "advise", *shlex.split(arguments), *further, "output=json"]
-    started = time.monotonic()
+    before = _processor_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 4):
         raise SystemExit(done.stderr)
     answer: dict[str, Any] = json.loads(done.stdout)
-    return answer, time.monotonic() - started
+    return answer, _processor_seconds() - before
+
+
+def _processor_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def words(number: int, question: str, arguments: str) -> str:
@@ -72,7 +79,9 @@ def words(number: int, question: str, arguments: str) -> str:
     counts = [len(answer[key]) for key in ("meeting", "missing", "unfit")]
     told = f"{counts[0]} machines meet the goals, {counts[1]} miss one, {counts[2]} do not fit."
     rehearsal = answer["meeting"][0]["rehearsal"] if answer["meeting"] else {"words": "nothing to rehearse"}
-    return "\n".join([*lines, "", f"{told} Answered in {seconds:.0f} s. Rehearsed: {rehearsal['words']}.", ""])
+    return "\n".join(
+        [*lines, "", f"{told} Answered in {seconds:.0f} s of processors. Rehearsed: {rehearsal['words']}.", ""]
+    )
 
 
 def _row(one: dict[str, Any]) -> str:

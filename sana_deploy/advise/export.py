@@ -66,8 +66,7 @@ def write(
     plan, price = first.option.plan, first.price
     if kind == "kuberay":
         serving.check_installed("ray")
-        serving.export(Export(kind, file), plan, spec, options.model_copy(update={"engine": "ray"}))
-        return file
+        return serving.export(Export(kind, file), plan, spec, options.model_copy(update={"engine": "ray"}))
     check_paths(plan, options, pods=kind == "kubernetes")
     if kind == "skypilot":
         command = ["sana-deploy", "serve", "serve.host=0.0.0.0", *served, *given, *first.option.overrides]

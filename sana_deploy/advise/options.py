@@ -137,7 +137,9 @@ class Options:
         bound = {goal.measure: goal for goal in self._goals}
         if "seconds" in bound and count > 1:
             soonest = tried.add(self._planned(gpus, {"objective": "latency"}))
-            if soonest and bound["seconds"].over(soonest.seconds) > 0:
+            if soonest is None:
+                return tried.refused
+            if bound["seconds"].over(soonest.seconds) > 0:
                 return soonest
         most = tried.add(self._planned(gpus, {"objective": "throughput"}))
         hopeless = most is None or (

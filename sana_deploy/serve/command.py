@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -81,14 +82,15 @@ def main(arguments: Sequence[str], compile_spec: Compile) -> int:
     else:
         plan = compile_spec(spec)
     if wanted:
-        export(wanted, plan, spec, options)
+        report.show_plan(plan)
+        _say(f"written: {export(wanted, plan, spec, options)}")
     else:
         _run(plan, spec, options)
     return 0
 
 
-def export(wanted: Export, plan: Plan, spec: DeploySpec, options: Serving) -> None:
-    """Show a plan, and write it for Ray.
+def export(wanted: Export, plan: Plan, spec: DeploySpec, options: Serving) -> Path:
+    """Write a plan for Ray.
 
     Raises:
         UsageError, PlanError: Ray cannot keep what the plan says.
@@ -97,8 +99,7 @@ def export(wanted: Export, plan: Plan, spec: DeploySpec, options: Serving) -> No
     from .engines import check_for_ray
 
     check_for_ray(plan, spec.resolve)
-    report.show_plan(plan)
-    _say(f"written: {wanted.write(plan, spec, options)}")
+    return wanted.write(plan, spec, options)
 
 
 def check_installed(engine: str) -> None:
