@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -12,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import CHECKOUT
 
 from sana_deploy.advise.options import Options
-from sana_deploy.advise.prices import SHIPPED, read_prices
+from sana_deploy.advise.prices import read_prices
 from sana_deploy.advise.ranking import rank
 from sana_deploy.api import compile_spec
 from sana_deploy.declare.advising import Goal, goals_of
 from sana_deploy.declare.compose import compose_spec
 from sana_deploy.errors import InfeasibleError, InvalidSpecError
 from sana_deploy.plan.artifact import Plan
+
+sys.path.insert(0, str(CHECKOUT / "benchmarks"))
+
+from advise import HEADING, QUESTIONS
+from advise import main as ask
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 MODEL = ("model=sana_1600m_controlnet",)
@@ -251,6 +258,32 @@ def test_the_first_ones_are_rehearsed_where_that_is_asked_for(here: Run, table: 
     assert f"rehearsed: {first['rehearsal']['words']}" in ended.stderr
 
 
-def test_the_wheel_carries_the_prices() -> None:
-    assert SHIPPED.is_file()
-    assert SHIPPED.parent.name == "advise"
+def test_the_page_has_ten_questions_with_answers_that_were_rehearsed() -> None:
+    page = (CHECKOUT / "docs" / "advise.md").read_text(encoding="utf-8").partition(HEADING)[2]
+    assert len(QUESTIONS) == 10
+    for number, (question, arguments) in enumerate(QUESTIONS, 1):
+        part = page.partition(f"### {number}. {question}\n")[2].partition("\n### ")[0]
+        assert f"sana-deploy advise {arguments}\n" in part
+        (deviation,) = re.findall(r"Rehearsed: fullest \d+%, planned ([+-]\d\.\d\d)% of its bytes", part)
+        assert abs(float(deviation)) < 1
+
+
+def test_a_question_is_asked_and_written_down_as_the_page_has_it(
+    here: Run, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(arguments: str, *further: str) -> tuple[Any, float]:
+        return json.loads(here("advise", *shlex.split(arguments), *further, "output=json").stdout), 1.0
+
+    monkeypatch.setattr("advise.asked", asked)  # within this process, where libraries are imported already
+    question = ("Which is cheap?", f"model=sana_600m_512 advise.prices={table} 'advise.goal=budget<=1'")
+    monkeypatch.setattr("advise.QUESTIONS", (question,))
+    page = tmp_path / "page.md"
+    page.write_text(f"# By hand\n\n{HEADING}\nold\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["advise.py", "--out", str(page)])
+    ask()
+    written = page.read_text(encoding="utf-8")
+    assert written.startswith(f"# By hand\n\n{HEADING}")
+    assert "old" not in written.splitlines()
+    assert "| cloud one | 1xl4 |" in written
+    assert re.search(r"2 machines meet the goals, 3 miss one, 0 do not fit\. .* Rehearsed: fullest", written)
+    assert "Which is cheap?" in capsys.readouterr().out
