@@ -139,13 +139,13 @@ def test_no_machine_that_meets_the_goals_ends_with_code_4_and_how_far_each_is(
     assert "no machine meets the goals" in ended.stderr
     assert "images an hour, " in ended.stderr
     assert "fewer than 90000" in ended.stderr
+    assert "3 more: advise.show=NUMBER" in ended.stderr
     small_gpus = tmp_path / "small.csv"
     small_gpus.write_text(f"{TITLES}\n{ROWS[0]}\n", encoding="utf-8")
     lacking = here("advise", "model=sana_1600m_4k", "hardware.allow=[]", f"advise.prices={small_gpus}")
     assert (lacking.returncode, "nothing fits on any of these machines" in lacking.stderr) == (4, True)
-    assert "3 more: advise.show=NUMBER" in ended.stderr
     written = here("advise", "--export", "skypilot", "out.yaml", *MODEL, f"advise.prices={table}",
-                   "advise.goal=budget<=0.1")  # fmt: skip
+                   "model.source=owner/name", "advise.goal=budget<=0.1")  # fmt: skip
     assert (written.returncode, "nothing is written" in written.stderr) == (4, True)
 
 
