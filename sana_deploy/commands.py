@@ -50,8 +50,8 @@ COMMANDS = (
     Command("serve", "answer requests over HTTP", _serve, configured=True),
     Command("advise", "which machine to rent", _advise, configured=True),
     Command("diff", "compare two plans", compare.main),
-    Command("summary", "sum up a sweep", sweep.main),
     Command("doctor", "what is here, what is missing", _doctor, configured=True),
+    Command("summary", "sum up a sweep", sweep.main),
 )
 """In the order of the first screen."""
 

@@ -251,7 +251,7 @@ def test_machines_are_planned_in_several_processes_without_torch_and_as_in_one(h
     script = (
         "import os, sys\nfrom sana_deploy import commands\nfrom sana_deploy.advise import options\n"
         "options._FEW = 1\nos.sched_getaffinity = lambda process: {0, 1}\n"
-        f"code = commands.run_own({given!r})\n"
+        f"code = commands.run_own({given!r}, lambda: None)\n"
         "pools = 'concurrent.futures.process' in sys.modules\n"
         "sys.exit(code or ('torch imported' if 'torch' in sys.modules else 0 if pools else 'one process'))\n"
     )
