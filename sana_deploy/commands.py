@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from . import sweep
 from ._version import __version__
+from .advise import command as advising
 from .api import compile_plan, compile_spec
 from .declare import completion
 from .declare.compose import command_error
@@ -36,6 +37,10 @@ class Command:
     """Whether it takes Hydra's overrides."""
 
 
+def _advise(arguments: Sequence[str]) -> int:
+    return advising.main(arguments, compile_spec)
+
+
 def _doctor(arguments: Sequence[str]) -> int:
     return doctor.main(arguments, compile_plan)
 
@@ -43,9 +48,10 @@ def _doctor(arguments: Sequence[str]) -> int:
 COMMANDS = (
     Command("run", "plan a deployment and draw", None, configured=True),
     Command("serve", "answer requests over HTTP", _serve, configured=True),
+    Command("advise", "which machine to rent", _advise, configured=True),
     Command("diff", "compare two plans", compare.main),
-    Command("summary", "sum up a sweep", sweep.main),
     Command("doctor", "what is here, what is missing", _doctor, configured=True),
+    Command("summary", "sum up a sweep", sweep.main),
 )
 """In the order of the first screen."""
 

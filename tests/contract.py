@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = ("ground", "declare", "facts", "plan", "run", "rehearsal", "report", "serve", "doors")
+PACKAGES = ("ground", "declare", "facts", "plan", "run", "rehearsal", "report", "serve", "advise", "doors")
 """From the bottom up: a file imports only from its own package and from those before it."""
 DOORS = ("__init__", "__main__", "api", "stages", "sweep", "commands")
 """Files that import everything and that no other file imports; all other files beside the packages are ground."""

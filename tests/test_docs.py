@@ -44,7 +44,7 @@ def commands_of(page: Path) -> list[list[str]]:
     """The overrides of every `python -m sana_deploy` in a page's blocks of bash, but for sweeps and saved plans."""
     lines = [line for block in blocks_of(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
     found = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m sana_deploy ")]
-    later = ("summary", "diff", "serve", "-m")
+    later = ("summary", "diff", "serve", "advise", "-m")
     return [words[3:] for words in found if words[3] not in later and not any("plan_file=" in word for word in words)]
 
 

@@ -116,6 +116,7 @@ def test_the_wheel_carries_conf_and_works_outside_the_checkout(tmp_path: Path) -
     assert "sana_deploy/conf/config.yaml" in names
     assert "sana_deploy/facts/architectures/sana_600m_controlnet.json" in names
     assert "sana_deploy/plan/plan.schema.json" in names
+    assert {"sana_deploy/advise/prices.csv", "sana_deploy/conf/advise/default.yaml"} <= {*names}
     assert not [name for name in names if name.startswith(("tests", "outputs", "conf/"))]
     home = tmp_path / "venv"
     venv.create(home, with_pip=False)

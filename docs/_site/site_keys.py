@@ -12,7 +12,7 @@ from typing import Any
 from griffe import Docstring, DocstringSectionKind
 from pydantic import BaseModel
 
-from sana_deploy.declare import hardware, serving, spec
+from sana_deploy.declare import advising, hardware, serving, spec
 from sana_deploy.declare.compose import compose_config, conf_dir
 from sana_deploy.declare.runtime import Runtime
 from sana_deploy.declare.workload import DeclaredWorkload
@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, type[BaseModel]]] = {
     "workload": {"default": DeclaredWorkload},
     "resolve": {"": spec.Resolve},
     "serve": {"default": serving.Serving},
+    "advise": {"default": advising.Advising},
 }  # fmt: skip
 """Group -> an option of it -> the model of its keys, one option for each model."""
 NAMED_BY_THE_OPTION = (

@@ -15,7 +15,7 @@ from pathlib import Path
 from .free_text import FREE_TEXT, key_of
 
 FLAGS = ("-sc", "--shell-completion")
-PATHS = (*(key for key in FREE_TEXT if not key.endswith("prompt")), "sweep.resume")
+PATHS = (*(key for key in FREE_TEXT if not key.endswith(("prompt", "goal"))), "sweep.resume")
 """Keys whose value may be a file or a folder."""
 PROGRAM = "sana-deploy"
 

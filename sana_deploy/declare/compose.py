@@ -19,6 +19,8 @@ from .keys import known_keys, nearest_key
 from .pipelines import COMPONENTS
 from .spec import DeploySpec, component_mappings
 
+OF_COMMANDS = ("serve", "advise")
+"""Groups that a command of the same name reads, and that are not of a deployment."""
 _LOCK = threading.Lock()
 """Hydra's composition state is one global."""
 
@@ -71,10 +73,11 @@ def spec_from_config(config: DictConfig, overrides: Sequence[str] = ()) -> Deplo
         raise InvalidSpecError("this value must be given", where=key, hint=f"{key}=VALUE") from None
     except OmegaConfBaseException as problem:
         raise compose_error(problem) from problem
-    if of_serving := [one for one in overrides if key_of(one).partition(".")[0] == "serve"]:
-        raise UsageError(f"{of_serving[0]} is of the command serve", where="serve", hint="sana-deploy serve ...")
+    for one in overrides:
+        if (group := key_of(one).partition(".")[0]) in OF_COMMANDS:
+            raise UsageError(f"{one} is of the command {group}", where=group, hint=f"sana-deploy {group} ...")
     declared = cast("dict[str, Any]", values)
-    for group in ("sweep", "serve"):  # of commands, not of a deployment
+    for group in ("sweep", *OF_COMMANDS):
         declared.pop(group, None)
     if isinstance(workload := declared.get("workload"), dict):
         _settle_request(workload, overrides)

@@ -18,6 +18,8 @@ FREE_TEXT = (
     "model.cache_dir",
     "model.components.controlnet",
     "plan_file",
+    "advise.goal",
+    "advise.prices",
 )
 """Keys whose value is what a person writes: in a single run, everything behind the `=` belongs to it."""
 _NULL = re.compile(r"null", re.IGNORECASE)

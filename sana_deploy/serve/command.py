@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -72,28 +73,45 @@ def main(arguments: Sequence[str], compile_spec: Compile) -> int:
     if {"--help", "-h"} & set(arguments):
         sys.stdout.write(USAGE + (conf_dir() / "serve" / "default.yaml").read_text(encoding="utf-8"))
         return 0
-    _check_extra("serve", _NEEDED)
+    check_installed("local")
     wanted, arguments = asked(arguments)
     spec, options = _declared(arguments)
-    if options.engine == "ray":
-        _check_extra("serve-ray", _NEEDED_FOR_RAY)
+    check_installed(options.engine)
     if spec.plan_file:
         plan, spec = saved_plan(spec, arguments)
     else:
         plan = compile_spec(spec)
     if wanted:
-        _export(wanted, plan, spec, options)
+        report.show_plan(plan)
+        _say(f"written: {export(wanted, plan, spec, options)}")
     else:
         _run(plan, spec, options)
     return 0
 
 
-def _export(wanted: Export, plan: Plan, spec: DeploySpec, options: Serving) -> None:
+def export(wanted: Export, plan: Plan, spec: DeploySpec, options: Serving) -> Path:
+    """Write a plan for Ray.
+
+    Raises:
+        UsageError, PlanError: Ray cannot keep what the plan says.
+        InputError: the file cannot be written.
+    """
     from .engines import check_for_ray
 
     check_for_ray(plan, spec.resolve)
-    report.show_plan(plan)
-    _say(f"written: {wanted.write(plan, spec, options)}")
+    return wanted.write(plan, spec, options)
+
+
+def check_installed(engine: str) -> None:
+    """Refuse to serve without what an engine needs.
+
+    Raises:
+        UsageError: naming the extra that has it.
+    """
+    if engine == "ray":
+        _check_extra("serve-ray", _NEEDED_FOR_RAY)
+    else:
+        _check_extra("serve", _NEEDED)
 
 
 def _check_extra(extra: str, needed: Mapping[str, str]) -> None:

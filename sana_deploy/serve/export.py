@@ -45,21 +45,28 @@ class Export:
             UsageError: the plan names paths that a cluster does not have.
             InputError: the file cannot be written.
         """
-        _check_paths(plan, options, self.kind)
+        check_paths(plan, options, pods=self.kind == "kuberay")
         if self.kind == "ray":
             document = serve_config(plan, spec, options)
         else:
             config = serve_config(plan, spec, options.model_copy(update={"host": _EVERYWHERE, "port": PORT}))
             document = manifest(plan, options, as_yaml(config), version("ray"))
         header = _HEADER.format(kind=self.kind, usage=_USAGE[self.kind].format(file=self.file.name))
-        try:
-            return write_text(self.file, header + as_yaml(document))
-        except InputError as problem:
-            raise InputError(problem.message, where=OPTION, hint="a file in a folder that can be written") from None
+        return written(self.file, header + as_yaml(document))
 
 
 def asked(arguments: Sequence[str]) -> tuple[Export | None, list[str]]:
-    """What `--export KIND FILE` among the arguments asks for, and the others.
+    """What `--export KIND FILE` among the arguments of `serve` asks for, and the others.
+
+    Raises:
+        UsageError: see `named`.
+    """
+    wanted, others = named(arguments, tuple(_USAGE), "serve")
+    return (Export(*wanted), [*others, "serve.engine=ray"]) if wanted else (None, others)
+
+
+def named(arguments: Sequence[str], kinds: Sequence[str], command: str) -> tuple[tuple[str, Path] | None, list[str]]:
+    """The kind and the file of `--export KIND FILE` among the arguments of a command, and the others.
 
     Raises:
         UsageError: kind or file are missing, or the file is there already.
@@ -69,14 +76,26 @@ def asked(arguments: Sequence[str]) -> tuple[Export | None, list[str]]:
         return None, others
     place = others.index(OPTION)
     kind, file = [*others[place + 1 : place + 3], "", ""][:2]
-    if kind not in _USAGE or not file or file.startswith("-") or "=" in file:
-        usage = f"{OPTION} ray|kuberay FILE"
+    if kind not in kinds or not file or file.startswith("-") or "=" in file:
+        usage = f"{OPTION} {'|'.join(kinds)} FILE"
         given = " ".join([kind, file]).strip()
-        raise UsageError(f"{OPTION} takes a kind and a file, got {given!r}", where="serve", hint=usage)
+        raise UsageError(f"{OPTION} takes a kind and a file, got {given!r}", where=command, hint=usage)
     path = Path(file).expanduser()
     if path.exists():
         raise UsageError(f"{path} is there already", where=OPTION, hint="another name, or remove it first")
-    return Export(kind, path), [*others[:place], *others[place + 3 :], "serve.engine=ray"]
+    return (kind, path), [*others[:place], *others[place + 3 :]]
+
+
+def written(file: Path, text: str) -> Path:
+    """Write the whole file, or none.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        return write_text(file, text)
+    except InputError as problem:
+        raise InputError(problem.message, where=OPTION, hint="a file in a folder that can be written") from None
 
 
 def serve_config(plan: Plan, spec: DeploySpec, options: Serving) -> dict[str, Any]:
@@ -133,8 +152,11 @@ def as_yaml(document: Any) -> str:
     return text
 
 
-def _check_paths(plan: Plan, options: Serving, kind: str) -> None:
+def check_paths(plan: Plan, options: Serving, pods: bool) -> None:
     """Refuse paths that other nodes do not have.
+
+    Args:
+        pods: whether the plan is for pods, which have what a volume holds.
 
     Raises:
         UsageError: a path is relative, or pods have no volume with the checkpoint.
@@ -145,7 +167,7 @@ def _check_paths(plan: Plan, options: Serving, kind: str) -> None:
         raise UsageError(
             message, where="model.source", hint=f"compile the plan with model.source={folder.expanduser().resolve()}"
         )
-    if folder and kind == "kuberay" and options.kuberay.claim is None:
+    if folder and pods and options.kuberay.claim is None:
         message = f"the checkpoint is the folder {folder}, which pods do not have"
         hint = "serve.kuberay.claim=NAME of the PersistentVolumeClaim that holds it"
         raise UsageError(message, where="serve.kuberay.claim", hint=hint)

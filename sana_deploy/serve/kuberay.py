@@ -44,19 +44,19 @@ def manifest(plan: Plan, options: Serving, config: str, ray_version: str) -> dic
     one, scaling = plan.each()[0], Scaling.of(plan, options)
     gpus = len(one.slots)
     about = {f"{NAME}/plan": plan.digest, f"{NAME}/gpus": ", ".join(slot.gpu for slot in one.slots) or "none"}
-    limits = {"cpu": str(options.kuberay.cpus), "memory": _quantity(options.kuberay.memory)}
+    limits = {"cpu": str(options.kuberay.cpus), "memory": quantity(options.kuberay.memory)}
     if gpus:
         limits["nvidia.com/gpu"] = str(gpus)
     ports = [{"name": name, "containerPort": number} for name, number in _HEAD_PORTS.items()]
-    head = _pod(plan, options, {"name": "ray-head", "ports": ports, "resources": _resources(_HEAD_LIMITS)})
-    worker = {"name": "ray-worker", "resources": _resources(limits), "readinessProbe": _READY}
+    head = pod_template(plan, options, {"name": "ray-head", "ports": ports, "resources": resources_of(_HEAD_LIMITS)})
+    worker = {"name": "ray-worker", "resources": resources_of(limits), "readinessProbe": _READY}
     group = {
         "groupName": "replicas",
         "replicas": scaling.first,
         "minReplicas": scaling.least,
         "maxReplicas": scaling.most,
         "rayStartParams": {},
-        "template": _pod(plan, options, worker, options.drain),
+        "template": pod_template(plan, options, worker, options.drain),
     }
     cluster: dict[str, Any] = {"rayVersion": ray_version, "authOptions": {"mode": "token"}}  # for Ray's own ports
     if scaling.autoscaling_config:
@@ -71,16 +71,17 @@ def manifest(plan: Plan, options: Serving, config: str, ray_version: str) -> dic
     }
 
 
-def _quantity(size: str) -> str:
+def quantity(size: str) -> str:
     """A size in Kubernetes' words."""
     return f"{-(-parse_bytes(size) // MIB)}Mi"
 
 
-def _resources(limits: Mapping[str, str]) -> dict[str, Any]:
+def resources_of(limits: Mapping[str, str]) -> dict[str, Any]:
+    """What a container gets: no more than it asks for, and no less."""
     return {"limits": dict(limits), "requests": dict(limits)}
 
 
-def _pod(plan: Plan, options: Serving, container: Mapping[str, Any], drain: float = 0) -> dict[str, Any]:
+def pod_template(plan: Plan, options: Serving, container: Mapping[str, Any], drain: float = 0) -> dict[str, Any]:
     """The template of a pod: our image, not as root, with what the application reads mounted.
 
     Args:
