@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from ..formats import Dtype
 from ..workload import Request, Workload
+from .crossing import PHASES as PHASES
+from .crossing import Configs as Configs
+from .crossing import Crossing as Crossing
+from .crossing import Crossings as Crossings
+from .crossing import Phase as Phase
 from .row_bands import Bands as Bands
 from .row_bands import BandWork as BandWork
 
-Phase = Literal["encode", "prepare", "denoise", "decode"]
-PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
-"""Text encoding, control image into latents, the denoising loop, latents into pixels; one after the other."""
 Role = Literal["text_encoder", "vae", "denoiser", "controlnet"]
 """What a component does in any pipeline; policies speak of roles. The denoising loop lives with the `denoiser`."""
 Library = Literal["diffusers", "transformers"]
@@ -127,33 +128,6 @@ class ComponentDescription:
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """A tensor that leaves component `src` and enters `dst`: bytes each time it does, and the phase that waits for it.
-
-    What the pipeline itself makes or keeps (latents, the prompt's tokens) is the denoiser's.
-
-    Attributes:
-        pieces: tensors of one size that it consists of, which `src` makes one after the other; 0 for a single tensor.
-        needed: share of its work in a step that `dst` does before it needs the last piece.
-        copies: that it takes each time, one after the other.
-    """
-
-    tensor: str
-    src: str
-    dst: str
-    bytes_each: int
-    per_step: bool
-    phase: Phase = "denoise"
-    pieces: int = 0
-    needed: float = 0.0
-    copies: int = 1
-
-    def times(self, steps: int) -> int:
-        """How often it crosses in a request of `steps` denoising steps."""
-        return steps if self.per_step else 1
-
-
-@dataclass(frozen=True)
 class SchedulerDescription:
     """The scheduler that checkpoints come with.
 
@@ -170,12 +144,6 @@ class SchedulerDescription:
     def make(self, library: Any) -> Any:
         """Make one; `library` is diffusers, which this package does not import here."""
         return getattr(library, self.class_name)(**dict(self.settings))
-
-
-Configs = Mapping[str, Mapping[str, Any]]
-"""Each component's config."""
-Crossings = Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]]
-"""Tensors that cross between components for a workload, given configs and dtypes."""
 
 
 @dataclass(frozen=True)
