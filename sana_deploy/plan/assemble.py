@@ -127,6 +127,7 @@ def _placed(profile: PipelineProfile, placement: Placement) -> dict[str, Any]:
         "runtime": profile.execution,
         "split": profile.split,
         "rows": list(profile.rows),
+        "layers": dict(profile.dealt),
     }
 
 

@@ -102,6 +102,7 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
     yield "runtime", plan.runtime
     yield "split", plan.split
     yield "rows", ", ".join(map(str, plan.rows))
+    yield "layers", ", ".join(f"{name} {first}" for name, first in plan.layers.items())
     yield "knobs", ", ".join(plan.knobs)
     yield "vae_band_count", plan.vae_band_count
 

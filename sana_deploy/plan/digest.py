@@ -85,6 +85,7 @@ def _drop_what_follows(content: dict[str, Any]) -> None:
                 _drop(key, replicas)
             _drop_empty("vae_band_count", replicas)
             _drop_empty("rows", replicas)
+            _drop_empty("layers", replicas)
 
 
 def _drop(key: str, records: list[Any]) -> None:

@@ -45,10 +45,15 @@ def _encode_once(profile: PipelineProfile) -> PipelineProfile:
 
 
 def _offloaded(role: Role) -> Callable[[PipelineProfile], PipelineProfile]:
-    """The weights of a role's component wait on the CPU: new memory in each request, which no graph can read."""
+    """The weights of a role's component wait on the CPU: new memory in each request, which no graph can read.
+
+    Those of one that is dealt by layers stay.
+    """
 
     def change(profile: PipelineProfile) -> PipelineProfile:
         name = profile.pipeline.of(role)
+        if name in profile.dealt:
+            return profile
         waiting = replace(profile.components[name], resident=False, execution="eager")
         return replace(profile, components={**profile.components, name: waiting})
 

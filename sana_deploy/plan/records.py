@@ -259,7 +259,7 @@ class Replica(Record):
 
     A plan is the first one, with what all of them share. `vae_band_count` are the bands of rows that the VAE takes an
     image in; None where it takes it whole. `rows` are those of tokens that each unit of the denoising loop computes,
-    where the split deals them.
+    where the split deals them; `layers` are the blocks of the first unit of each component that is dealt by layers.
     """
 
     slots: list[Slot]
@@ -279,6 +279,7 @@ class Replica(Record):
     runtime: Execution = "eager"
     split: Split = "none"
     rows: list[int] = []
+    layers: dict[Component, int] = {}
     exactness: Exactness | None = None
     faster: list[Faster] = []
     overlap: Overlap | None = None

@@ -17,6 +17,7 @@ from .crossing import Configs as Configs
 from .crossing import Crossing as Crossing
 from .crossing import Crossings as Crossings
 from .crossing import Phase as Phase
+from .layers import Layers as Layers
 from .row_bands import Bands as Bands
 from .row_bands import BandWork as BandWork
 
@@ -105,6 +106,7 @@ class ComponentDescription:
         chains: layers whose work depends on no step.
         demands: keys of its config, and the value that the pipeline needs there.
         graphed: whether its forward may be a CUDA graph: it launches the same kernels for all values of its inputs.
+        layers: how two GPUs can hold some of its blocks each; None where they cannot.
     """
 
     name: str
@@ -121,6 +123,7 @@ class ComponentDescription:
     graphed: bool = False
     chains: tuple[SteadyChain, ...] = ()
     demands: tuple[tuple[str, Any], ...] = ()
+    layers: Layers | None = None
 
     def call(self, method: str) -> Call:
         """The call of this method."""
