@@ -86,6 +86,16 @@ class Plan(Replica):
         return {**self.components, **further}
 
     @property
+    def wholes(self) -> dict[Component, PlacedComponent]:
+        """The components with all of their weights, also where their blocks are dealt to two units."""
+        found = dict(self.components)
+        for unit in self.units.values():
+            if (name := unit.component) in self.layers:
+                size = found[name].weights_bytes + unit.weights_bytes
+                found[name] = found[name].model_copy(update={"weights_bytes": size})
+        return found
+
+    @property
     def fullness(self) -> float | None:
         """Share of the fullest GPU that is taken at its peak, by others and by the plan; None where all is on the CPU.
 
@@ -269,7 +279,7 @@ class Plan(Replica):
         self.check_feasible()
         spec, declared = self.spec, self.spec.resolve
         accepted, whole = declared.allow if allow is None else allow, declared.verify if verify is None else verify
-        stale = staleness_of(self.libraries, self.checkpoint, self.components, self.model, accepted, whole)
+        stale = staleness_of(self.libraries, self.checkpoint, self.wholes, self.model, accepted, whole)
         wanted = (declared.bind if bind is None else bind) or {}
         own = self.each()
         parts = [(one.slots, one.parts) for one in own]
