@@ -33,7 +33,7 @@ from .records import (
 )
 from .units import component_of
 
-SCHEMA_VERSION = "1.6"
+SCHEMA_VERSION = "1.5"
 """Minor: additive, readers ignore what they do not know. Major: refused, the upgrade is named."""
 
 

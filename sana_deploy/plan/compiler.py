@@ -56,7 +56,7 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     offered = _offered(spec, machine)
     diagnostics: list[Diagnostic] = []
     if spec.precision.name == "auto":
-        spec, reason = choose_precision(spec, checkpoint, machine, fits)
+        spec, reason = choose_precision(spec, checkpoint, machine, partial(fits, at_last=False), fits)
         diagnostics.append(reason)
     diagnostics += declaration_remarks(spec, checkpoint, machine)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
@@ -241,7 +241,8 @@ def _range(indices: set[int]) -> str:
     return f"an index from 0 to {max(indices)}" if len(indices) > 1 else "0"
 
 
-def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> bool:
+def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, at_last: bool = True) -> bool:
+    """Whether some placement fits; `at_last` also by layers."""
     try:
         _check_indices(spec, machine)
     except InfeasibleError:
@@ -252,7 +253,7 @@ def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: M
 
     def planned(part: Machine) -> Choice:
         """The first way that fits, else the last."""
-        for way in open_ways(spec, ways(part), at_last=single):
+        for way in open_ways(spec, ways(part), at_last and single):
             choice = ways(part).choice(way)
             if choice.search.best:
                 break

@@ -154,7 +154,8 @@ def choose(spec: DeploySpec, ways: Ways, at_last: bool = True) -> Choice:
     asked = "none" if not isinstance(hardware, (CustomMap, MultiGpuBalanced)) else hardware.split
     if asked in _NAMES:
         if asked in ways.splits:
-            return choose_runtime(mode, asked, ways)
+            found = choose_runtime(mode, asked, ways)
+            return found if asked not in _LAST else _with_words(found)
         return _with(choose_runtime(mode, "none", ways), _not_split(spec, asked, ways.refused[asked]))
     whole = choose_runtime(mode, "none", ways)
     if asked == "none":
@@ -222,6 +223,14 @@ def _seconds(spec: DeploySpec, choice: Choice) -> float:
     """Seconds of an image."""
     assert choice.search.best is not None
     return sum((choice.search.best.seconds or {}).values()) / spec.workload.batch
+
+
+def _with_words(choice: Choice) -> Choice:
+    """The choice of layers that were asked for, and which blocks are where."""
+    if choice.search.best is None:
+        return choice
+    message = layers_words(choice.profile, choice.search.best)
+    return _with(choice, Diagnostic(type="layers", severity="info", message=message, where="hardware.split"))
 
 
 def open_ways(spec: DeploySpec, ways: Ways, at_last: bool = True) -> Iterator[Way]:
