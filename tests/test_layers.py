@@ -76,7 +76,7 @@ def test_residuals_of_a_controlnet_reach_blocks_on_both_gpus(first: int) -> None
     given = {"control_image": STRIPES.resize((96, 64)), "controlnet_conditioning_scale": 0.7}
     with host:
         ours = call(pipeline, **given)
-    theirs: Any = encode_one_at_a_time(diffusers_own(resolved.plan.pipeline))  # type: ignore[arg-type]
+    theirs: Any = encode_one_at_a_time(diffusers_own(resolved.plan.pipeline))
     assert np.array_equal(np.asarray(ours), np.asarray(call(theirs, **given)))
 
 
@@ -155,7 +155,7 @@ def test_in_other_formats_it_draws_what_the_whole_draws(precision: str) -> None:
         pipeline, host = loaded(resolved_for("tiny_sana", layers, f"precision={precision}"))
         with host:
             pictures.append(np.asarray(call(pipeline)))
-    assert np.array_equal(*pictures)
+    assert np.array_equal(pictures[0], pictures[1])
 
 
 def test_lora_layers_work_in_blocks_on_both_gpus() -> None:
@@ -174,7 +174,7 @@ def test_lora_layers_work_in_blocks_on_both_gpus() -> None:
                         value.fill_(0.02)
             pictures.append(np.asarray(call(pipeline)))
         assert not np.array_equal(before, pictures[-1])
-    assert np.array_equal(*pictures)
+    assert np.array_equal(pictures[0], pictures[1])
 
 
 def test_taken_off_what_was_loaded_dealt_is_whole_on_the_cpu() -> None:

@@ -249,19 +249,19 @@ def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: M
         return False
     offered, hardware, ways = _offered(spec, machine), spec.hardware, _ways(measure, spec, checkpoint)
 
-    single = isinstance(hardware, CustomMap) or not isinstance(hardware.replicas, int) or hardware.replicas == 1
+    replicas = 1 if isinstance(hardware, CustomMap) or not isinstance(hardware.replicas, int) else hardware.replicas
 
     def planned(part: Machine) -> Choice:
         """The first way that fits, else the last."""
-        for way in open_ways(spec, ways(part), at_last and single):
+        for way in open_ways(spec, ways(part), at_last and replicas == 1):
             choice = ways(part).choice(way)
             if choice.search.best:
                 break
         return choice
 
-    if single:
+    if replicas == 1:
         return planned(offered).search.best is not None
-    return deals_of(offered, planned, _sizes(spec, offered, ways), "most replicas").most >= hardware.replicas
+    return deals_of(offered, planned, _sizes(spec, offered, ways), "most replicas").most >= replicas
 
 
 def _infeasible(
