@@ -132,7 +132,7 @@ def unplace(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Take a placement off: no hooks, the class's own methods, the VAE's own settings, components where they were.
 
     Components keep the dtype that they were placed in: what a cast rounded off cannot come back. Those that
-    `load_pipeline` put on a device stay there.
+    `load_pipeline` put on a device stay there, but for one that it dealt to two, which goes to the CPU.
 
     Returns:
         The same pipeline.
