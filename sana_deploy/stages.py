@@ -187,7 +187,7 @@ def _apply(run: Run) -> None:
             run.pipelines = load_pipelines(run.resolved, advance)
         seconds["load"] = clock.lap()
     run.remarks += [_out_of_range(text, run.resolved.plan) for text in border_of(run.pipelines[0]).notes]
-    weights = sum(part.weights_bytes for part in run.resolved.plan.components.values())
+    weights = sum(part.weights_bytes for part in run.resolved.plan.wholes.values())
     loaded = 0 if virtual else weights * len(run.pipelines)
     run.measured = Measured(seconds=seconds, loaded_bytes=loaded)
 

@@ -261,7 +261,7 @@ def test_controlnet_is_split_off_only_when_nothing_else_fits(small: Small, machi
     plan = compile_spec(spec, machine(5.6, 4.0, 4.0))
     assert plan.knobs == ["encode_once", "split_controlnet"]
     assert plan.estimates.bytes_per_step > 0
-    forbidden = small(LARGE, "hardware.allow=[]")
+    forbidden = small(LARGE, "hardware.allow=[]", "hardware.split=none")
     with pytest.raises(InfeasibleError, match=r"0 of \d+ placements fit \(\d+ would split ControlNet ") as caught:
         compile_spec(forbidden, machine(5.6, 4.0, 4.0))
     assert "hardware.allow=[split_controlnet]" in caught.value.hint
@@ -345,7 +345,7 @@ def test_only_the_gpus_allowed_are_used_and_what_is_kept_free_stays_free(small: 
     kept = compile_spec(small(LARGE, "hardware.keep_free=2GiB"), machine(8, 8, 8))
     assert all(slot.peak_bytes <= 6 * GIB for slot in kept.slots)
     with pytest.raises(InfeasibleError):
-        compile_spec(small(LARGE, "hardware.keep_free=4GiB"), machine(8, 8, 8))
+        compile_spec(small(LARGE, "hardware.keep_free=4GiB", "hardware.split=none"), machine(8, 8, 8))
     with pytest.raises(InfeasibleError, match="GPU 7 is not there") as caught:
         compile_spec(small(LARGE, "hardware.use=[0,7]"), machine(8, 8))
     assert caught.value.where == "hardware.use[1]"
@@ -396,7 +396,7 @@ def test_the_largest_image_offered_is_the_largest(small: Small, machine: Describ
 @pytest.mark.parametrize(
     "chosen",
     [
-        ["hardware.pin.vae=1"],
+        ["hardware.pin.vae=1", "hardware.split=none"],
         ["hardware=single_gpu", "hardware.gpu=1"],
         ["hardware.use=[1]"],
         ["hardware.keep_free=3GiB"],
@@ -491,7 +491,7 @@ def test_a_map_that_cannot_fit_is_refused_like_any_other_unless_forced(small: Sm
 
 def test_what_does_not_fit_is_a_plan_to_read_but_not_to_apply(small: Small, machine: Describe) -> None:
     with pytest.raises(InfeasibleError) as caught:
-        compile_spec(small(LARGE, *AT_1024), machine(6, 6))
+        compile_spec(small(LARGE, *AT_1024, "hardware.split=none"), machine(6, 6))
     plan = caught.value.plan
     assert not plan.feasible
     assert plan.considered.closest.shortfall_bytes == caught.value.facts["shortfall_bytes"] > 0

@@ -26,7 +26,7 @@ OnDecodeOom = Literal["tile", "bands", "raise"]
 """When the VAE runs out of memory in decode: again in bands of rows and, with `tile`, then in tiles; or give up."""
 
 
-Split = Literal["none", "guidance", "rows"]
+Split = Literal["none", "guidance", "rows", "layers"]
 """How one image is spread over GPUs."""
 
 
@@ -39,18 +39,27 @@ class SplitDescription:
         exactness: against one GPU.
         most_gpus: that can share a step.
         graphs: whether its calls can be graphs.
+        last: whether it saves no seconds, so that it is chosen only where nothing else fits.
     """
 
     help: str
     exactness: Exactness
     most_gpus: int
     graphs: bool = True
+    last: bool = False
 
 
 SPLITS: dict[Split, SplitDescription] = {
     "none": SplitDescription("one GPU computes a whole denoising step", "bitwise", 1),
     "guidance": SplitDescription("two GPUs compute one half of classifier-free guidance each", "rounding", 2),
     "rows": SplitDescription("up to eight GPUs compute some rows of the image each", "rounding", 8, graphs=False),
+    "layers": SplitDescription(
+        "two GPUs hold the first and the other blocks of the denoiser or the text encoder, and compute in turn",
+        "bitwise",
+        2,
+        graphs=False,
+        last=True,
+    ),
 }
 """By name, the plainest first. Libraries may choose kernels by batch size, so that halves may differ from the whole; so
 may rows, and sums over all of them are added in another order."""
@@ -153,12 +162,13 @@ class MultiGpuBalanced(Planned):
     Attributes:
         pin: fixes single units to a GPU index; None leaves one free. One of the second half counts where it is planned.
         split: `guidance` (the halves of classifier-free guidance on two GPUs), `rows` (rows of the image on up to
-            eight), `none`, or `auto`: where the objective gains by it.
+            eight), `layers` (consecutive blocks of one component on two), `none`, or `auto`: where the objective gains
+            by it, and layers where nothing else fits.
     """
 
     strategy: Literal["multi_gpu_balanced"]
     pin: dict[UnitName, GpuIndex | None] = {}
-    split: Literal["auto", "none", "guidance", "rows"] = "auto"
+    split: Literal["auto", "none", "guidance", "rows", "layers"] = "auto"
 
     _named = field_validator("pin", mode="before")(_without_unnamed_units)
 

@@ -62,6 +62,22 @@ class ComponentFacts:
             return self.weights_bytes(form) // 100
         return unsplit_bytes(size for key, shape in shapes.items() for size in tensor_bytes(key, shape, form))
 
+    def block_tensors(self, blocks: str, count: int, form: Format) -> list[list[int]] | None:
+        """Bytes of the tensors of each of `count` blocks in `form`; None where the config does not determine them.
+
+        Args:
+            blocks: the attribute that lists them.
+        """
+        shapes = expected_shapes(self.class_name, self.config)
+        if shapes is None:
+            return None
+        found: list[list[int]] = [[] for _ in range(count)]
+        for key, shape in shapes.items():
+            attribute, _, rest = key.partition(".")
+            if attribute == blocks:
+                found[int(rest.partition(".")[0])] += tensor_bytes(key, shape, form)
+        return found
+
     @property
     def identity(self) -> list[Any]:
         """Class, config without bookkeeping, and tensor shapes."""

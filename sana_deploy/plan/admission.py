@@ -23,6 +23,7 @@ from .cost import host_bytes, slot_use
 from .execution import executed
 from .guidance_split import split_guidance
 from .knobs import under
+from .layers import LayerSplit
 from .overlap import cycle_seconds, launch_seconds, stages_of
 from .profile import ComponentProfile, PipelineProfile, profile_pipeline
 from .records import Place, place_words
@@ -223,6 +224,8 @@ class _Replica:
         if rows:
             dealt = RowSplit(profile, self._checkpoint, workload, formats, _refuse_to_measure)
             profile = dealt.again(plan.rows, _vae_is_dealt(plan))
+        if plan.layers:
+            profile = LayerSplit(profile, self._checkpoint, workload, formats).dealt(plan.layers)
         knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]
         profile = replace(profile, band_count=plan.vae_band_count or 1)
         profile = executed(under(profile, knobs), plan.runtime)

@@ -44,7 +44,8 @@ class Plan(Replica):
     first of their component, by name; `device_map` and `components` say where the first ones are. `runtime` is how the
     components of the denoising loop execute on GPUs. `split` is how one image is spread over GPUs: with `guidance` each
     component of the denoising loop has a unit 1, which computes the second half of the rows; with `rows` each has a
-    unit on every GPU that takes part, for some rows of the image. `exactness` is what knobs, runtime and split do to
+    unit on every GPU that takes part, for some rows of the image; with `layers` a component has a unit 1, which holds
+    the blocks after the first ones that `layers` counts. `exactness` is what knobs, runtime and split do to
     the picture; None in plans of before 1.4. `faster` are other ways for the same request, the most exact first.
     `overlap` says how the stages of several requests overlap; None where that gains nothing or does not fit, and in
     plans of before 1.5.
@@ -83,6 +84,16 @@ class Plan(Replica):
             for name, unit in self.units.items()
         }
         return {**self.components, **further}
+
+    @property
+    def wholes(self) -> dict[Component, PlacedComponent]:
+        """The components with all of their weights, also where their blocks are dealt to two units."""
+        found = dict(self.components)
+        for unit in self.units.values():
+            if (name := unit.component) in self.layers:
+                size = found[name].weights_bytes + unit.weights_bytes
+                found[name] = found[name].model_copy(update={"weights_bytes": size})
+        return found
 
     @property
     def fullness(self) -> float | None:
@@ -224,6 +235,9 @@ class Plan(Replica):
                 raise PlanError(f"{origin}: the unit {name} belongs to no component", where="plan_file")
             if unit.slot != "cpu" and unit.slot not in indices:
                 raise PlanError(f"{origin} puts {name} on slot {unit.slot}, which it lacks", where="plan_file")
+        dealt = {unit.component for unit in one.units.values()} if one.split == "layers" else set()
+        if dealt != set(one.layers):
+            raise PlanError(f"{origin} contradicts itself about what is dealt by layers", where="plan_file")
         if one.home != one.device_map[self.pipeline.denoiser]:
             raise PlanError(
                 f"{origin}: home is {one.home}, the {self.pipeline.denoiser} is elsewhere", where="plan_file"
@@ -265,7 +279,7 @@ class Plan(Replica):
         self.check_feasible()
         spec, declared = self.spec, self.spec.resolve
         accepted, whole = declared.allow if allow is None else allow, declared.verify if verify is None else verify
-        stale = staleness_of(self.libraries, self.checkpoint, self.components, self.model, accepted, whole)
+        stale = staleness_of(self.libraries, self.checkpoint, self.wholes, self.model, accepted, whole)
         wanted = (declared.bind if bind is None else bind) or {}
         own = self.each()
         parts = [(one.slots, one.parts) for one in own]

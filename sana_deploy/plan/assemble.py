@@ -129,6 +129,7 @@ def _placed(profile: PipelineProfile, placement: Placement) -> dict[str, Any]:
         "split": profile.split,
         "rows": list(profile.rows),
         "graphed_calls": graphed_calls(profile, placement),
+        "layers": dict(profile.dealt),
     }
 
 

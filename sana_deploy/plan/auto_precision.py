@@ -18,24 +18,29 @@ ORDER = ("mixed_bf16", "mixed_fp32", "bf16", "fp32")
 
 
 def choose_precision(
-    spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, fits: Fits
+    spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, *fits: Fits
 ) -> tuple[DeploySpec, Diagnostic]:
     """Return `spec` with a policy for `precision=auto`, its own entries in `components` kept, and the reason.
 
     Without a GPU that may be taken it is float32, the one dtype that CPUs compute natively. Where none fits, the first
     one that some GPU computes natively is taken, so that the refusal speaks of memory.
+
+    Args:
+        fits: say whether a declaration fits; a later one is asked where no policy fits by those before.
     """
     gpus = machine.named(spec.hardware.gpu_indices)
     if not gpus:
         return _with(spec, "fp32"), _remark("fp32", "float32 is what CPUs compute natively")
     passed: list[str] = []
-    for name, changed in _candidates(spec):
-        if fits(changed, checkpoint, machine):
-            reason = f"native here and it fits{'; ' if passed else ''}{'; '.join(passed)}"
-            return changed, _remark(name, reason)
-        passed.append(f"{name}: {_why_not(changed.precision.components, gpus)}")
+    for one in fits:
+        passed = []
+        for name, changed in _candidates(spec):
+            if one(changed, checkpoint, machine):
+                reason = f"native here and it fits{'; ' if passed else ''}{'; '.join(passed)}"
+                return changed, _remark(name, reason)
+            passed.append(f"{name}: {_why_not(changed.precision.components, gpus)}")
     name, changed = next(
-        (one for one in _candidates(spec) if _native_somewhere(one[1], gpus)), ("fp32", _with(spec, "fp32"))
+        (tried for tried in _candidates(spec) if _native_somewhere(tried[1], gpus)), ("fp32", _with(spec, "fp32"))
     )
     return changed, _remark(name, f"none fits; {'; '.join(passed)}")
 

@@ -56,7 +56,7 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     offered = _offered(spec, machine)
     diagnostics: list[Diagnostic] = []
     if spec.precision.name == "auto":
-        spec, reason = choose_precision(spec, checkpoint, machine, fits)
+        spec, reason = choose_precision(spec, checkpoint, machine, partial(fits, at_last=False), fits)
         diagnostics.append(reason)
     diagnostics += declaration_remarks(spec, checkpoint, machine)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
@@ -97,6 +97,8 @@ def _ways(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint) -> WaysOn:
 def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[[], str]) -> list[Group]:
     """The GPUs of each replica, and how it is planned on them; all of them where one is asked for, or nothing fits.
 
+    A single one may be dealt by layers where nothing else fits.
+
     Args:
         changes: says what would fit where too few replicas do.
 
@@ -106,25 +108,28 @@ def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[
     hardware = spec.hardware
 
     def planned(part: Machine) -> Choice:
-        return choose(spec, ways(part))
+        return choose(spec, ways(part), at_last=False)
+
+    def alone() -> list[Group]:
+        return [Group(offered, choose(spec, ways(offered)))]
 
     if isinstance(hardware, CustomMap) or not hardware.may_replicate:
-        return [Group(offered, planned(offered))]
+        return alone()
     most_images = hardware.objective == "throughput" and not isinstance(hardware.replicas, int)
     sizes = _sizes(spec, offered, ways)
     deals = deals_of(offered, planned, sizes, "most images" if most_images else "every count")
     if groups := deals.chosen(hardware.replicas):
         return groups
-    if isinstance(hardware.replicas, int) and (deals.most or planned(offered).search.best):
+    if isinstance(hardware.replicas, int) and (deals.most or alone()[0].choice.search.best):
         raise _too_many(hardware.replicas, deals, sizes, changes())
-    return [Group(offered, planned(offered))]
+    return alone()
 
 
 def _sizes(spec: DeploySpec, offered: Machine, ways: WaysOn) -> range:
     """How many GPUs one replica can use: one for each unit at most, two at least where the image is split."""
     if isinstance(spec.hardware, SingleGpu):
         return range(1, 2)
-    opened = list(open_ways(spec, ways(offered)))
+    opened = list(open_ways(spec, ways(offered), at_last=False))
     units = max(len(groups_of(ways(offered).profile(way))) for way in opened)
     return range(1 if any(way.split == "none" for way in opened) else 2, units + 1)
 
@@ -236,24 +241,27 @@ def _range(indices: set[int]) -> str:
     return f"an index from 0 to {max(indices)}" if len(indices) > 1 else "0"
 
 
-def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: Machine) -> bool:
+def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, at_last: bool = True) -> bool:
+    """Whether some placement fits; `at_last` also by layers."""
     try:
         _check_indices(spec, machine)
     except InfeasibleError:
         return False
     offered, hardware, ways = _offered(spec, machine), spec.hardware, _ways(measure, spec, checkpoint)
 
+    replicas = 1 if isinstance(hardware, CustomMap) or not isinstance(hardware.replicas, int) else hardware.replicas
+
     def planned(part: Machine) -> Choice:
         """The first way that fits, else the last."""
-        for way in open_ways(spec, ways(part)):
+        for way in open_ways(spec, ways(part), at_last and replicas == 1):
             choice = ways(part).choice(way)
             if choice.search.best:
                 break
         return choice
 
-    if isinstance(hardware, CustomMap) or not isinstance(hardware.replicas, int) or hardware.replicas == 1:
+    if replicas == 1:
         return planned(offered).search.best is not None
-    return deals_of(offered, planned, _sizes(spec, offered, ways), "most replicas").most >= hardware.replicas
+    return deals_of(offered, planned, _sizes(spec, offered, ways), "most replicas").most >= replicas
 
 
 def _infeasible(

@@ -103,6 +103,7 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
     yield "split", plan.split
     yield "rows", ", ".join(map(str, plan.rows))
     yield "graphed_calls", ", ".join(plan.graphed_calls)
+    yield "layers", ", ".join(f"{name} {first}" for name, first in plan.layers.items())
     yield "knobs", ", ".join(plan.knobs)
     yield "vae_band_count", plan.vae_band_count
 

@@ -89,7 +89,7 @@ def _drop_what_follows(content: dict[str, Any]) -> None:
             for key in _OUTSIDE_DIGEST:
                 _drop(key, replicas)
             _drop_empty("vae_band_count", replicas)
-            for key in ("rows", "graphed_calls"):
+            for key in ("rows", "layers", "graphed_calls"):
                 _drop_empty(key, replicas)
             _drop_later_bytes([slot for one in replicas if isinstance(one, dict) for slot in one.get("slots", [])])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..declare.hardware import MultiGpuBalanced
+from ..declare.hardware import SPLITS, MultiGpuBalanced
 from ..declare.knobs import EXACTNESSES, KNOBS, least_exact
 from ..declare.spec import DeploySpec
 from .records import Faster
@@ -16,7 +16,8 @@ def faster_ways(spec: DeploySpec, choice: Choice, ways: Ways) -> list[Faster]:
     One that is less exact than another is listed where it is faster than that, too. Nothing is where a component of
     the plan is on the CPU, whose seconds are not known.
     """
-    offers = [offer for way in ways if way != choice.way and (offer := _offer(spec, choice, way, ways))]
+    others = [way for way in ways if way != choice.way and not SPLITS[way.split].last]
+    offers = [offer for way in others if (offer := _offer(spec, choice, way, ways))]
     best: list[Faster] = []
     for exactness in EXACTNESSES:
         fastest = min(
@@ -56,7 +57,10 @@ def _overrides(spec: DeploySpec, way: Way, ways: Ways) -> list[str]:
     runtime = choose_runtime(mode, way.split, ways).way.runtime if mode == "auto" else mode
     found = [] if runtime == way.runtime else [f"runtime={way.runtime}"]
     if isinstance(hardware, MultiGpuBalanced) and hardware.split != way.split:
-        splits = len(ways.splits) > 1 and hardware.objective in ("latency", "throughput")
+        splits = sum(not SPLITS[split].last for split in ways.splits) > 1 and hardware.objective in (
+            "latency",
+            "throughput",
+        )
         whole = way.split == "none" and hardware.split == "auto" and not splits
         found += [] if whole else [f"hardware.split={way.split}"]
     return found

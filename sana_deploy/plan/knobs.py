@@ -45,10 +45,15 @@ def _encode_once(profile: PipelineProfile) -> PipelineProfile:
 
 
 def _offloaded(role: Role) -> Callable[[PipelineProfile], PipelineProfile]:
-    """The weights of a role's component wait on the CPU: new memory in each request, which no graph can read."""
+    """The weights of a role's component wait on the CPU: new memory in each request, which no graph can read.
+
+    Those of one that is dealt by layers stay.
+    """
 
     def change(profile: PipelineProfile) -> PipelineProfile:
         name = profile.pipeline.of(role)
+        if name in profile.dealt:
+            return profile
         # Graphs of large calls keep in every phase what they take: also beside weights that are there in one.
         others = {other: replace(part, graph_phases=()) for other, part in profile.components.items()}
         waiting = replace(profile.components[name], resident=False, execution="eager")

@@ -78,6 +78,7 @@ class PipelineProfile:
             `PipelineDescription.bands`.
         fixed: the GPU of each unit that was profiled for that GPU.
         further_vae_under: what further units of the VAE need in each mode, where it has some.
+        dealt: blocks of the first unit of each component that is dealt by layers; its units work in turn.
     """
 
     pipeline: PipelineDescription
@@ -92,6 +93,7 @@ class PipelineProfile:
     rows: tuple[int, ...] = ()
     fixed: Mapping[str, int] = field(default_factory=dict)
     further_vae_under: Mapping[VaeMode, Mapping[Unit, ComponentProfile]] = field(default_factory=dict)
+    dealt: Mapping[Component, int] = field(default_factory=dict)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -108,6 +110,8 @@ class PipelineProfile:
         """How one image is spread over GPUs."""
         if self.rows:
             return "rows"
+        if self.dealt:
+            return "layers"
         return "guidance" if self.further else "none"
 
     @property

@@ -39,7 +39,7 @@ def working_changes(spec: DeploySpec, checkpoint: Checkpoint, machine: Machine, 
     """
     less = _less_kept_free(spec, checkpoint, machine, fits)
     runtime = _first(_less_kept_by_graphs(spec), checkpoint, machine, fits)
-    whole = _first(_whole_steps(spec), checkpoint, machine, fits)
+    whole = _first(_free_split(spec), checkpoint, machine, fits)
     found = [
         runtime or less,
         _first(_more_knobs(spec), checkpoint, machine, fits),
@@ -66,10 +66,10 @@ def _less_kept_by_graphs(spec: DeploySpec) -> Iterator[Change]:
         yield "runtime=auto", spec.model_copy(update={"runtime": spec.runtime.model_copy(update={"mode": "auto"})})
 
 
-def _whole_steps(spec: DeploySpec) -> Iterator[Change]:
-    """A split only where it is worth it, where it was asked for."""
+def _free_split(spec: DeploySpec) -> Iterator[Change]:
+    """A split only where it is worth it, or any where nothing fits without, where another one or none was asked for."""
     hardware = spec.hardware
-    if isinstance(hardware, MultiGpuBalanced) and hardware.split not in ("auto", "none"):
+    if isinstance(hardware, MultiGpuBalanced) and hardware.split != "auto":
         yield "hardware.split=auto", spec.model_copy(update={"hardware": hardware.model_copy(update={"split": "auto"})})
 
 

@@ -242,11 +242,14 @@ def phase_steps(
     denoise, crossed = dict[str, Any](), dict[Crossing, Any]()
     for name, part in profile.parts.items():
         for phase, seconds in work(name, part).items():
-            steps[phase].append((part.name, (places[name],), seconds))
+            # Units that are dealt by layers wait for each other, as components do.
+            whole: Hashable = name if part.name in profile.dealt else part.name
+            steps[phase].append((whole, (places[name],), seconds))
             if phase == "denoise":
                 denoise[name] = seconds
     for one in profile.crossings:
-        whole, crossed[one] = (one.tensor, component_of(one.src), component_of(one.dst)), crossing(one)
+        ends = [end if component_of(end) in profile.dealt else component_of(end) for end in (one.src, one.dst)]
+        whole, crossed[one] = (one.tensor, *ends), crossing(one)
         steps[one.phase].append((whole, (places[one.src], places[one.dst]), crossed[one]))
     steps["denoise"].append(("at once", (), -saved_seconds(profile, denoise, crossed, places)))
     return steps

@@ -12,6 +12,8 @@ from ..errors import InfeasibleError
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Machine
 from .guidance_split import split_guidance
+from .layer_cuts import best_layers, layers_words
+from .layers import LayerSplit
 from .needs import Measure
 from .profile import PipelineProfile
 from .row_gpus import best_rows
@@ -20,8 +22,14 @@ from .runtimes import WORTH, choose_runtime
 from .search import Search
 from .ways import PLAINEST, Choice, Way, Ways
 
-_NAMES: dict[Split, str] = {"guidance": "the halves of guidance", "rows": "the rows of an image"}
+_NAMES: dict[Split, str] = {
+    "guidance": "the halves of guidance",
+    "rows": "the rows of an image",
+    "layers": "the blocks of a component",
+}
 """What each split spreads."""
+_LAST: tuple[Split, ...] = tuple(name for name, one in SPLITS.items() if one.last)
+"""Those that are chosen only where nothing else fits."""
 
 
 def ways_of(
@@ -44,13 +52,17 @@ def ways_of(
     halves = partial(split_guidance, profile, checkpoint, bounds, formats, measure)
     pins = hardware.pin if isinstance(hardware, MultiGpuBalanced) else {}
     fixed = {name: place for name, place in pins.items() if place is not None}
-    rows = RowSplit(profile, checkpoint, bounds, formats, measure)
+    rows, layers = (
+        RowSplit(profile, checkpoint, bounds, formats, measure),
+        LayerSplit(profile, checkpoint, bounds, formats),
+    )
     profiles: dict[Split, Callable[[], PipelineProfile]] = {
         "none": lambda: profile,
         "guidance": halves,
         "rows": lambda: best_rows(rows, machine.gpus, fixed, searched, spec.precision.allow_emulated),
+        "layers": lambda: best_layers(layers, machine.gpus, searched),
     }
-    refused = {split: why for split in _NAMES if (why := why_not(split, spec, machine, rows))}
+    refused = {split: why for split in _NAMES if (why := why_not(split, spec, machine, rows, layers))}
     for split in refused:
         del profiles[split]
     if isinstance(hardware, CustomMap) and "guidance" in profiles:
@@ -72,15 +84,17 @@ def _remembered(searched: Callable[[PipelineProfile], Search]) -> Callable[[Pipe
     return search
 
 
-def why_not(split: Split, spec: DeploySpec, machine: Machine, rows: RowSplit) -> str:
+def why_not(split: Split, spec: DeploySpec, machine: Machine, rows: RowSplit, layers: LayerSplit) -> str:
     """Why an image cannot be spread so over GPUs; empty where it can."""
     hardware = spec.hardware
-    if split == "guidance":
-        if why := _no_guidance(spec):
-            return why
-    elif why := _no_rows(spec, rows):
+    why = {
+        "guidance": lambda: _no_guidance(spec),
+        "rows": lambda: _no_rows(spec, rows),
+        "layers": lambda: _no_layers(spec, layers),
+    }[split]()
+    if why:
         return why
-    subject = "guidance is" if split == "guidance" else "the rows of an image are"
+    subject = {"guidance": "guidance is", "rows": "the rows of an image are", "layers": "blocks are"}[split]
     if not isinstance(hardware, (CustomMap, MultiGpuBalanced)):
         return f"hardware={hardware.strategy} takes one GPU"
     if isinstance(hardware, MultiGpuBalanced) and len(machine.gpus) < 2:
@@ -112,31 +126,57 @@ def _no_rows(spec: DeploySpec, rows: RowSplit) -> str:
     return ""
 
 
-def choose(spec: DeploySpec, ways: Ways) -> Choice:
+def _no_layers(spec: DeploySpec, layers: LayerSplit) -> str:
+    if not layers.blocks:
+        return "no component has blocks whose sizes follow from its config"
+    if isinstance(spec.hardware, CustomMap):
+        return "a map has no units for layers"
+    if spec.runtime.asked and spec.runtime.asked != PLAINEST and not SPLITS["layers"].graphs:
+        return f"hidden states cross between two blocks, and runtime.mode={spec.runtime.asked} records whole calls"
+    return ""
+
+
+def choose(spec: DeploySpec, ways: Ways, at_last: bool = True) -> Choice:
     """Choose runtime and split.
 
     `hardware.split=auto` takes, with `objective=latency` and `throughput`, the halves of guidance or the rows of the
     image where they save 5 % of the seconds of an image: rows where they save as much of what halves take. But with
     `objective=fit` it takes either where nothing fits without. Whether GPUs draw more images with a replica each is
-    decided where GPUs are dealt, in `replicas.py`.
+    decided where GPUs are dealt, in `replicas.py`. Layers, which save no seconds, are taken where nothing else fits.
+
+    Args:
+        at_last: whether they may be.
 
     Raises:
-        InfeasibleError: `hardware.split=rows` is asked for with a runtime that it does not have.
+        InfeasibleError: a split is asked for with a runtime that it does not have.
     """
     hardware, mode = spec.hardware, spec.runtime.mode
     asked = "none" if not isinstance(hardware, (CustomMap, MultiGpuBalanced)) else hardware.split
     if asked in _NAMES:
         if asked in ways.splits:
-            return choose_runtime(mode, asked, ways)
+            found = choose_runtime(mode, asked, ways)
+            return found if asked not in _LAST else _with_words(found)
         return _with(choose_runtime(mode, "none", ways), _not_split(spec, asked, ways.refused[asked]))
     whole = choose_runtime(mode, "none", ways)
     if asked == "none":
         return whole
+    chosen = _gaining(spec, whole, ways)
+    last = [split for split in ways.splits if split in _LAST] if at_last and chosen.search.best is None else []
+    for split in last:
+        found = choose_runtime(mode, split, ways)
+        if found.search.best is not None:
+            return _with(found, _auto(split, f"nothing fits without; {layers_words(found.profile, found.search.best)}"))
+    return chosen
+
+
+def _gaining(spec: DeploySpec, whole: Choice, ways: Ways) -> Choice:
+    """The split by which the objective gains, or with which something fits at all; `whole` where there is none."""
+    hardware, mode = spec.hardware, spec.runtime.mode
     assert isinstance(hardware, MultiGpuBalanced)
     found = whole.search.best
     if hardware.objective == "fit" or (hardware.objective == "balance" and found):
         return whole
-    tried = [split for split in ways.splits if split != "none"]
+    tried = [split for split in ways.splits if split != "none" and split not in _LAST]
     if not tried:
         return whole
     choices = [choose_runtime(mode, split, ways) for split in tried]
@@ -172,6 +212,9 @@ def _worth_most(spec: DeploySpec, whole: Choice, fitting: Sequence[Choice], trie
     return _with(chosen, _auto(chosen.way.split, reason))
 
 
+_SPLIT_WITH_GRAPHS = ", or hardware.split=guidance"
+
+
 def _listed(values: Sequence[int]) -> str:
     return f"{', '.join(map(str, values[:-1]))} and {values[-1]}"
 
@@ -182,15 +225,27 @@ def _seconds(spec: DeploySpec, choice: Choice) -> float:
     return sum((choice.search.best.seconds or {}).values()) / spec.workload.batch
 
 
-def open_ways(spec: DeploySpec, ways: Ways) -> Iterator[Way]:
+def _with_words(choice: Choice) -> Choice:
+    """The choice of layers that were asked for, and which blocks are where."""
+    if choice.search.best is None:
+        return choice
+    message = layers_words(choice.profile, choice.search.best)
+    return _with(choice, Diagnostic(type="layers", severity="info", message=message, where="hardware.split"))
+
+
+def open_ways(spec: DeploySpec, ways: Ways, at_last: bool = True) -> Iterator[Way]:
     """The ways that `choose` may end with where they fit; of the runtimes of `auto` the one that takes least memory."""
     hardware = spec.hardware
     runtime = PLAINEST if spec.runtime.mode == "auto" else spec.runtime.mode
     asked: Split | str = hardware.split if isinstance(hardware, (CustomMap, MultiGpuBalanced)) else "none"
     if asked in _NAMES:
-        return iter([Way(runtime, asked if asked in ways.splits else "none")])
+        yield Way(runtime, asked if asked in ways.splits else "none")
+        return
     never = asked == "none" or (isinstance(hardware, MultiGpuBalanced) and hardware.objective == "fit")
-    return (Way(runtime, split) for split in ways.splits if split == "none" or not never)
+    first = [Way(runtime, split) for split in ways.splits if split == "none" or not (never or split in _LAST)]
+    yield from first
+    if asked != "none" and at_last and not any(ways.search(way).best for way in first):
+        yield from (Way(PLAINEST, split) for split in ways.splits if split in _LAST)
 
 
 def _denoisers(profile: PipelineProfile) -> Iterator[str]:
@@ -209,7 +264,7 @@ def _auto(split: Split, reason: str) -> Diagnostic:
 def _not_split(spec: DeploySpec, split: Split, why: str) -> Diagnostic:
     where = "hardware.device_map" if isinstance(spec.hardware, CustomMap) else "hardware.split"
     asked = spec.runtime.asked
-    if split == "rows" and asked and asked != PLAINEST and spec.pipeline.bands:
-        raise InfeasibleError(why, where=where, hint="runtime=eager, or hardware.split=guidance")
-    message = f"{why}: one GPU computes whole steps"
+    if not SPLITS[split].graphs and asked and asked != PLAINEST and (split != "rows" or spec.pipeline.bands):
+        raise InfeasibleError(why, where=where, hint=f"runtime=eager{_SPLIT_WITH_GRAPHS if split == 'rows' else ''}")
+    message = f"{why}: {'no component is dealt' if split == 'layers' else 'one GPU computes whole steps'}"
     return Diagnostic(type="no_split", severity="warning", message=message, where=where)

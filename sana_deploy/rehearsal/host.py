@@ -62,7 +62,7 @@ class VirtualHost(VirtualGpus):
     ) -> dict[Component, nn.Module]:
         """Load components by this host's fidelity; see `Host`."""
         if self.reads_weights:
-            on_cpu = {name: replace(request, device="cpu") for name, request in requests.items()}
+            on_cpu = {name: replace(request, device="cpu", others=None) for name, request in requests.items()}
             loaded = load_components(on_cpu, on_progress, notes)
             return {name: self._load(loaded[name], name, request) for name, request in requests.items()}
         return {
@@ -72,14 +72,24 @@ class VirtualHost(VirtualGpus):
 
     def _load(self, module: nn.Module, name: Component, request: LoadRequest) -> nn.Module:
         try:
-            return self.place_module(module, name, torch.device(request.device))
+            others = request.others.of(module) if request.others else []
+            for block in others:
+                assert request.others is not None
+                self.place_module(block, request.others.unit, torch.device(request.others.device))
+            return self.place_module(module, name, torch.device(request.device), others)
         except torch.OutOfMemoryError as problem:
             raise RunError(f"out of memory while loading {name}: {problem}", where=name) from problem
 
-    def place_module(self, module: nn.Module, name: str, device: torch.device) -> nn.Module:
-        """Put parameters and buffers on `device`, counted as weights of `name`; matmul goes by their requires_grad."""
+    def place_module(
+        self, module: nn.Module, name: str, device: torch.device, without: Iterable[nn.Module] = ()
+    ) -> nn.Module:
+        """Put parameters and buffers on `device`, counted as weights of `name`; matmul goes by their requires_grad.
+
+        Args:
+            without: parts of it that are elsewhere.
+        """
         with torch.no_grad(), self.ledger.owning(name):
-            for own, key, value in own_tensors(module):
+            for own, key, value in own_tensors(module, without):
                 own[key] = like(value, map_parts(value.detach(), lambda part: self.take(part, device)))
         return module
 

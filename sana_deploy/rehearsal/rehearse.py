@@ -36,7 +36,7 @@ def fidelity_of(plan: Plan) -> Fidelity:
     machine = plan.spec.machine
     wanted = machine.fidelity if isinstance(machine, VirtualMachine) else "auto"
     if wanted == "auto":
-        weights = sum(part.weights_bytes for part in plan.components.values())
+        weights = sum(part.weights_bytes for part in plan.wholes.values())
         return "numbers" if weights <= NUMBERS_LIMIT and plan.checkpoint.kind != "catalogue" else "shapes"
     if wanted == "numbers" and plan.checkpoint.kind == "catalogue":
         raise InfeasibleError(

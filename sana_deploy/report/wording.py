@@ -47,6 +47,7 @@ def steps_words(plan: Plan) -> str:
 def runtime_words(plan: Plan) -> str:
     """How the denoising loop executes, and what that does to the picture."""
     rows = f" {', '.join(map(str, plan.rows))}" if plan.rows else ""
+    rows += "".join(f" after block {first} of the {name}" for name, first in plan.layers.items())
     split = f", split {plan.split}{rows} ({SPLITS[plan.split].exactness})" if plan.split != "none" else ""
     return f"runtime {plan.runtime} ({RUNTIMES[plan.runtime].exactness}){split}"
 

@@ -82,6 +82,12 @@ class Border(NotCopied, Listeners):
             on_outputs(name, method, output)
         self._notify("leave", f"{name}.{method}")
 
+    def turn(self, ends: str, begins: str, method: str) -> None:
+        """Inside a call, one unit of a component ends and another one begins."""
+        self.state.inside = (begins, method)
+        self._notify("leave", f"{ends}.{method}")
+        self._notify("enter", f"{begins}.{method}")
+
     def target_of(self, unit: str) -> torch.device:
         """The device that a unit's results go to: its denoiser's.
 

@@ -109,7 +109,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
 
     def read_only(self, module: nn.Module) -> None:
         """Have the module's results hold what the pipeline reads of them, and nothing else."""
-        self._replace(module, reading(vars(module)["_old_forward"], self.calls["forward"]))
+        self.replace_forward(module, reading(vars(module)["_old_forward"], self.calls["forward"]))
 
     def use_compiler(self, module: nn.Module, regions: Sequence[str]) -> None:
         """Compile what the module's calls run, on a device that has a compiler; before `use_graphs`."""
@@ -118,14 +118,14 @@ class BorderHook(ModelHook):  # type: ignore[misc]
             return
         most, compiling = border.most_graphs, lambda: border.state.compiling
         self.compiled = CompiledCalls(self.name, module, regions, backend, most, compiling)
-        self._replace(module, self.compiled.around(vars(module)["_old_forward"]))
+        self.replace_forward(module, self.compiled.around(vars(module)["_old_forward"]))
 
     def compute_once(self, module: nn.Module) -> None:
         """Compute once what is the same in every step."""
         self.invariants = StepInvariants(module, self.part.chains, vars(module)["_old_forward"])
-        self._replace(module, self.invariants.eager)
+        self.replace_forward(module, self.invariants.eager)
 
-    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Have another forward work in the place of the module's own until the hook is taken off."""
         self.plain = self.plain or vars(module)["_old_forward"]
         vars(module)["_old_forward"] = forward
@@ -142,7 +142,7 @@ class BorderHook(ModelHook):  # type: ignore[misc]
         self.graphed = GraphedForward(
             self.name, module, eager, graphs, heard, lasting, lambda: border.state, factors, unfit, kept
         )
-        self._replace(module, self.graphed)
+        self.replace_forward(module, self.graphed)
 
     def forget_graphs(self) -> None:
         """Give back the memory of graphs, if there are any."""

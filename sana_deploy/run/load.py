@@ -13,6 +13,7 @@ from ..plan.artifact import Plan, ResolvedPlan
 from ..plan.identity import check_checkpoint
 from .border import Border
 from .host import Host, PresentHost
+from .other_blocks import other_blocks
 from .place import bind, resolved_plan, waiting_device
 from .weights import LoadRequest, Progress
 
@@ -38,12 +39,15 @@ def load_pipeline(
     resolved, host = resolved_plan(plan, "load_pipeline(plan)"), host or PresentHost()
     host.check(resolved)
     planned = resolved.plan
-    check_checkpoint(planned.checkpoint, planned.model, planned.components, resolved.allowed)
+    check_checkpoint(planned.checkpoint, planned.model, planned.wholes, resolved.allowed)
     checkpoint = open_checkpoint(_pinned(resolved.plan), weights=host.reads_weights)
     _check_same(resolved.plan, checkpoint)
     requests = {
         name: LoadRequest(
-            checkpoint.components[name], resolved.plan.components[name].format, waiting_device(resolved, name)
+            checkpoint.components[name],
+            resolved.plan.components[name].format,
+            waiting_device(resolved, name),
+            other_blocks(resolved, name),
         )
         for name in resolved.plan.pipeline.names
     }
@@ -72,8 +76,9 @@ def _pinned(plan: Plan) -> Model:
 
 def _check_same(plan: Plan, checkpoint: Checkpoint) -> None:
     """Refuse weights whose shapes are not the planned ones; configs may carry other bookkeeping keys."""
+    wholes = plan.wholes
     for name, facts in checkpoint.components.items():
-        planned, found = plan.components[name].weights_bytes, facts.weights_bytes(plan.components[name].format)
+        planned, found = wholes[name].weights_bytes, facts.weights_bytes(wholes[name].format)
         if planned != found:
             raise PlanError(
                 f"the {name} of {checkpoint.source} has {found} bytes of weights, the plan was made for {planned}",

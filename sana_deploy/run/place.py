@@ -27,6 +27,9 @@ from .decode_retry import put_back, vae_settings
 from .guidance_split import further_units, split_guidance
 from .hook import BorderHook, attach, find_border
 from .host import Host, PresentHost
+from .layers import deal_layers
+from .mirror import Mirror
+from .other_blocks import OtherBlocks, other_blocks
 from .quantize import quantize_linears
 from .residual_stream import stream_residuals
 from .row_split import row_units, split_rows
@@ -84,7 +87,7 @@ def place(pipeline: DiffusionPipeline, plan: Plan | ResolvedPlan | None = None) 
             cast_module(module, getattr(torch, form.dtype))
             if form.quantization:
                 quantize_linears(module, form.quantization)
-            module.to(device=waiting_device(resolved, name))
+            _move(module, waiting_device(resolved, name), other_blocks(resolved, name))
         border = bind(pipeline, resolved, PresentHost())
     except torch.OutOfMemoryError as problem:
         for moved, device in origins.items():
@@ -93,6 +96,13 @@ def place(pipeline: DiffusionPipeline, plan: Plan | ResolvedPlan | None = None) 
     _log_casts(dtypes, modules)
     border.origins |= origins
     return pipeline
+
+
+def _move(module: nn.Module, device: str, others: OtherBlocks | None) -> None:
+    if others is None:
+        module.to(device=device)
+    else:
+        others.move(module, torch.device(device))
 
 
 def _unplaced_components(pipeline: DiffusionPipeline, description: PipelineDescription) -> dict[Component, nn.Module]:
@@ -122,7 +132,7 @@ def unplace(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Take a placement off: no hooks, the class's own methods, the VAE's own settings, components where they were.
 
     Components keep the dtype that they were placed in: what a cast rounded off cannot come back. Those that
-    `load_pipeline` put on a device stay there.
+    `load_pipeline` put on a device stay there, but for one that it dealt to two, which goes to the CPU.
 
     Returns:
         The same pipeline.
@@ -169,11 +179,15 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
     """
     plan, border = resolved.plan, _new_border(resolved, host)
     hook = functools.partial(_hook, plan=plan, border=border)
-    by_rows = plan.split == "rows"
-    mirrors = row_units(pipeline, border) if by_rows else further_units(pipeline, border, hook)
+    by_rows, by_layers = plan.split == "rows", plan.split == "layers"
+    mirrors: dict[str, Mirror] = {}
+    if not by_layers:
+        mirrors = row_units(pipeline, border) if by_rows else further_units(pipeline, border, hook)
     for name in plan.pipeline.names:
         device = torch.device(resolved.device_map[name])
         hook(getattr(pipeline, name), name, device, offloaded=waiting_device(resolved, name) != str(device))
+    if by_layers:
+        deal_layers(pipeline, resolved, border)
     if not by_rows:
         split_guidance(pipeline, border, mirrors)
     _stream_residuals(pipeline, plan, border)

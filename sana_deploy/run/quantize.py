@@ -17,7 +17,7 @@ import importlib.util
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -104,12 +104,20 @@ def map_parts(tensor: torch.Tensor, change: Change) -> torch.Tensor:
     return made
 
 
-def own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
+def own_tensors(
+    module: nn.Module, without: Iterable[nn.Module] = ()
+) -> Iterator[tuple[dict[str, Any], str, torch.Tensor]]:
     """Every parameter and buffer of `module`: the dictionary that holds it, its key there, and the tensor.
 
     The holder's entry may be replaced while iterating.
+
+    Args:
+        without: parts of it whose tensors are left out.
     """
+    left_out = {id(child) for part in without for child in part.modules()}
     for child in module.modules():
+        if id(child) in left_out:
+            continue
         for own in (child._parameters, child._buffers):
             for key, value in list(own.items()):
                 if value is not None:

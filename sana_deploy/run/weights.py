@@ -10,6 +10,7 @@ tensor is left as it was initialised: one that the files lack, or hold in anothe
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import warnings
@@ -32,6 +33,7 @@ from ..errors import CheckpointError, RunError
 from ..facts.component import ComponentFacts
 from ..facts.headers import read_header, weight_files
 from ..facts.tensors import NAMED, Mismatch, Shape, compare
+from .other_blocks import OtherBlocks
 from .quantize import is_quantized, linears_of, quantize, quantize_linears, require
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ Progress = Callable[[Component, int, int], None]
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """A component to load: what it is, the format that its tensors get, and the device that they go to.
+    """A component to load: what it is, the format that its tensors get, and the device that they go to, but for those
+    of `others`, which are dealt to another one.
 
     Weights of linear layers are quantised, where the format says so, from its dtype and on the device.
     """
@@ -49,6 +52,16 @@ class LoadRequest:
     facts: ComponentFacts
     format: Format
     device: str
+    others: OtherBlocks | None = None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All that its tensors go to."""
+        return (self.device, self.others.device) if self.others else (self.device,)
+
+    def device_of(self, key: str) -> str:
+        """Where the tensor of this name goes."""
+        return self.others.device if self.others and self.others.hold(key) else self.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,12 +171,15 @@ def _fill(
     assert facts.folder is not None
     total, done, lost = sum(facts.stored.values()), 0, 0
     quantized = dict.fromkeys(linears_of(module), request.format.quantization) if request.format.quantization else {}
-    for path in weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle):
+    files = weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle)
+    for path, device in itertools.product(files, request.devices):
         try:
-            with safe_open(path, "pt", device=request.device) as file:
+            with safe_open(path, "pt", device=device) as file:
                 for key in file.keys():  # noqa: SIM118
                     if stop.is_set():
                         raise _CancelledError
+                    if request.device_of(key) != device:
+                        continue
                     value = file.get_tensor(key)
                     size = value.nbytes
                     cast = value.to(request.dtype) if value.is_floating_point() else value
@@ -173,25 +189,25 @@ def _fill(
                     on_progress(facts.name, done, total)
         except torch.OutOfMemoryError as problem:
             stop.set()
-            raise _no_memory(facts.name, request.device, problem) from problem
+            raise _no_memory(facts.name, device, problem) from problem
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as problem:
             stop.set()
             raise _unreadable(facts.name, path, problem) from problem
     if empty := _empty(module):
         stop.set()
         raise _incomplete(module, facts, empty, {})
-    _move_buffers(module, request.device)
+    _move_buffers(module, request)
     if lost:
         notes.append(f"{lost} values of the {facts.name} do not fit float16 and became infinite")
-    log.info("loaded %s to %s in %s", facts.name, request.device, request.dtype)
+    log.info("loaded %s to %s in %s", facts.name, " and ".join(request.devices), request.dtype)
 
 
-def _move_buffers(module: nn.Module, device: str) -> None:
-    """Move what the config gave, and no file holds, to the device."""
-    for owner in module.modules():
+def _move_buffers(module: nn.Module, request: LoadRequest) -> None:
+    """Move what the config gave, and no file holds, to its device."""
+    for path, owner in module.named_modules():
         for key, buffer in owner._buffers.items():
             if buffer is not None:
-                owner._buffers[key] = buffer.to(device)
+                owner._buffers[key] = buffer.to(request.device_of(f"{path}.{key}"))
 
 
 def _overflowed(value: torch.Tensor, cast: torch.Tensor) -> int:
@@ -235,7 +251,7 @@ def _by_library(request: LoadRequest, on_progress: Progress) -> nn.Module:
     options: dict[str, Any] = {"dtype": request.dtype, "local_files_only": True, "output_loading_info": True}
     files = weight_files(facts.folder, facts.variant, facts.name, facts.allow_pickle)
     options["use_safetensors"] = all(path.suffix == ".safetensors" for path in files)
-    if request.device != "cpu":
+    if request.device != "cpu" and request.others is None:
         options["device_map"] = {"": request.device}
     if facts.variant and any(facts.folder.glob(f"*.{facts.variant}*")):
         options["variant"] = facts.variant
@@ -246,6 +262,8 @@ def _by_library(request: LoadRequest, on_progress: Progress) -> nn.Module:
     except (OSError, RuntimeError, ValueError, KeyError) as problem:
         raise _unreadable(facts.name, facts.folder, problem) from problem
     _check_loaded(module, info, facts)
+    if request.others:
+        request.others.move(module, torch.device(request.device))
     if request.format.quantization:
         quantize_linears(module, request.format.quantization)
     total = sum(facts.stored.values())

@@ -12,12 +12,14 @@ from .base import ComponentDescription as ComponentDescription
 from .base import Crossing as Crossing
 from .base import ImageInput as ImageInput
 from .base import LayeredResults as LayeredResults
+from .base import Layers as Layers
 from .base import Library as Library
 from .base import Phase as Phase
 from .base import PipelineDescription as PipelineDescription
 from .base import Role as Role
 from .base import SchedulerDescription as SchedulerDescription
 from .base import SteadyChain as SteadyChain
+from .layers import Deal as Deal
 from .sana import SANA as SANA
 from .sana_controlnet import SANA_CONTROLNET as SANA_CONTROLNET
 from .sana_pag import SANA_PAG as SANA_PAG

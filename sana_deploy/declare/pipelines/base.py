@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from ..formats import Dtype
 from ..workload import Request, Workload
+from .crossing import PHASES as PHASES
+from .crossing import Configs as Configs
+from .crossing import Crossing as Crossing
+from .crossing import Crossings as Crossings
+from .crossing import Phase as Phase
+from .layers import Layers as Layers
 from .row_bands import Bands as Bands
 from .row_bands import BandWork as BandWork
 
-Phase = Literal["encode", "prepare", "denoise", "decode"]
-PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
-"""Text encoding, control image into latents, the denoising loop, latents into pixels; one after the other."""
 Role = Literal["text_encoder", "vae", "denoiser", "controlnet"]
 """What a component does in any pipeline; policies speak of roles. The denoising loop lives with the `denoiser`."""
 Library = Literal["diffusers", "transformers"]
@@ -108,6 +110,7 @@ class ComponentDescription:
         chains: layers whose work depends on no step.
         demands: keys of its config, and the value that the pipeline needs there.
         graphed: whether its forward may be a CUDA graph: it launches the same kernels for all values of its inputs.
+        layers: how two GPUs can hold some of its blocks each; None where they cannot.
     """
 
     name: str
@@ -124,37 +127,11 @@ class ComponentDescription:
     graphed: bool = False
     chains: tuple[SteadyChain, ...] = ()
     demands: tuple[tuple[str, Any], ...] = ()
+    layers: Layers | None = None
 
     def call(self, method: str) -> Call:
         """The call of this method."""
         return next(call for call in self.calls if call.method == method)
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """A tensor that leaves component `src` and enters `dst`: bytes each time it does, and the phase that waits for it.
-
-    What the pipeline itself makes or keeps (latents, the prompt's tokens) is the denoiser's.
-
-    Attributes:
-        pieces: tensors of one size that it consists of, which `src` makes one after the other; 0 for a single tensor.
-        needed: share of its work in a step that `dst` does before it needs the last piece.
-        copies: that it takes each time, one after the other.
-    """
-
-    tensor: str
-    src: str
-    dst: str
-    bytes_each: int
-    per_step: bool
-    phase: Phase = "denoise"
-    pieces: int = 0
-    needed: float = 0.0
-    copies: int = 1
-
-    def times(self, steps: int) -> int:
-        """How often it crosses in a request of `steps` denoising steps."""
-        return steps if self.per_step else 1
 
 
 @dataclass(frozen=True)
@@ -174,12 +151,6 @@ class SchedulerDescription:
     def make(self, library: Any) -> Any:
         """Make one; `library` is diffusers, which this package does not import here."""
         return getattr(library, self.class_name)(**dict(self.settings))
-
-
-Configs = Mapping[str, Mapping[str, Any]]
-"""Each component's config."""
-Crossings = Callable[[Configs, Workload, Mapping[str, Dtype]], tuple[Crossing, ...]]
-"""Tensors that cross between components for a workload, given configs and dtypes."""
 
 
 @dataclass(frozen=True)

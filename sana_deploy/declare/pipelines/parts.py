@@ -8,7 +8,8 @@ from typing import Any
 
 from ..formats import DTYPE_BYTES, Dtype
 from ..workload import VAE_FACTOR, Request, Workload
-from .base import Call, ComponentDescription, Configs, Crossing, SchedulerDescription, SteadyChain
+from .base import Call, ComponentDescription, Configs, Crossing, Layers, SchedulerDescription, SteadyChain
+from .layers import Deal
 
 MAX_TOKENS = 300
 """SANA's prompt length in tokens, the pipelines' `max_sequence_length`."""
@@ -16,6 +17,8 @@ INSTRUCTION_TOKENS = 199
 """Estimate of the instruction that the pipelines put before the prompt: its words and punctuation marks."""
 INSTRUCTION_BYTES = 1058
 """The same for a byte-level vocabulary such as `tiny`'s."""
+MODULATION = 6
+"""Vectors as wide as the transformer that a timestep becomes, for each row."""
 
 DENOISER_KEYS = ("num_attention_heads", "attention_head_dim", "num_layers", "mlp_ratio", "sample_size", "patch_size")
 
@@ -29,6 +32,59 @@ CAPTION = SteadyChain(
     "encoder_hidden_states", "caption_projection", "caption_norm", lambda config, _: MAX_TOKENS * hidden_size(config)
 )
 STEADY = ("encoder_hidden_states", "encoder_attention_mask")
+
+
+def prompt_tokens(configs: Configs) -> int:
+    """Length of the padded prompt with its instruction: the pipeline cuts both to the instruction + 300 - 2 tokens."""
+    byte_level = int(configs["text_encoder"]["vocab_size"]) < 1000
+    return (INSTRUCTION_BYTES if byte_level else INSTRUCTION_TOKENS) + MAX_TOKENS - 2
+
+
+def text_encoder_layers(
+    configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype], deal: Deal
+) -> tuple[Crossing, ...]:
+    """What the second unit of the text encoder gets and returns, in bytes: for each prompt by itself.
+
+    Layers with and without a sliding window have a mask each, and take turns.
+    """
+    config, size = configs["text_encoder"], DTYPE_BYTES[dtypes["text_encoder"]]
+    lengths = [prompt_tokens(configs)] + [MAX_TOKENS] * deal.negative
+    tokens, masks = sum(lengths), min(2, int(config["num_hidden_layers"]) - deal.first)
+    hidden = int(config["hidden_size"]) * tokens * size
+    angles = 2 * int(config["head_dim"]) * tokens * size
+    first, second, calls = "text_encoder", "text_encoder.1", len(lengths)
+    return (
+        Crossing("hidden_states", first, second, hidden, False, "encode", copies=calls),
+        Crossing("attention_mask", first, second, masks * size * sum(n**2 for n in lengths), False, "encode",
+                 copies=masks * calls),
+        Crossing("position_embeddings", first, second, angles, False, "encode", copies=2 * calls),
+        Crossing("position_ids", first, second, 8 * tokens, False, "encode", copies=calls),
+        Crossing("hidden_states", second, first, hidden, False, "encode", copies=calls),
+    )  # fmt: skip
+
+
+def transformer_layers(
+    configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype], deal: Deal
+) -> tuple[Crossing, ...]:
+    """What the second unit of the transformer gets and returns in a step, in bytes; also residuals of a ControlNet."""
+    config, size = configs["transformer"], DTYPE_BYTES[dtypes["transformer"]]
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    cells = workload.height * workload.width // (VAE_FACTOR * int(config["patch_size"])) ** 2
+    hidden, row = width * cells * deal.rows * size, deal.rows * size
+    first, second = "transformer", "transformer.1"
+    # Residual i, counted from 0, is added after block i + 1.
+    count = int(configs["controlnet"]["num_layers"]) if "controlnet" in configs else 0
+    late = max(0, count - max(0, deal.first - 1))
+    residuals = Crossing("controlnet_block_samples", first, second, late * hidden, True, copies=late)
+    return (
+        Crossing("hidden_states", first, second, hidden, True),
+        Crossing("encoder_hidden_states", first, second, MAX_TOKENS * width * row, True),
+        Crossing("encoder_attention_mask", first, second, MAX_TOKENS * row, True),
+        Crossing("timestep", first, second, MODULATION * width * row, True),
+        *([residuals] if late else []),
+        Crossing("hidden_states", second, first, hidden, True),
+    )
+
 
 TEXT_ENCODER = ComponentDescription(
     name="text_encoder",
@@ -51,6 +107,7 @@ TEXT_ENCODER = ComponentDescription(
     ),
     fragile="Gemma 2's activations exceed float16's range",
     graphed=True,
+    layers=Layers("layers", "num_hidden_layers", text_encoder_layers),
 )
 
 # Pixels go to the host next.
@@ -78,6 +135,7 @@ TRANSFORMER = ComponentDescription(
     graphed=True,
     chains=(CAPTION,),
     demands=(("guidance_embeds", False),),
+    layers=Layers("transformer_blocks", "num_layers", transformer_layers, added="controlnet_block_samples"),
 )
 SPRINT_TRANSFORMER = replace(TRANSFORMER, demands=(("guidance_embeds", True),))
 
@@ -92,12 +150,6 @@ def encoding_vae(image: str, latents: str) -> ComponentDescription:
     """The VAE of a pipeline that encodes an image; both names are what reports call the tensors."""
     encode = Call("encode", "prepare", output=latents, input=image, graphed=True)
     return replace(VAE, calls=(VAE.calls[0], encode, _DECODE))
-
-
-def prompt_tokens(configs: Configs) -> int:
-    """Length of the padded prompt with its instruction: the pipeline cuts both to the instruction + 300 - 2 tokens."""
-    byte_level = int(configs["text_encoder"]["vocab_size"]) < 1000
-    return (INSTRUCTION_BYTES if byte_level else INSTRUCTION_TOKENS) + MAX_TOKENS - 2
 
 
 def latents_bytes(configs: Configs, workload: Workload, rows: int, dtype: Dtype) -> int:
