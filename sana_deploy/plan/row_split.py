@@ -86,7 +86,10 @@ class RowSplit:
         dtypes = self._bands.row_pixels(self._configs) // VAE_FACTOR
         latents = [dtypes * one for one in rows]
         encoded = self.profile.pipeline.image_rows(self.workload)
-        between = dealt_crossings([one.name for one in units], config, self.workload, form.dtype, latents, encoded)
+        between = dealt_crossings(
+            self.profile.pipeline.by_name[vae], [one.name for one in units], config, self.workload, form.dtype, latents,
+            encoded,
+        )  # fmt: skip
         gpus = [split.fixed.get(Unit(split.pipeline.denoiser, number).name) for number in range(count)]
         places = {one.name: gpu for one, gpu in zip(units, gpus, strict=True) if gpu is not None}
         return replace(
@@ -200,7 +203,8 @@ def _vae_share(needs: Mapping[str, Any]) -> float:
     if "banded" not in needs:
         return 1.0
     held, worked = needs["banded"]["activation_bytes"][:2]
-    return float((held + worked) / needs["activation_bytes"][3])
+    _, _, per_pixel, per_image_pixel = needs["activation_bytes"]
+    return float((held + worked) / (per_pixel or per_image_pixel))  # the first where a batch shares one image
 
 
 def dealt(rows: int, speeds: Sequence[float], most: Sequence[int]) -> tuple[int, ...]:

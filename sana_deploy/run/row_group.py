@@ -9,20 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..declare.pipelines import STEP_EXCHANGES, Exchanges
 from .border import Border
 from .mirror import Mirror
 from .rows.exchange import Ask, Gather, Group, Halo, Sum
 from .traffic import Traffic
 
-STEP: Mapping[type[Ask], str] = {Sum: "attention_sums", Halo: "edge_rows"}
-"""What units of the denoising loop exchange, as plans and outcomes call it."""
-ENCODE: Mapping[type[Ask], str] = {
-    Sum: "control_attention_sums", Halo: "control_edge_rows", Gather: "control_keys",
-}  # fmt: skip
-DECODE: Mapping[type[Ask], str] = {
-    Sum: "decoded_attention_sums", Halo: "decoded_edge_rows", Gather: "decoded_keys",
-}  # fmt: skip
-"""The same of the VAE's units."""
+
+def named(exchanges: Exchanges) -> Mapping[type[Ask], str]:
+    """What is exchanged, as plans and outcomes call it."""
+    return {Sum: exchanges.sums, Halo: exchanges.edges, Gather: exchanges.keys}
 
 
 class UndealtError(Exception):
@@ -41,7 +37,7 @@ class CountedGroup(Group):
     """
 
     traffic: Traffic = field(default_factory=Traffic)
-    names: Mapping[type[Ask], str] = field(default_factory=lambda: STEP)
+    names: Mapping[type[Ask], str] = field(default_factory=lambda: named(STEP_EXCHANGES))
     tensor: str = ""
     result: str = ""
 

@@ -28,7 +28,16 @@ from .mirror import Mirror
 from .not_copied import NotCopied
 from .row_group import CountedGroup, UndealtError, tell, units_of
 from .row_vae import deal_vae
-from .rows.denoiser import LATENTS, TOKENS, WORKS, sees_all_rows, whole_rows_only
+from .rows.denoiser import (
+    ATTENTION_KINDS,
+    ATTENTIONS,
+    LATENTS,
+    TOKENS,
+    WORKS,
+    attentions_of,
+    sees_all_rows,
+    whole_rows_only,
+)
 from .rows.exchange import Band
 from .split_tensor import SplitTensor, as_whole
 from .traffic import move
@@ -123,9 +132,10 @@ class RowForward(NotCopied):
     def _given(self, given: Mapping[str, Any], band: Band, model: Any) -> dict[str, Any]:
         """The arguments of a call for one band, on its device."""
         everything = sees_all_rows(model)
-        return {
+        found = {
             name: self._cut(name, value, band, everything) for name, value in given.items() if name not in _NOT_GIVEN
         }
+        return {**found, ATTENTION_KINDS: attentions_of(self.module)}
 
     def _cut(self, name: str, value: Any, band: Band, everything: bool) -> Any:
         if name in TOKENS and value is not None:
@@ -216,7 +226,7 @@ def row_units(pipeline: DiffusionPipeline, border: Border) -> dict[str, Mirror]:
     Raises:
         torch.OutOfMemoryError: a copy does not fit.
     """
-    return further_units(pipeline, border, lambda module, unit, device: _Unhooked())
+    return further_units(pipeline, border, lambda module, unit, device: _Unhooked(), ATTENTIONS)
 
 
 def split_rows(

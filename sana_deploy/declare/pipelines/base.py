@@ -15,6 +15,7 @@ from ..formats import Dtype
 from ..workload import Request, Workload
 from .row_bands import Bands as Bands
 from .row_bands import BandWork as BandWork
+from .row_bands import Exchanges as Exchanges
 
 Phase = Literal["encode", "prepare", "denoise", "decode"]
 PHASES: tuple[Phase, ...] = ("encode", "prepare", "denoise", "decode")
@@ -49,6 +50,12 @@ class Call:
     besides: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     spares: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def exchanges(self) -> Exchanges:
+        """What units of an autoencoder that take some rows of an image each exchange in this call."""
+        made_of = "decoded" if self.phase == "decode" else self.input.removesuffix("_image")
+        return Exchanges(f"{made_of}_edge_rows", f"{made_of}_attention_sums", f"{made_of}_keys")
 
     def is_pipelines_own(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether these are the arguments of a call that the pipeline itself makes, which needs `reads` alone."""
