@@ -1,4 +1,4 @@
-"""Rows of an image over virtual GPUs for every pipeline of the family: the picture of one GPU, and what is exchanged."""
+"""Rows of an image over virtual GPUs, every pipeline of the family: the picture of one GPU, and what is exchanged."""
 
 from __future__ import annotations
 

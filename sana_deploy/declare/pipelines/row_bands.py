@@ -15,7 +15,7 @@ Configs = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Names of what units exchange: rows at their edges, sums over all rows, and of a small image all keys and values."""
+    """Names of what is exchanged: rows at edges, sums over all rows, and of a small image all keys and values."""
 
     edges: str
     sums: str

@@ -119,11 +119,7 @@ class RowUnits:
     ) -> Iterator[Crossing]:
         """What a unit gets from where the denoising loop lives, but for the control image; `latents` are elements."""
         item, tokens = DTYPE_BYTES[dtypes[name]], MAX_TOKENS * images
-        others = [
-            dtypes[other]
-            for other in ("text_encoder", "transformer", "controlnet")
-            if other in dtypes and other != name
-        ]
+        others = [dtype for other, dtype in dtypes.items() if other not in ("vae", name)]
         hidden = int(configs["text_encoder"]["hidden_size"])
         recast = self.recast and dtypes[name] not in others
         yield Crossing("hidden_states", "transformer", unit, latents * item, True)
