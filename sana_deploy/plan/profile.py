@@ -70,7 +70,8 @@ class PipelineProfile:
         further: units beyond the first of their component, and what each needs; its component's profile is then what
             the first one needs. `crossings` name units.
         rows: that each unit of the denoising loop computes, the first one's first, where rows are dealt; see
-            `PipelineDescription.bands`.
+            `PipelineDescription.bands`. Teams come one after the other.
+        teams: of units, each of which computes all rows: of a half of guidance, where there are two.
         fixed: the GPU of each unit that was profiled for that GPU.
         further_vae_under: what further units of the VAE need in each mode, where it has some.
     """
@@ -85,6 +86,7 @@ class PipelineProfile:
     band_count: int = field(default=1, compare=False)
     further: Mapping[Unit, ComponentProfile] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
+    teams: int = 1
     fixed: Mapping[str, int] = field(default_factory=dict)
     further_vae_under: Mapping[VaeMode, Mapping[Unit, ComponentProfile]] = field(default_factory=dict)
 
@@ -102,7 +104,7 @@ class PipelineProfile:
     def split(self) -> Split:
         """How one image is spread over GPUs."""
         if self.rows:
-            return "rows"
+            return "rows" if self.teams == 1 else "guidance+rows"
         return "guidance" if self.further else "none"
 
     @property

@@ -1,4 +1,4 @@
-"""`split=rows`: the profile of a denoising loop whose components have a unit on each GPU, for some rows each."""
+"""`split=rows` and `guidance+rows`: the profile of a denoising loop whose components have a unit on each GPU, for some rows each."""
 
 from __future__ import annotations
 
@@ -57,25 +57,31 @@ class RowSplit:
         """Rows of the image."""
         return self.workload.height // self.row_pixels
 
-    def shares(self, gpus: Sequence[Gpu]) -> tuple[int, ...]:
+    def shares(self, gpus: Sequence[Gpu], teams: int = 1) -> tuple[int, ...]:
         """Rows for each GPU: as many as it computes while the others compute theirs, and has memory for.
 
-        What a GPU has no memory for goes to the others; where none has, it stays, and the plan does not fit.
+        What a GPU has no memory for goes to the others; where none has, it stays, and the plan does not fit. Each team
+        has all rows.
         """
-        speeds = [1 / max(self._whole_seconds(gpu), 1e-9) for gpu in gpus]
-        return dealt(self.rows, speeds, [self._most_rows(gpu) for gpu in gpus])
+        speeds = [1 / max(self.whole_seconds(gpu), 1e-9) for gpu in gpus]
+        most = [self._most_rows(gpu, teams) for gpu in gpus]
+        size, found = len(gpus) // teams, list[int]()
+        for first in range(0, len(gpus), size):
+            found += dealt(self.rows, speeds[first : first + size], most[first : first + size])
+        return tuple(found)
 
-    def dealt_to(self, gpus: Sequence[Gpu]) -> PipelineProfile:
-        """The profile whose units are on `gpus`, the denoising loop on the first."""
+    def dealt_to(self, gpus: Sequence[Gpu], teams: int = 1) -> PipelineProfile:
+        """The profile whose units are on `gpus`, of one team after the other, the denoising loop on the first."""
         fixed: dict[str, int] = {}
         for number, gpu in enumerate(gpus):
             fixed |= {Unit(name, number).name: gpu.index for name in self.profile.pipeline.looped}
-        return replace(self.with_rows(self.shares(gpus)), fixed=fixed)
+        return replace(self.with_rows(self.shares(gpus, teams), teams), fixed=fixed)
 
     def with_vae(self, split: PipelineProfile) -> PipelineProfile:
-        """The profile `split`, of this request, whose VAE has a unit on each of its GPUs, for the same rows."""
+        """The profile `split`, of this request, whose VAE has a unit on each of its GPUs, in the same proportion."""
         vae, config = self._vae, self._configs[self._vae]
-        form, rows, count = self.formats[vae], split.rows, len(split.rows)
+        form, rows = self.formats[vae], in_proportion(self.rows, split.rows)
+        count = len(rows)
         units = [Unit(vae, number) for number in range(count)]
         under = {
             mode: [self._vae_band(mode, rows[number], count) for number in range(count)]
@@ -116,25 +122,38 @@ class RowSplit:
     def _vae(self) -> Component:
         return self.profile.pipeline.of("vae")
 
-    def again(self, shares: Sequence[int], vae: bool = False) -> PipelineProfile:
+    def again(self, shares: Sequence[int], vae: bool = False, teams: int = 1) -> PipelineProfile:
         """The profile whose units compute rows in the proportion of `shares`, as placed ones deal them.
+
+        An image of one row is not dealt; of one with fewer rows than a team has units, the last ones have none.
 
         Args:
             vae: the VAE has units as well.
         """
-        found = self.with_rows(in_proportion(self.rows, shares))
-        return self.with_vae(found) if vae else found
+        if self.rows < 2:
+            return self.with_rows((self.rows,))
+        size, rows = len(shares) // teams, list[int]()
+        for first in range(0, len(shares), size):
+            found = in_proportion(self.rows, shares[first : first + size])
+            rows += [*found, *(0 for _ in range(size - len(found)))]
+        split = self.with_rows(rows, teams)
+        return self.with_vae(split) if vae else split
 
-    def with_rows(self, rows: Sequence[int]) -> PipelineProfile:
-        """The profile whose denoising loop has units that compute so many rows each, whatever GPUs they are on."""
+    def with_rows(self, rows: Sequence[int], teams: int = 1) -> PipelineProfile:
+        """The profile whose denoising loop has units that compute so many rows each, whatever GPUs they are on.
+
+        Args:
+            rows: of one team after the other; a unit with none does not take part.
+        """
         pipeline, bands = self.profile.pipeline, self._bands
         dtypes = {name: form.dtype for name, form in self.formats.items()}
-        between = bands.crossings(self._configs, self.workload, dtypes, rows)
-        first = {name: self._unit(name, 0, rows, between) for name in pipeline.looped}
+        between = bands.crossings(self._configs, self.workload, dtypes, rows, teams)
+        first = {name: self._unit(name, 0, rows, between, teams) for name in pipeline.looped}
         further = {
-            Unit(name, number): self._unit(name, number, rows, between)
+            Unit(name, number): self._unit(name, number, rows, between, teams)
             for number in range(1, len(rows))
             for name in pipeline.looped
+            if rows[number]
         }
         outside = [one for one in self.profile.crossings if not {one.src, one.dst} <= set(pipeline.looped)]
         return replace(
@@ -143,11 +162,14 @@ class RowSplit:
             further=further,
             crossings=(*outside, *between),
             rows=tuple(rows),
+            teams=teams,
         )
 
-    def _unit(self, name: Component, number: int, rows: Sequence[int], between: Sequence[Crossing]) -> ComponentProfile:
+    def _unit(
+        self, name: Component, number: int, rows: Sequence[int], between: Sequence[Crossing], teams: int
+    ) -> ComponentProfile:
         """What one unit needs: its rows of a step, and with the denoiser what waits on its GPU."""
-        whole, part = self.profile.components[name], self._band(name, rows[number])
+        whole, part = self.profile.components[name], self._band(name, rows[number], teams)
         activations: dict[Phase, int] = {"denoise": part.activations["denoise"]}
         if not number:
             activations = {**whole.activations, **activations}
@@ -156,21 +178,25 @@ class RowSplit:
             waiting = self.profile.pipeline.waiting
             residuals = sum(one.bytes_each for one in between if one.tensor in waiting and one.dst == here)
             every = sum(one.bytes_each for one in between if one.tensor in waiting)
-            activations["decode"] = residuals + (whole.activations["decode"] - every if not number else 0)
+            held = whole.activations["decode"] - every
+            activations["decode"] = residuals + (held if not number else 0)
             if not number:  # what comes back of the others; what is exchanged is there for a moment
                 results = (one.bytes_each for one in between if one.copies == 1 and one.dst == here)
-                activations["denoise"] += sum(results) - residuals
+                # Beside it what the pipeline holds for the other teams.
+                activations["denoise"] += sum(results) - residuals + held * (teams - 1) // teams
         work = {**(whole.work if not number else {}), "denoise": part.work["denoise"]}
-        return replace(part if number else whole, activations=activations, work=work, units=len(rows))
+        return replace(part if number else whole, activations=activations, work=work, units=len(rows) - rows.count(0))
 
-    def _band(self, name: Component, rows: int) -> ComponentProfile:
+    def _band(self, name: Component, rows: int, teams: int) -> ComponentProfile:
         """One component's needs for so many rows of an image, with what it puts beside them."""
         form, needs = self.formats[name], self._needs[name]
         shape = self.workload.model_copy(update={"height": rows * self.row_pixels})
-        part = profile_component(self.profile.pipeline, self.checkpoint.components[name], form, needs, shape)
+        part = profile_component(
+            self.profile.pipeline, self.checkpoint.components[name], form, needs, shape, share=1 / teams
+        )
         if rows == self.rows:
             return part
-        more = self._bands.work(self._configs[name], self.workload, form.dtype, rows)
+        more = self._bands.work(self._configs[name], self.workload, form.dtype, rows, teams)
         own = part.work["denoise"]
         work = replace(own, operations=own.operations + more.operations, other_bytes=own.other_bytes + more.moved_bytes)
         held = part.activations["denoise"] + more.held_bytes
@@ -180,16 +206,16 @@ class RowSplit:
     def _needs(self) -> Mapping[Component, Mapping[Phase, Mapping[str, Any]]]:
         return needs_of(self.checkpoint, self.formats, self.workload.guided, self.measure)
 
-    def _whole_seconds(self, gpu: Gpu) -> float:
+    def whole_seconds(self, gpu: Gpu) -> float:
         """Seconds that a GPU computes in a step of the whole image; launching is the same for all."""
         parts = [self.profile.components[name] for name in self.profile.pipeline.looped]
         works = [(part.work.get("denoise", Work()), part.format.dtype) for part in parts]
         return sum(work_seconds(work, dtype, gpu.rates, STEP_EFFICIENCY, 0) for work, dtype in works)
 
-    def _most_rows(self, gpu: Gpu) -> int:
+    def _most_rows(self, gpu: Gpu, teams: int) -> int:
         """Rows that a GPU has memory for beside the weights of its units."""
         looped = self.profile.pipeline.looped
-        one, every = ([self._band(name, count) for name in looped] for count in (1, self.rows))
+        one, every = ([self._band(name, count, teams) for name in looped] for count in (1, self.rows))
         least, most = (max(part.activations["denoise"] for part in parts) for parts in (one, every))
         weights = sum(part.weights_bytes + part.unsplit_bytes for part in every)
         free = gpu.free_bytes - weights - overhead(gpu) - workspace_bytes(gpu.capability) - least

@@ -1,4 +1,4 @@
-"""`hardware.split=auto|none|guidance|rows`: how one image is spread over GPUs, with the reason."""
+"""`hardware.split=auto|none|guidance|rows|guidance+rows`: how one image is spread over GPUs, with the reason."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ from .runtimes import WORTH, choose_runtime
 from .search import Search
 from .ways import PLAINEST, Choice, Way, Ways
 
-_NAMES: dict[Split, str] = {"guidance": "the halves of guidance", "rows": "the rows of an image"}
+_NAMES: dict[Split, str] = {
+    "guidance": "the halves of guidance",
+    "rows": "the rows of an image",
+    "guidance+rows": "the rows of both halves of guidance",
+}
 """What each split spreads."""
+COUNTS = ("none", "one", "two", "three", "four")
+"""GPUs in words."""
 
 
 def ways_of(
@@ -45,10 +51,12 @@ def ways_of(
     pins = hardware.pin if isinstance(hardware, MultiGpuBalanced) else {}
     fixed = {name: place for name, place in pins.items() if place is not None}
     rows = RowSplit(profile, checkpoint, bounds, formats, measure)
+    by_rows = partial(best_rows, rows, machine.gpus, fixed, searched, spec.precision.allow_emulated)
     profiles: dict[Split, Callable[[], PipelineProfile]] = {
         "none": lambda: profile,
         "guidance": halves,
-        "rows": lambda: best_rows(rows, machine.gpus, fixed, searched, spec.precision.allow_emulated),
+        "rows": by_rows,
+        "guidance+rows": partial(by_rows, "guidance+rows"),
     }
     refused = {split: why for split in _NAMES if (why := why_not(split, spec, machine, rows))}
     for split in refused:
@@ -74,18 +82,15 @@ def _remembered(searched: Callable[[PipelineProfile], Search]) -> Callable[[Pipe
 
 def why_not(split: Split, spec: DeploySpec, machine: Machine, rows: RowSplit) -> str:
     """Why an image cannot be spread so over GPUs; empty where it can."""
-    hardware = spec.hardware
-    if split == "guidance":
-        if why := _no_guidance(spec):
-            return why
-    elif why := _no_rows(spec, rows):
+    hardware, way = spec.hardware, SPLITS[split]
+    if why := (_no_guidance(spec) if way.halves else "") or (_no_rows(spec, rows) if way.rows else ""):
         return why
-    subject = "guidance is" if split == "guidance" else "the rows of an image are"
     if not isinstance(hardware, (CustomMap, MultiGpuBalanced)):
         return f"hardware={hardware.strategy} takes one GPU"
-    if isinstance(hardware, MultiGpuBalanced) and len(machine.gpus) < 2:
-        most = "two" if SPLITS[split].most_gpus == 2 else "two or more"
-        return f"{subject} split between {most} GPUs, {'one' if machine.gpus else 'none'} may be taken"
+    if isinstance(hardware, MultiGpuBalanced) and len(machine.gpus) < way.least_gpus:
+        subject = "guidance is" if not way.rows else f"{_NAMES[split]} are"
+        most = COUNTS[way.least_gpus] + (" or more" if way.most_gpus > way.least_gpus else "")
+        return f"{subject} split between {most} GPUs, {COUNTS[len(machine.gpus)]} may be taken"
     return ""
 
 
@@ -94,7 +99,7 @@ def _no_guidance(spec: DeploySpec) -> str:
         return spec.pipeline.undivided
     if not spec.workload.guided:
         return f"there is no guidance to split with workload.guidance_scale={spec.workload.guidance_scale:g}"
-    if isinstance(spec.hardware, CustomMap) and spec.hardware.split != "guidance":
+    if isinstance(spec.hardware, CustomMap) and not SPLITS[spec.hardware.split].halves:
         return "the map has no units for it"
     return ""
 
@@ -107,7 +112,7 @@ def _no_rows(spec: DeploySpec, rows: RowSplit) -> str:
     if rows.rows < 2:
         return f"an image of workload.height={spec.workload.height} has one row of tokens"
     asked = spec.runtime.asked
-    if asked and asked != PLAINEST and not SPLITS["rows"].graphs:
+    if asked and asked != PLAINEST:
         return f"rows are exchanged between kernels that Python launches, and runtime.mode={asked} records whole calls"
     return ""
 
@@ -115,13 +120,13 @@ def _no_rows(spec: DeploySpec, rows: RowSplit) -> str:
 def choose(spec: DeploySpec, ways: Ways) -> Choice:
     """Choose runtime and split.
 
-    `hardware.split=auto` takes, with `objective=latency` and `throughput`, the halves of guidance or the rows of the
-    image where they save 5 % of the seconds of an image: rows where they save as much of what halves take. But with
+    `hardware.split=auto` takes, with `objective=latency` and `throughput`, the halves of guidance, the rows of the
+    image or those of both halves where they save 5 % of the seconds of an image that the plainer one takes. But with
     `objective=fit` it takes either where nothing fits without. Whether GPUs draw more images with a replica each is
     decided where GPUs are dealt, in `replicas.py`.
 
     Raises:
-        InfeasibleError: `hardware.split=rows` is asked for with a runtime that it does not have.
+        InfeasibleError: `hardware.split` with rows is asked for with a runtime that it does not have.
     """
     hardware, mode = spec.hardware, spec.runtime.mode
     asked = "none" if not isinstance(hardware, (CustomMap, MultiGpuBalanced)) else hardware.split
@@ -165,7 +170,8 @@ def _worth_most(spec: DeploySpec, whole: Choice, fitting: Sequence[Choice], trie
     best, names = chosen.search.best, [*_denoisers(chosen.profile)]
     assert best is not None
     places = ", ".join(f"GPU {best.placement[name]}" for name in names[:-1]) + f" and GPU {best.placement[names[-1]]}"
-    each = "half of guidance each" if chosen.way.split == "guidance" else f"{_listed(chosen.profile.rows)} rows"
+    rows = f"{_listed(chosen.profile.rows)} rows" if chosen.profile.rows else "half of guidance each"
+    each = f"{rows} of the halves of guidance" if chosen.profile.teams > 1 else rows
     reason = (
         f"~{_seconds(spec, chosen):.2f} s an image with {each} on {places}, ~{now:.2f} s without; last places differ"
     )
@@ -209,7 +215,7 @@ def _auto(split: Split, reason: str) -> Diagnostic:
 def _not_split(spec: DeploySpec, split: Split, why: str) -> Diagnostic:
     where = "hardware.device_map" if isinstance(spec.hardware, CustomMap) else "hardware.split"
     asked = spec.runtime.asked
-    if split == "rows" and asked and asked != PLAINEST and spec.pipeline.bands:
+    if SPLITS[split].rows and asked and asked != PLAINEST and spec.pipeline.bands:
         raise InfeasibleError(why, where=where, hint="runtime=eager, or hardware.split=guidance")
     message = f"{why}: one GPU computes whole steps"
     return Diagnostic(type="no_split", severity="warning", message=message, where=where)

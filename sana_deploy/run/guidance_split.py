@@ -131,10 +131,10 @@ def split_guidance(pipeline: DiffusionPipeline, border: Border, mirrors: dict[st
     for unit, mirror in mirrors.items():
         mirror.module.forward = SplitForward(component_of(unit), mirror.module, mirror, border)
     if mirrors:
-        _watch_guidance(pipeline, border)
+        watch_guidance(pipeline, border)
 
 
-def _watch_guidance(pipeline: DiffusionPipeline, border: Border) -> None:
+def watch_guidance(pipeline: DiffusionPipeline, border: Border) -> None:
     """Have the pipeline's calls say whether they are with guidance, from `encode_prompt` to their end."""
     encode, end = pipeline.encode_prompt, pipeline.maybe_free_model_hooks
     signature = inspect.signature(encode)

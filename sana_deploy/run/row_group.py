@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..declare.pipelines import STEP_EXCHANGES, Exchanges
 from .border import Border
 from .mirror import Mirror
-from .rows.exchange import Ask, Gather, Group, Halo, Sum
+from .rows.exchange import Ask, Band, Gather, Group, Halo, Sum
 from .traffic import Traffic
 
 
@@ -57,6 +57,54 @@ class CountedGroup(Group):
         """Join results; see `Group`."""
         self.tensor = self.result
         return super().joined(parts, dim)
+
+
+@dataclass(frozen=True)
+class Team:
+    """The units of a component that share the rows of one image, or of one half of guidance.
+
+    Attributes:
+        module: the component's own, where it is the first of them.
+        mirrors: the copies, in order.
+        devices: of each unit.
+        shares: rows that each takes of the planned image; of another one, as many in proportion.
+    """
+
+    module: nn.Module | None
+    mirrors: Sequence[Mirror]
+    devices: Sequence[torch.device]
+    shares: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """A call of a team: its group, its bands, the modules that compute them, and the arguments."""
+
+    team: Team
+    group: CountedGroup
+    bands: Sequence[Band]
+    modules: Sequence[Any]
+    given: Mapping[str, Any]
+
+    def unit(self, band: Band, name: str) -> str:
+        """The unit of a component that computes a band."""
+        number = band.index - (self.team.module is not None)
+        return name if number < 0 else self.team.mirrors[number].unit
+
+
+def teams_of(
+    module: nn.Module, copies: Sequence[Mirror], devices: Sequence[torch.device], shares: Sequence[int], count: int
+) -> list[Team]:
+    """Deal the units of a component, a module and its copies, to so many teams of one size; the first with the module.
+
+    Args:
+        devices, shares: of each unit; see `Team`.
+    """
+    size = len(devices) // count
+    first = Team(module, copies[: size - 1], devices[:size], shares[:size])
+    starts = range(size, len(devices), size)
+    return [first, *(Team(None, copies[i - 1 : i - 1 + size], devices[i : i + size], shares[i : i + size])
+                     for i in starts)]  # fmt: skip
 
 
 def units_of(module: nn.Module, mirrors: Sequence[Mirror], border: Border) -> list[Any]:

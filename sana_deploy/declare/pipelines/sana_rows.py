@@ -74,6 +74,8 @@ class RowUnits:
         row = row * row_pixels(configs) // VAE_FACTOR
         found: list[Crossing] = []
         for number, count in enumerate(rows):
+            if not count:
+                continue
             denoiser, beside = _named("transformer", number), _named("controlnet", number)
             for name in looped if number else ():
                 found += self._given(_named(name, number), name, configs, workload, dtypes, row * count, images)
@@ -87,7 +89,7 @@ class RowUnits:
         size = len(rows) // teams
         for name in looped:
             for first in range(0, len(rows), size):
-                units = [_named(name, number) for number in range(first, first + size)]
+                units = [_named(name, number) for number in range(first, first + size) if rows[number]]
                 found += self._exchanged(units, configs[name], workload, item[name], teams)
         return tuple(found)
 
