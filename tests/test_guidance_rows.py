@@ -1,4 +1,4 @@
-"""Rows of both halves of guidance over four GPUs and more: the picture of one GPU, what crosses, and when it is taken."""
+"""Rows of both halves of guidance on four GPUs and more: the picture of one GPU, what crosses, when it is taken."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_pipelines_without_halves_say_why(model: str, why: str) -> None:
 
 
 def test_graphs_are_refused() -> None:
-    with pytest.raises(InfeasibleError, match="and runtime.mode=graphs records whole calls"):
+    with pytest.raises(InfeasibleError, match="mode=graphs records whole calls"):
         planned("machine.gpus=4xh100", BOTH, "runtime=graphs")
 
 

@@ -67,8 +67,13 @@ SPLITS: dict[Split, SplitDescription] = {
         "up to eight GPUs compute some rows of the image each", "rounding", 8, graphs=False, rows=True
     ),
     "guidance+rows": SplitDescription(
-        "two, three or four GPUs share the rows of each half of guidance", "rounding", 8, graphs=False, least_gpus=4,
-        halves=True, rows=True,
+        "two, three or four GPUs share the rows of each half of guidance",
+        "rounding",
+        8,
+        graphs=False,
+        least_gpus=4,
+        halves=True,
+        rows=True,
     ),
 }
 """By name, the plainest first. Libraries may choose kernels by batch size, so that halves may differ from the whole; so

@@ -213,7 +213,7 @@ class _Replica:
         plan = self._plan
         formats = {name: part.format for name, part in plan.components.items()}
         split = SPLITS[plan.split]
-        if split.halves:  # a call without guidance is drawn by the first units, with as many rows as they take of one with it
+        if split.halves:  # the first units draw a call without guidance, with as many rows as they take of one with it
             workload = workload.model_copy(update={"guided": True})
         profile = profile_pipeline(self._checkpoint, workload, formats, _refuse_to_measure)
         if different:

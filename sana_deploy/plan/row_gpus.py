@@ -21,7 +21,7 @@ def best_rows(
 ) -> PipelineProfile:
     """The profile with the rows on as many GPUs as take the fewest seconds; where none fits, the closest miss.
 
-    One more for each team is tried while it saves seconds: Python launches the kernels of all units one after the other.
+    One more for each team is tried while it saves seconds: Python launches the kernels of all units by turns.
 
     Args:
         gpus: as many as the split takes, or more.

@@ -49,8 +49,8 @@ class Bands:
         row_pixels: the height in pixels that is dealt to units, given configs.
         crossings: the units' tensors (`base.Crossing`), for a workload and the rows of each: inputs, results, and what
             they exchange. The last number says how many teams there are: the units of each, one team after the other,
-            share all rows of an equal part of the batch, and exchange nothing with other teams. A unit without rows takes
-            no part.
+            share all rows of an equal part of the batch, and exchange nothing with other teams. A unit without rows
+            takes no part.
         work: of a component's unit, given its config and rows; the last number is of teams, too.
     """
 
