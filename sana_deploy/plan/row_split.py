@@ -1,4 +1,4 @@
-"""`split=rows` and `guidance+rows`: the profile of a denoising loop whose units compute some rows each, on a GPU each."""
+"""`split=rows` and `guidance+rows`: the profile of a denoising loop whose units compute some rows each on their GPU."""
 
 from __future__ import annotations
 
