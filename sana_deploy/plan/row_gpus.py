@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..declare.hardware import SPLITS, Split, SplitDescription
 from ..facts.machine import Gpu, is_native
+from .least import least_seconds
 from .profile import PipelineProfile
 from .row_split import RowSplit
 from .search import Search
@@ -21,7 +22,8 @@ def best_rows(
 ) -> PipelineProfile:
     """The profile with the rows on as many GPUs as take the fewest seconds; where none fits, the closest miss.
 
-    One more for each team is tried while it saves seconds: Python launches the kernels of all units by turns.
+    More are not always faster: Python launches the kernels of all units by turns. Profiles that cannot be faster than
+    what was found are not searched.
 
     Args:
         gpus: as many as the split takes, or more.
@@ -30,17 +32,31 @@ def best_rows(
         emulated: whether a GPU may emulate a dtype.
         way: `rows`, or another split that deals rows.
     """
-    best: tuple[tuple[bool, float], PipelineProfile] | None = None
+    profiles = [*dealt_profiles(split, gpus, pins, emulated, way)]
+    least = [least_seconds(profile, gpus) for profile in profiles]
+    best: tuple[tuple[bool, float], int] | None = None
+    for number in sorted(range(len(profiles)), key=lambda number: (least[number], number)):
+        if best is not None and best[0] < (False, least[number] - _PRINTED):
+            break
+        found = _rank(searched(profiles[number])), number
+        best = found if best is None else min(best, found)
+    assert best is not None
+    return profiles[best[1]]
+
+
+_PRINTED = 1e-4
+"""What seconds are rounded to where they are compared."""
+
+
+def dealt_profiles(
+    split: RowSplit, gpus: Sequence[Gpu], pins: Mapping[str, int], emulated: bool, way: Split
+) -> Iterator[PipelineProfile]:
+    """The profiles with rows on the fewest GPUs, on one more for each team, and so on; with the VAE whole, then not."""
     for chosen in _choices(split, gpus, pins, emulated, SPLITS[way]):
         profile = split.dealt_to(chosen, SPLITS[way].teams)
-        ways = [profile, split.with_vae(profile)] if _may_deal_vae(split, pins, chosen[0]) else [profile]
-        rank, found = min(((_rank(searched(one)), one) for one in ways), key=lambda pair: pair[0])
-        if best is None or rank < best[0]:
-            best = rank, found
-        elif not rank[0]:
-            break
-    assert best is not None
-    return best[1]
+        yield profile
+        if _may_deal_vae(split, pins, chosen[0]):
+            yield split.with_vae(profile)
 
 
 def _may_deal_vae(split: RowSplit, pins: Mapping[str, int], home: Gpu) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from ..declare.formats import Format
 from ..declare.pipelines import Bands, Component, Crossing, Phase
@@ -21,6 +21,8 @@ from .profile import ComponentProfile, PipelineProfile, profile_component
 from .seconds import STEP_EFFICIENCY, work_seconds
 from .units import Unit
 from .vae_rows import dealt_crossings
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,17 @@ class RowSplit:
     workload: Workload
     formats: Mapping[Component, Format]
     measure: Measure
+
+    @cached_property
+    def _kept(self) -> dict[Any, Any]:
+        """What was worked out: many groups of GPUs are alike in part."""
+        return {}
+
+    def _once(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: Kept = self._kept[key]
+        return found
 
     @property
     def _bands(self) -> Bands:
@@ -75,7 +88,8 @@ class RowSplit:
         fixed: dict[str, int] = {}
         for number, gpu in enumerate(gpus):
             fixed |= {Unit(name, number).name: gpu.index for name in self.profile.pipeline.looped}
-        return replace(self.with_rows(self.shares(gpus, teams), teams), fixed=fixed)
+        shares = self.shares(gpus, teams)
+        return replace(self._once((shares, teams), lambda: self.with_rows(shares, teams)), fixed=fixed)
 
     def with_vae(self, split: PipelineProfile) -> PipelineProfile:
         """The profile `split`, of this request, whose VAE has a unit on each of its GPUs, in the same proportion."""
@@ -84,7 +98,7 @@ class RowSplit:
         count = len(rows)
         units = [Unit(vae, number) for number in range(count)]
         under = {
-            mode: [self._vae_band(mode, rows[number], count) for number in range(count)]
+            mode: [replace(self._vae_band(mode, rows[number]), units=count) for number in range(count)]
             for mode in self.profile.vae_under
             if not mode.tiled and mode.bands == 1
         }
@@ -108,15 +122,18 @@ class RowSplit:
             further_vae_under={mode: dict(zip(units[1:], found[1:], strict=True)) for mode, found in under.items()},
         )
 
-    def _vae_band(self, mode: VaeMode, rows: int, count: int) -> ComponentProfile:
+    def _vae_band(self, mode: VaeMode, rows: int) -> ComponentProfile:
         """What a unit of the VAE needs for its rows, of which it lets go sooner than the whole does."""
+        return self._once((mode, rows), lambda: self._made_vae_band(mode, rows))
+
+    def _made_vae_band(self, mode: VaeMode, rows: int) -> ComponentProfile:
         vae, needs = self._vae, self._needs[self._vae]
         shape = self.workload.model_copy(update={"height": rows * self.row_pixels})
         part = profile_component(
             self.profile.pipeline, self.checkpoint.components[vae], self.formats[vae], needs, shape, mode
         )
         held = {phase: round(size * _vae_share(needs[phase])) for phase, size in part.activations.items()}
-        return replace(part, activations=held, units=count)
+        return replace(part, activations=held)
 
     @property
     def _vae(self) -> Component:
@@ -189,6 +206,9 @@ class RowSplit:
 
     def _band(self, name: Component, rows: int, teams: int) -> ComponentProfile:
         """One component's needs for so many rows of an image, with what it puts beside them."""
+        return self._once((name, rows, teams), lambda: self._made_band(name, rows, teams))
+
+    def _made_band(self, name: Component, rows: int, teams: int) -> ComponentProfile:
         form, needs = self.formats[name], self._needs[name]
         shape = self.workload.model_copy(update={"height": rows * self.row_pixels})
         part = profile_component(
@@ -208,12 +228,18 @@ class RowSplit:
 
     def whole_seconds(self, gpu: Gpu) -> float:
         """Seconds that a GPU computes in a step of the whole image; launching is the same for all."""
+        return self._once(("whole", gpu), lambda: self._worked_seconds(gpu))
+
+    def _worked_seconds(self, gpu: Gpu) -> float:
         parts = [self.profile.components[name] for name in self.profile.pipeline.looped]
         works = [(part.work.get("denoise", Work()), part.format.dtype) for part in parts]
         return sum(work_seconds(work, dtype, gpu.rates, STEP_EFFICIENCY, 0) for work, dtype in works)
 
     def _most_rows(self, gpu: Gpu, teams: int) -> int:
         """Rows that a GPU has memory for beside the weights of its units."""
+        return self._once(("most", gpu, teams), lambda: self._held_rows(gpu, teams))
+
+    def _held_rows(self, gpu: Gpu, teams: int) -> int:
         looped = self.profile.pipeline.looped
         one, every = ([self._band(name, count, teams) for name in looped] for count in (1, self.rows))
         least, most = (max(part.activations["denoise"] for part in parts) for parts in (one, every))

@@ -10,15 +10,16 @@ from ..declare.hardware import SPLITS, CustomMap, MultiGpuBalanced, Split
 from ..declare.spec import DeploySpec
 from ..errors import InfeasibleError
 from ..facts.checkpoint import Checkpoint
-from ..facts.machine import Machine
+from ..facts.machine import Gpu, Machine
 from .guidance_split import split_guidance
+from .least import LeastSeconds
 from .needs import Measure
 from .profile import PipelineProfile
-from .row_gpus import best_rows
+from .row_gpus import best_rows, dealt_profiles
 from .row_split import RowSplit
-from .runtimes import WORTH, choose_runtime
+from .runtimes import WORTH, choose_runtime, of_auto
 from .search import Search
-from .ways import PLAINEST, Choice, Way, Ways
+from .ways import PLAINEST, Choice, Way, Ways, runtimes_of
 
 _NAMES: dict[Split, str] = {
     "guidance": "the halves of guidance",
@@ -37,11 +38,13 @@ def ways_of(
     machine: Machine,
     measure: Measure,
     searched: Callable[[PipelineProfile], Search],
+    rows: RowSplit,
 ) -> Ways:
     """The ways that a declaration leaves open; a custom map leaves the runtime alone.
 
     Args:
         profile: of the declaration, without any split.
+        rows: deals the rows of the declaration's images.
         machine: the GPUs that may be taken.
         searched: searches the placements of a profile.
     """
@@ -50,7 +53,6 @@ def ways_of(
     halves = partial(split_guidance, profile, checkpoint, bounds, formats, measure)
     pins = hardware.pin if isinstance(hardware, MultiGpuBalanced) else {}
     fixed = {name: place for name, place in pins.items() if place is not None}
-    rows = RowSplit(profile, checkpoint, bounds, formats, measure)
     by_rows = partial(best_rows, rows, machine.gpus, fixed, searched, spec.precision.allow_emulated)
     profiles: dict[Split, Callable[[], PipelineProfile]] = {
         "none": lambda: profile,
@@ -64,6 +66,25 @@ def ways_of(
     if isinstance(hardware, CustomMap) and "guidance" in profiles:
         del profiles["none"]
     return Ways(profiles, machine, searched, refused)
+
+
+def least_of(spec: DeploySpec, ways: Ways, rows: RowSplit) -> LeastSeconds:
+    """Seconds that no pipeline on some of the GPUs of `ways` can be below.
+
+    Args:
+        rows: as the ways have it.
+    """
+    splits = [split for split in ways.splits if SPLITS[split].rows]
+    mode, emulated = spec.runtime.mode, spec.precision.allow_emulated
+    runtimes = {PLAINEST, *(of_auto() if mode == "auto" else [mode])}
+
+    def dealt(gpus: Sequence[Gpu]) -> Iterator[PipelineProfile]:
+        for split in splits:
+            yield from dealt_profiles(rows, gpus, {}, emulated, split)
+
+    executed = {split: [ways.profile(Way(runtime, split)) for runtime in runtimes_of(split) if runtime in runtimes]
+                for split in ways.splits if not SPLITS[split].rows}  # fmt: skip
+    return LeastSeconds(executed.get("none", []), executed.get("guidance", []), dealt)
 
 
 def _remembered(searched: Callable[[PipelineProfile], Search]) -> Callable[[PipelineProfile], Search]:
