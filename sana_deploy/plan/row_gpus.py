@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from ..declare.hardware import SPLITS, Split, SplitDescription
 from ..facts.machine import Gpu, is_native
-from .least import least_seconds
 from .profile import PipelineProfile
 from .row_split import RowSplit
 from .search import Search
@@ -32,31 +33,46 @@ def best_rows(
         emulated: whether a GPU may emulate a dtype.
         way: `rows`, or another split that deals rows.
     """
-    profiles = [*dealt_profiles(split, gpus, pins, emulated, way)]
-    least = [least_seconds(profile, gpus) for profile in profiles]
+    ways = [*dealt_ways(split, gpus, pins, emulated, way)]
     best: tuple[tuple[bool, float], int] | None = None
-    for number in sorted(range(len(profiles)), key=lambda number: (least[number], number)):
-        if best is not None and best[0] < (False, least[number] - _PRINTED):
+    made: dict[int, PipelineProfile] = {}
+    for number in sorted(range(len(ways)), key=lambda number: (ways[number].least, number)):
+        if best is not None and best[0] < (False, ways[number].least - _PRINTED):
             break
-        found = _rank(searched(profiles[number])), number
+        made[number] = ways[number].make()
+        found = _rank(searched(made[number])), number
         best = found if best is None else min(best, found)
     assert best is not None
-    return profiles[best[1]]
+    return made[best[1]]
 
 
 _PRINTED = 1e-4
 """What seconds are rounded to where they are compared."""
 
 
-def dealt_profiles(
+@dataclass(frozen=True)
+class Dealt:
+    """Rows on some GPUs: seconds that no placement of its profile is below, and what makes the profile."""
+
+    least: float
+    make: Callable[[], PipelineProfile]
+
+
+def dealt_ways(
     split: RowSplit, gpus: Sequence[Gpu], pins: Mapping[str, int], emulated: bool, way: Split
-) -> Iterator[PipelineProfile]:
-    """The profiles with rows on the fewest GPUs, on one more for each team, and so on; with the VAE whole, then not."""
+) -> Iterator[Dealt]:
+    """Rows on the fewest GPUs, on one more for each team, and so on; with the VAE whole, then dealt as well."""
+    teams, vae = SPLITS[way].teams, split.profile.pipeline.of("vae")
     for chosen in _choices(split, gpus, pins, emulated, SPLITS[way]):
-        profile = split.dealt_to(chosen, SPLITS[way].teams)
-        yield profile
+        profile, loop = split.dealt_to(chosen, teams), split.loop_seconds(chosen, teams)
+        yield Dealt(loop + split.outside(gpus), partial(_same, profile))
         if _may_deal_vae(split, pins, chosen[0]):
-            yield split.with_vae(profile)
+            beside = split.outside(gpus, without=[vae]) + split.vae_seconds(chosen, teams)
+            yield Dealt(loop + beside, partial(split.with_vae, profile))
+
+
+def _same(profile: PipelineProfile) -> PipelineProfile:
+    return profile
 
 
 def _may_deal_vae(split: RowSplit, pins: Mapping[str, int], home: Gpu) -> bool:

@@ -15,10 +15,11 @@ from ..facts.allocator import workspace_bytes
 from ..facts.checkpoint import Checkpoint
 from ..facts.machine import Gpu
 from .cost import overhead
+from .least import Outside, fastest, loop_seconds
 from .needs import Measure, needs_of
 from .passing import VaeMode, Work
 from .profile import ComponentProfile, PipelineProfile, profile_component
-from .seconds import STEP_EFFICIENCY, work_seconds
+from .seconds import STEP_EFFICIENCY, component_phases, work_seconds
 from .units import Unit
 from .vae_rows import dealt_crossings
 
@@ -85,11 +86,36 @@ class RowSplit:
 
     def dealt_to(self, gpus: Sequence[Gpu], teams: int = 1) -> PipelineProfile:
         """The profile whose units are on `gpus`, of one team after the other, the denoising loop on the first."""
+        return self._once(("dealt", tuple(gpus), teams), lambda: self._dealt(gpus, teams))
+
+    def _dealt(self, gpus: Sequence[Gpu], teams: int) -> PipelineProfile:
         fixed: dict[str, int] = {}
         for number, gpu in enumerate(gpus):
             fixed |= {Unit(name, number).name: gpu.index for name in self.profile.pipeline.looped}
         shares = self.shares(gpus, teams)
         return replace(self._once((shares, teams), lambda: self.with_rows(shares, teams)), fixed=fixed)
+
+    def loop_seconds(self, gpus: Sequence[Gpu], teams: int = 1) -> float:
+        """Seconds of the denoising loop of a request whose rows are dealt to `gpus`; see `dealt_to`."""
+        split = self.dealt_to(gpus, teams)
+        return self._once(("loop", tuple(gpus), teams), lambda: loop_seconds(split, split.fixed, gpus))
+
+    def vae_seconds(self, gpus: Sequence[Gpu], teams: int = 1) -> float:
+        """The least seconds of the VAE of a request where it has units on `gpus` as well; see `with_vae`."""
+        return self._once(("vae", tuple(gpus), teams), lambda: self._vae_seconds(gpus, teams))
+
+    def _vae_seconds(self, gpus: Sequence[Gpu], teams: int) -> float:
+        rows, steps = in_proportion(self.rows, self.shares(gpus, teams)), self.profile.steps
+        ways = (
+            [component_phases(part, steps, gpu.rates) for part, gpu in zip(parts, gpus, strict=False)]
+            for parts in self._vae_bands(rows).values()
+        )
+        return sum(fastest(ways).values())
+
+    @cached_property
+    def outside(self) -> Outside:
+        """The least seconds of what is outside of the denoising loop."""
+        return Outside(self.profile)
 
     def with_vae(self, split: PipelineProfile) -> PipelineProfile:
         """The profile `split`, of this request, whose VAE has a unit on each of its GPUs, in the same proportion."""
@@ -97,11 +123,7 @@ class RowSplit:
         form, rows = self.formats[vae], in_proportion(self.rows, split.rows)
         count = len(rows)
         units = [Unit(vae, number) for number in range(count)]
-        under = {
-            mode: [replace(self._vae_band(mode, rows[number]), units=count) for number in range(count)]
-            for mode in self.profile.vae_under
-            if not mode.tiled and mode.bands == 1
-        }
+        under = self._vae_bands(rows)
         parts = under[VaeMode()]
         dtypes = self._bands.row_pixels(self._configs) // VAE_FACTOR
         latents = [dtypes * one for one in rows]
@@ -121,6 +143,14 @@ class RowSplit:
             vae_under={mode: found[0] for mode, found in under.items()},
             further_vae_under={mode: dict(zip(units[1:], found[1:], strict=True)) for mode, found in under.items()},
         )
+
+    def _vae_bands(self, rows: Sequence[int]) -> dict[VaeMode, list[ComponentProfile]]:
+        """What the VAE's units need for so many rows each, in every mode that they can have."""
+        return {
+            mode: [replace(self._vae_band(mode, count), units=len(rows)) for count in rows]
+            for mode in self.profile.vae_under
+            if not mode.tiled and mode.bands == 1
+        }
 
     def _vae_band(self, mode: VaeMode, rows: int) -> ComponentProfile:
         """What a unit of the VAE needs for its rows, of which it lets go sooner than the whole does."""

@@ -15,7 +15,7 @@ from .guidance_split import split_guidance
 from .least import LeastSeconds
 from .needs import Measure
 from .profile import PipelineProfile
-from .row_gpus import best_rows, dealt_profiles
+from .row_gpus import best_rows, dealt_ways
 from .row_split import RowSplit
 from .runtimes import WORTH, choose_runtime, of_auto
 from .search import Search
@@ -78,9 +78,9 @@ def least_of(spec: DeploySpec, ways: Ways, rows: RowSplit) -> LeastSeconds:
     mode, emulated = spec.runtime.mode, spec.precision.allow_emulated
     runtimes = {PLAINEST, *(of_auto() if mode == "auto" else [mode])}
 
-    def dealt(gpus: Sequence[Gpu]) -> Iterator[PipelineProfile]:
-        for split in splits:
-            yield from dealt_profiles(rows, gpus, {}, emulated, split)
+    def dealt(gpus: Sequence[Gpu]) -> float:
+        ways = (one.least for split in splits for one in dealt_ways(rows, gpus, {}, emulated, split))
+        return min(ways, default=float("inf"))
 
     executed = {split: [ways.profile(Way(runtime, split)) for runtime in runtimes_of(split) if runtime in runtimes]
                 for split in ways.splits if not SPLITS[split].rows}  # fmt: skip
