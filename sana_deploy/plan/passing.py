@@ -78,6 +78,7 @@ class Passing:
         batch: images, in those that the needs count: with guidance they count a control image as two rows.
         rows: images that really pass.
         shared: the batch has one image together, which is what passes.
+        copied: what a byte counts for that only bands touch.
     """
 
     height: int
@@ -86,6 +87,7 @@ class Passing:
     rows: int
     mode: VaeMode
     shared: bool = False
+    copied: float = 1.0
 
     @classmethod
     def of(
@@ -99,7 +101,7 @@ class Passing:
             rows = 1 if mode.once else whole
             images = workload.batch * rows / whole
         mode = replace(mode, bands=bands_in(workload.height, mode.bands))
-        return cls(workload.height, workload.width, share * images, rows, mode, shared)
+        return cls(workload.height, workload.width, share * images, rows, mode, shared, COPIED.get(phase, 1.0))
 
     @property
     def batch_at_once(self) -> float:
@@ -149,7 +151,7 @@ def work_of(needs: Mapping[str, Any], call: Passing) -> Work:
     if call.mode.bands > 1:
         each = banded_work(needs["banded"], call.height, call.width, call.banded_batch, call.mode.bands)
         whole = linear(needs["other_bytes"], call.batch_at_once, pixels)
-        each["other_bytes"] = round(whole + COPIED * max(0, each["other_bytes"] - whole))
+        each["other_bytes"] = round(whole + call.copied * max(0, each["other_bytes"] - whole))
         total = {key: value * calls for key, value in each.items()}
         return Work(calls=calls * call.mode.bands, **total)
     if call.mode.tiled and max(call.height, call.width) > VAE_TILE[0]:

@@ -102,7 +102,7 @@ class RowSplit:
 
     def vae_seconds(self, gpus: Sequence[Gpu], teams: int = 1) -> float:
         """The least seconds of the VAE of a request where it has units on `gpus` as well; see `with_vae`."""
-        return self._once(("vae", tuple(gpus), teams), lambda: self._vae_seconds(gpus, teams))
+        return self._once(("coded", tuple(gpus), teams), lambda: self._vae_seconds(gpus, teams))
 
     def _vae_seconds(self, gpus: Sequence[Gpu], teams: int) -> float:
         rows, steps = in_proportion(self.rows, self.shares(gpus, teams)), self.profile.steps
