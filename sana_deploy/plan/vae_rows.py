@@ -141,18 +141,17 @@ def dealt_crossings(
     item, pixel = DTYPE_BYTES[dtype], 3 * VAE_FACTOR * workload.width
     cell = int(config["latent_channels"]) * (workload.width // VAE_FACTOR)
     found: list[Crossing] = []
-    sides: dict[Side, tuple[int, int, int]] = {
-        "encoder": (encoded, pixel, cell),
-        "decoder": (workload.batch, cell, pixel),
-    }
-    for side, (images, given, made) in sides.items():
-        if not images:
-            continue
-        call = vae.call(CALLS[side])
-        assert call.phase is not None
-        for unit, count in zip(units[1:], rows[1:], strict=True):
+    given_and_made: tuple[tuple[Side, int, int, int], ...] = (
+        ("encoder", encoded, pixel, cell),
+        ("decoder", workload.batch, cell, pixel),
+    )
+    sides = [(side, vae.call(CALLS[side]), *rest) for side, *rest in given_and_made if rest[0]]
+    for unit, count in zip(units[1:], rows[1:], strict=True):
+        for _, call, images, given, made in sides:
+            assert call.phase is not None
             there, back = (math.prod((size, count, images, item)) for size in (given, made))
             found.append(Crossing(call.input, units[0], unit, there, False, call.phase))
             found.append(Crossing(call.output, unit, units[0], back, False, call.phase))
+    for side, call, images, _, _ in sides:
         found += exchanged(units, config, workload, dtype, rows, side, call, images)
     return tuple(found)
