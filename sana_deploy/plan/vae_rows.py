@@ -145,7 +145,9 @@ def dealt_crossings(
         ("encoder", encoded, pixel, cell),
         ("decoder", workload.batch, cell, pixel),
     )
-    sides = [(side, vae.call(CALLS[side]), *rest) for side, *rest in given_and_made if rest[0]]
+    sides = [
+        (side, vae.call(CALLS[side]), images, given, made) for side, images, given, made in given_and_made if images
+    ]
     for unit, count in zip(units[1:], rows[1:], strict=True):
         for _, call, images, given, made in sides:
             assert call.phase is not None
