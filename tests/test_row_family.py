@@ -11,10 +11,18 @@ from diffusers.models.attention_processor import (
 )
 from family import GUIDED, MODELS, planned
 from halved import apart
+from test_bands import check_needs
 from test_row_split_rehearsed import ROUNDING, all_gpus, moved, pixels_of, rehearsed, vae_too
 from test_rows import Double, far, without
 
+from sana_deploy.declare.compose import compose_spec
+from sana_deploy.facts.catalogue import NAMES, pipelines
+from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.plan.artifact import Plan
+from sana_deploy.plan.needs import needs_of
+from sana_deploy.plan.passing import VaeMode
+from sana_deploy.rehearsal.calibrate import calibrate
+from sana_deploy.rehearsal.measure import Point
 from sana_deploy.rehearsal.rehearse import open_host
 from sana_deploy.run.generate import run_request
 from sana_deploy.run.load import load_pipeline
@@ -86,9 +94,9 @@ def test_perturbed_attention_of_bands_is_that_of_the_whole(parts: int, norm: str
 
 @pytest.mark.usefixtures("vae_too")
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("precision", ["fp32", "mixed_bf16"])
-def test_every_byte_that_crosses_is_planned(model: str, precision: str) -> None:
-    for more in ((), ("workload.batch=2", "workload.guidance_scale=1")):
+def test_every_byte_that_crosses_is_planned(model: str) -> None:
+    unguided = ("workload.batch=2", "workload.guidance_scale=1")
+    for precision, more in (("fp32", ()), ("mixed_bf16", unguided)):
         plan = planned(
             model, *ROWS, f"precision={precision}", "machine.gpus=3xrtx4090", "workload.height=160", "workload.steps=3",
             *more,
@@ -100,3 +108,16 @@ def test_every_byte_that_crosses_is_planned(model: str, precision: str) -> None:
         assert {"attention_sums", "edge_rows", "decoded_edge_rows", "decoded_attention_sums"} <= exchanged
         assert ("start_edge_rows" in exchanged) == (model == "tiny_sprint_img2img")
         assert ("guidance" in exchanged) == (model not in GUIDED)
+
+
+@pytest.mark.parametrize("bands", [2, 16])
+def test_an_image_that_a_batch_shares_is_planned_in_bands(bands: int) -> None:
+    check_needs("tiny_sprint_img2img", "bfloat16", Point(768, 3, VaeMode(bands=bands)), guided=False)
+
+
+def test_every_model_may_have_its_vae_in_bands() -> None:
+    for model in NAMES:
+        for pipeline in pipelines(model):
+            spec = compose_spec([f"model={model}", f"model.pipeline={pipeline}", "precision=mixed_bf16"])
+            needs = needs_of(open_checkpoint(spec.model), spec.precision.formats, spec.workload.guided, calibrate)
+            assert all("banded" in phase for phase in needs["vae"].values()), (model, pipeline)
