@@ -182,7 +182,7 @@ class MultiGpuBalanced(Planned):
 
     strategy: Literal["multi_gpu_balanced"]
     pin: dict[UnitName, GpuIndex | None] = {}
-    split: Literal["auto"] | Split = "auto"
+    split: Literal["auto", "none", "guidance", "rows", "guidance+rows"] = "auto"
 
     _named = field_validator("pin", mode="before")(_without_unnamed_units)
 
