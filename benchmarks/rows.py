@@ -194,7 +194,8 @@ def measure_steps(bench: Bench, pipeline: Any, side: int) -> None:
     step()
     crossed = {f"{src}->{dst} {name}": size for (src, dst, name), size in sorted(state.traffic.moved.items())}
     bench.case(side, "step", "rows", step, alone)
-    bench.rows[-1] |= {"bytes": sum(crossed.values()), "crossed": crossed, "dealt": pipeline.transformer.forward.shares}
+    dealt = [rows for team in pipeline.transformer.forward.teams for rows in team.shares]
+    bench.rows[-1] |= {"bytes": sum(crossed.values()), "crossed": crossed, "dealt": dealt}
     unplace(pipeline)
 
 

@@ -23,7 +23,8 @@ from sana_deploy.plan.artifact import Plan
 from sana_deploy.plan.diff import compare
 from sana_deploy.plan.digest import digest_of
 from sana_deploy.plan.profile import profile_pipeline
-from sana_deploy.plan.row_split import RowSplit, dealt, in_proportion
+from sana_deploy.plan.row_shares import dealt, in_proportion
+from sana_deploy.plan.row_split import RowSplit
 from sana_deploy.report.wording import runtime_words
 
 Small = Callable[..., DeploySpec]

@@ -279,7 +279,7 @@ def test_a_map_that_names_the_second_units_is_the_split() -> None:
         (["hardware.pin.vae.1=1"], "'vae.1' is not a component"),
         (["hardware=custom_map", "hardware.device_map.transformer.1=x"], "must be a valid integer (got 'x')"),
         (["hardware=single_gpu", "hardware.split=guidance"], "there is no such key"),
-        (["hardware.split=columns"], "'columns' is not one of auto, none, guidance, rows"),
+        (["hardware.split=columns"], "'columns' is not one of auto, none, guidance, rows, guidance+rows"),
     ],
 )
 def test_a_second_half_that_cannot_be_is_refused_with_the_rule(overrides: list[str], message: str) -> None:

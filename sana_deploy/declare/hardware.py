@@ -26,7 +26,7 @@ OnDecodeOom = Literal["tile", "bands", "raise"]
 """When the VAE runs out of memory in decode: again in bands of rows and, with `tile`, then in tiles; or give up."""
 
 
-Split = Literal["none", "guidance", "rows", "layers"]
+Split = Literal["none", "guidance", "rows", "guidance+rows", "layers"]
 """How one image is spread over GPUs."""
 
 
@@ -40,6 +40,9 @@ class SplitDescription:
         most_gpus: that can share a step.
         graphs: whether its calls can be graphs.
         last: whether it saves no seconds, so that it is chosen only where nothing else fits.
+        least_gpus: that it takes.
+        halves: the halves of guidance are apart.
+        rows: units compute some rows of the image each; where halves are apart, as many units each half of guidance.
     """
 
     help: str
@@ -47,12 +50,33 @@ class SplitDescription:
     most_gpus: int
     graphs: bool = True
     last: bool = False
+    least_gpus: int = 2
+    halves: bool = False
+    rows: bool = False
+
+    @property
+    def teams(self) -> int:
+        """Teams of units, each of which computes all rows of its part of a step."""
+        return 2 if self.halves else 1
 
 
 SPLITS: dict[Split, SplitDescription] = {
-    "none": SplitDescription("one GPU computes a whole denoising step", "bitwise", 1),
-    "guidance": SplitDescription("two GPUs compute one half of classifier-free guidance each", "rounding", 2),
-    "rows": SplitDescription("up to eight GPUs compute some rows of the image each", "rounding", 8, graphs=False),
+    "none": SplitDescription("one GPU computes a whole denoising step", "bitwise", 1, least_gpus=1),
+    "guidance": SplitDescription(
+        "two GPUs compute one half of classifier-free guidance each", "rounding", 2, halves=True
+    ),
+    "rows": SplitDescription(
+        "up to eight GPUs compute some rows of the image each", "rounding", 8, graphs=False, rows=True
+    ),
+    "guidance+rows": SplitDescription(
+        "two, three or four GPUs share the rows of each half of guidance",
+        "rounding",
+        8,
+        graphs=False,
+        least_gpus=4,
+        halves=True,
+        rows=True,
+    ),
     "layers": SplitDescription(
         "two GPUs hold the first and the other blocks of the denoiser or the text encoder, and compute in turn",
         "bitwise",
@@ -162,13 +186,13 @@ class MultiGpuBalanced(Planned):
     Attributes:
         pin: fixes single units to a GPU index; None leaves one free. One of the second half counts where it is planned.
         split: `guidance` (the halves of classifier-free guidance on two GPUs), `rows` (rows of the image on up to
-            eight), `layers` (consecutive blocks of one component on two), `none`, or `auto`: where the objective gains
-            by it, and layers where nothing else fits.
+            eight), `guidance+rows` (rows of each half on two to four), `layers` (consecutive blocks of one component on
+            two), `none`, or `auto`: where the objective gains by it, and layers where nothing else fits.
     """
 
     strategy: Literal["multi_gpu_balanced"]
     pin: dict[UnitName, GpuIndex | None] = {}
-    split: Literal["auto", "none", "guidance", "rows", "layers"] = "auto"
+    split: Literal["auto", "none", "guidance", "rows", "guidance+rows", "layers"] = "auto"
 
     _named = field_validator("pin", mode="before")(_without_unnamed_units)
 

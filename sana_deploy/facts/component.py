@@ -44,6 +44,7 @@ class ComponentFacts:
     folder: Path | None = None
     variant: str | None = None
     allow_pickle: bool = False
+    _unsplit: dict[Format, int] = field(default_factory=dict, compare=False, repr=False)
 
     def weights_bytes(self, form: Format) -> int:
         """Bytes of all parameters and buffers once loaded in `form`; exact."""
@@ -57,10 +58,11 @@ class ComponentFacts:
 
         A hundredth of the weights where the config does not determine their shapes.
         """
-        shapes = expected_shapes(self.class_name, self.config)
-        if shapes is None:
-            return self.weights_bytes(form) // 100
-        return unsplit_bytes(size for key, shape in shapes.items() for size in tensor_bytes(key, shape, form))
+        if form not in self._unsplit:
+            shapes = expected_shapes(self.class_name, self.config)
+            sizes = (size for key, shape in (shapes or {}).items() for size in tensor_bytes(key, shape, form))
+            self._unsplit[form] = self.weights_bytes(form) // 100 if shapes is None else unsplit_bytes(sizes)
+        return self._unsplit[form]
 
     def block_tensors(self, blocks: str, count: int, form: Format) -> list[list[int]] | None:
         """Bytes of the tensors of each of `count` blocks in `form`; None where the config does not determine them.

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NoReturn
 
 from .._units import human_bytes
+from ..declare.hardware import SPLITS
 from ..declare.knobs import KNOBS
 from ..declare.pipelines import Phase
 from ..declare.workload import VAE_FACTOR, Workload
@@ -213,17 +214,17 @@ class _Replica:
     def _profiled(self, workload: Workload, different: bool) -> PipelineProfile:
         plan = self._plan
         formats = {name: part.format for name, part in plan.components.items()}
-        rows, split = plan.split == "rows", plan.split == "guidance"
-        if split:  # a call without guidance is drawn by the first units, with as many rows as they take of one with it
+        split = SPLITS[plan.split]
+        if split.halves:  # the first units draw a call without guidance, with as many rows as they take of one with it
             workload = workload.model_copy(update={"guided": True})
         profile = profile_pipeline(self._checkpoint, workload, formats, _refuse_to_measure)
         if different:
             profile = _different(profile, workload.batch)
-        if split:
+        if split.halves and not split.rows:
             profile = split_guidance(profile, self._checkpoint, workload, formats, _refuse_to_measure)
-        if rows:
+        if split.rows:
             dealt = RowSplit(profile, self._checkpoint, workload, formats, _refuse_to_measure)
-            profile = dealt.again(plan.rows, _vae_is_dealt(plan))
+            profile = dealt.again(plan.rows, _vae_is_dealt(plan), split.teams)
         if plan.layers:
             profile = LayerSplit(profile, self._checkpoint, workload, formats).dealt(plan.layers)
         knobs = [knob for knob in plan.knobs if not (different and KNOBS[knob].of_copies)]

@@ -79,9 +79,17 @@ class Rows:
         return total
 
 
+def _places_of(profile: PipelineProfile, places: Places) -> dict[str, Any]:
+    """The position of each unit's GPU for every placement; a single number for one that is there in all of them."""
+    return {
+        unit.name: int(places[0, i]) if unit.name in profile.fixed and len(places) else places[:, i].astype(np.intp)
+        for i, unit in enumerate(profile.units)
+    }
+
+
 def moved_bytes(profile: PipelineProfile, places: Places) -> Integers:
     """Bytes of a request that cross between devices: `cost.bytes_per_request`, in arrays."""
-    at = {unit.name: places[:, i] for i, unit in enumerate(profile.units)}
+    at = _places_of(profile, places)
     total = np.zeros(len(places), np.int64)
     for crossing in profile.crossings:
         total += (at[crossing.src] != at[crossing.dst]) * (crossing.bytes_each * crossing.times(profile.steps))
@@ -90,13 +98,13 @@ def moved_bytes(profile: PipelineProfile, places: Places) -> Integers:
 
 def request_seconds(setting: Setting, places: Places) -> Floats:
     """Seconds of a request for every placement: `cost.phase_seconds`, in arrays; the CPU's are not known."""
-    at = {unit.name: places[:, i].astype(np.intp) for i, unit in enumerate(setting.profile.units)}
+    at = _places_of(setting.profile, places)
 
     def work(name: str, part: ComponentProfile) -> Mapping[Phase, Floats]:
         return {phase: table[at[name]] for phase, table in setting.work[name].items()}
 
-    def crossing(one: Crossing) -> Floats:
-        return setting.crossings[one][at[one.src], at[one.dst]]
+    def crossing(one: Crossing) -> Any:
+        return setting.crossing(one, at[one.src], at[one.dst])
 
     total = np.zeros(len(places))
     steps = phase_steps(setting.profile, work, crossing, at)

@@ -8,7 +8,7 @@ from functools import cache, partial
 
 from .._models import Diagnostic
 from .._units import human_bytes
-from ..declare.hardware import CustomMap, MultiGpuBalanced, SingleGpu
+from ..declare.hardware import SPLITS, CustomMap, MultiGpuBalanced, SingleGpu
 from ..declare.spec import DeploySpec, Overrides, VirtualMachine
 from ..errors import InfeasibleError
 from ..facts import machine as machines
@@ -28,13 +28,30 @@ from .rejections import Rejection
 from .remarks import cpu_remark, declaration_remarks, forced_remarks, idle_remarks
 from .remedies import Fits, with_all_knobs, working_changes
 from .replicas import Deals, Group, deals_of
+from .row_split import RowSplit
 from .search import Search, search_balanced, search_custom, search_host, search_single
 from .setting import groups_of
-from .splits import choose, open_ways, ways_of
+from .splits import choose, least_of, open_ways, ways_of
 from .ways import Choice, Ways
 
-WaysOn = Callable[[Machine], Ways]
-"""The ways to execute a request on some GPUs."""
+
+class WaysOn:
+    """The ways to execute the request on some GPUs; those on the same GPUs are found once."""
+
+    def __init__(self, measure: Measure, spec: DeploySpec, checkpoint: Checkpoint) -> None:
+        bounds, formats = spec.workload.bounds, spec.precision.formats
+        profile = profile_pipeline(checkpoint, bounds, formats, measure)
+        self.rows = RowSplit(profile, checkpoint, bounds, formats, measure)
+
+        @cache
+        def on(part: Machine) -> Ways:
+            return ways_of(spec, checkpoint, profile, part, measure, partial(_search, spec, part), self.rows)
+
+        self._on = on
+
+    def __call__(self, part: Machine) -> Ways:
+        """The ways on the GPUs of `part`."""
+        return self._on(part)
 
 
 def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | None = None) -> Plan:
@@ -61,7 +78,7 @@ def compile_declaration(spec: DeploySpec, measure: Measure, machine: Machine | N
     diagnostics += declaration_remarks(spec, checkpoint, machine)
     if not offered.gpus and not isinstance(spec.hardware, CustomMap):
         diagnostics.insert(0, cpu_remark(spec.hardware, offered))
-    ways = _ways(measure, spec, checkpoint)
+    ways = WaysOn(measure, spec, checkpoint)
     groups = _groups(spec, offered, ways, partial(working_changes, spec, checkpoint, machine, fits))
     first, profile, search = groups[0], groups[0].choice.profile, groups[0].choice.search
     if search.best:
@@ -81,17 +98,6 @@ def _refused(problem: InfeasibleError) -> Diagnostic:
     return Diagnostic(
         type="infeasible", severity="warning", message=problem.message, where="hardware", hint=problem.hint
     )
-
-
-def _ways(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint) -> WaysOn:
-    """The ways to execute the request; those on the same GPUs are found once."""
-    profile = profile_pipeline(checkpoint, spec.workload.bounds, spec.precision.formats, measure)
-
-    @cache
-    def on(part: Machine) -> Ways:
-        return ways_of(spec, checkpoint, profile, part, measure, partial(_search, spec, part))
-
-    return on
 
 
 def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[[], str]) -> list[Group]:
@@ -117,7 +123,11 @@ def _groups(spec: DeploySpec, offered: Machine, ways: WaysOn, changes: Callable[
         return alone()
     most_images = hardware.objective == "throughput" and not isinstance(hardware.replicas, int)
     sizes = _sizes(spec, offered, ways)
-    deals = deals_of(offered, planned, sizes, "most images" if most_images else "every count")
+    if most_images:
+        least = least_of(spec, ways(offered), ways.rows)
+        deals = deals_of(offered, planned, sizes, "most images", least)
+    else:
+        deals = deals_of(offered, planned, sizes)
     if groups := deals.chosen(hardware.replicas):
         return groups
     if isinstance(hardware.replicas, int) and (deals.most or alone()[0].choice.search.best):
@@ -131,7 +141,7 @@ def _sizes(spec: DeploySpec, offered: Machine, ways: WaysOn) -> range:
         return range(1, 2)
     opened = list(open_ways(spec, ways(offered), at_last=False))
     units = max(len(groups_of(ways(offered).profile(way))) for way in opened)
-    return range(1 if any(way.split == "none" for way in opened) else 2, units + 1)
+    return range(min(SPLITS[way.split].least_gpus for way in opened), units + 1)
 
 
 def _too_many(wanted: int, deals: Deals, sizes: range, changes: str) -> InfeasibleError:
@@ -247,7 +257,7 @@ def _fits(measure: Measure, spec: DeploySpec, checkpoint: Checkpoint, machine: M
         _check_indices(spec, machine)
     except InfeasibleError:
         return False
-    offered, hardware, ways = _offered(spec, machine), spec.hardware, _ways(measure, spec, checkpoint)
+    offered, hardware, ways = _offered(spec, machine), spec.hardware, WaysOn(measure, spec, checkpoint)
 
     replicas = 1 if isinstance(hardware, CustomMap) or not isinstance(hardware.replicas, int) else hardware.replicas
 

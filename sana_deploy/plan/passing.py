@@ -77,6 +77,8 @@ class Passing:
     Attributes:
         batch: images, in those that the needs count: with guidance they count a control image as two rows.
         rows: images that really pass.
+        shared: the batch has one image together, which is what passes.
+        copied: what a byte counts for that only bands touch.
     """
 
     height: int
@@ -84,6 +86,8 @@ class Passing:
     batch: float
     rows: int
     mode: VaeMode
+    shared: bool = False
+    copied: float = 1.0
 
     @classmethod
     def of(
@@ -91,17 +95,23 @@ class Passing:
     ) -> Passing:
         """What passes in a phase; `share` is that of the rows of a request."""
         rows, images = workload.batch, float(workload.batch)
+        shared = phase == "prepare" and pipeline.image is not None and not pipeline.image.each_row
         if phase == "prepare":
             whole = pipeline.image_rows(workload)
             rows = 1 if mode.once else whole
             images = workload.batch * rows / whole
         mode = replace(mode, bands=bands_in(workload.height, mode.bands))
-        return cls(workload.height, workload.width, share * images, rows, mode)
+        return cls(workload.height, workload.width, share * images, rows, mode, shared, COPIED.get(phase, 1.0))
 
     @property
     def batch_at_once(self) -> float:
         """The part of `batch` that passes in one go."""
         return self.batch / self.rows if self.mode.sliced else self.batch
+
+    @property
+    def banded_batch(self) -> float:
+        """What the needs of bands count as `batch`."""
+        return 1.0 if self.shared else self.batch_at_once
 
     @property
     def pixels_at_once(self) -> int:
@@ -118,7 +128,7 @@ def activation_bytes(needs: Mapping[str, Any], call: Passing) -> int:
     height, width, pixels = call.height, call.width, call.height * call.width
     sliced = call.mode.sliced and call.rows > 1
     if call.mode.bands > 1:
-        peak = banded_bytes(needs["banded"], height, width, call.batch_at_once, call.mode.bands)
+        peak = banded_bytes(needs["banded"], height, width, call.banded_batch, call.mode.bands)
         if sliced:  # beside them, what is kept of the other images
             peak += linear(needs["sliced_bytes"], call.batch, pixels)
             peak -= linear(needs["activation_bytes"], call.batch_at_once, pixels)
@@ -139,9 +149,9 @@ def work_of(needs: Mapping[str, Any], call: Passing) -> Work:
     if call.mode.sliced:
         calls = call.rows
     if call.mode.bands > 1:
-        each = banded_work(needs["banded"], call.height, call.width, call.batch_at_once, call.mode.bands)
+        each = banded_work(needs["banded"], call.height, call.width, call.banded_batch, call.mode.bands)
         whole = linear(needs["other_bytes"], call.batch_at_once, pixels)
-        each["other_bytes"] = round(whole + COPIED * max(0, each["other_bytes"] - whole))
+        each["other_bytes"] = round(whole + call.copied * max(0, each["other_bytes"] - whole))
         total = {key: value * calls for key, value in each.items()}
         return Work(calls=calls * call.mode.bands, **total)
     if call.mode.tiled and max(call.height, call.width) > VAE_TILE[0]:

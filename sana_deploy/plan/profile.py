@@ -75,7 +75,8 @@ class PipelineProfile:
         further: units beyond the first of their component, and what each needs; its component's profile is then what
             the first one needs. `crossings` name units.
         rows: that each unit of the denoising loop computes, the first one's first, where rows are dealt; see
-            `PipelineDescription.bands`.
+            `PipelineDescription.bands`. Teams come one after the other.
+        teams: of units, each of which computes all rows: of a half of guidance, where there are two.
         fixed: the GPU of each unit that was profiled for that GPU.
         further_vae_under: what further units of the VAE need in each mode, where it has some.
         dealt: blocks of the first unit of each component that is dealt by layers; its units work in turn.
@@ -91,6 +92,7 @@ class PipelineProfile:
     band_count: int = field(default=1, compare=False)
     further: Mapping[Unit, ComponentProfile] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
+    teams: int = 1
     fixed: Mapping[str, int] = field(default_factory=dict)
     further_vae_under: Mapping[VaeMode, Mapping[Unit, ComponentProfile]] = field(default_factory=dict)
     dealt: Mapping[Component, int] = field(default_factory=dict)
@@ -109,7 +111,7 @@ class PipelineProfile:
     def split(self) -> Split:
         """How one image is spread over GPUs."""
         if self.rows:
-            return "rows"
+            return "rows" if self.teams == 1 else "guidance+rows"
         if self.dealt:
             return "layers"
         return "guidance" if self.further else "none"

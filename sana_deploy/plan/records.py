@@ -261,8 +261,8 @@ class Replica(Record):
 
     A plan is the first one, with what all of them share. `vae_band_count` are the bands of rows that the VAE takes an
     image in; None where it takes it whole. `graphed_calls` are those besides `forward` that are launched from graphs,
-    such as `vae.decode`. `rows` are those of tokens that each unit of the denoising loop computes, where the split deals
-    them; `layers` are the blocks of the first unit of each component that is dealt by layers.
+    such as `vae.decode`. `rows` are those of tokens that each unit of the denoising loop computes, where the split
+    deals them; `layers` are the blocks of the first unit of each component that is dealt by layers.
     """
 
     slots: list[Slot]

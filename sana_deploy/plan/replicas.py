@@ -18,7 +18,6 @@ from ..declare.hardware import Replicas
 from ..facts.machine import Gpu, Machine
 from .artifact import Plan
 from .records import Place, PlacedComponent, PlacedUnit
-from .runtimes import WORTH
 from .ways import Choice
 
 Counts = tuple[int, ...]
@@ -27,8 +26,8 @@ Planned = Callable[[Machine], Choice]
 """Plans one pipeline on a machine."""
 Wanted = Literal["every count", "most images", "most replicas"]
 """What deals are looked for: the best of every number of replicas, or less."""
-_ENDLESS = 1 << 50
-"""Bytes of memory that no pipeline fills."""
+Least = Callable[[Sequence[Gpu]], float]
+"""Seconds that no pipeline on some GPUs can be below."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,13 @@ _Best = dict[int, tuple[_Total, tuple[Counts, ...]]]
 """By the number of replicas: what the best of them amount to, and the groups that they are on."""
 
 
-def deals_of(machine: Machine, planned: Planned, sizes: range, wanted: Wanted = "every count") -> Deals:
+def deals_of(
+    machine: Machine,
+    planned: Planned,
+    sizes: range,
+    wanted: Wanted = "every count",
+    least: Least = lambda gpus: 0.0,
+) -> Deals:
     """Find the best ways to deal the GPUs of `machine` to replicas.
 
     Args:
@@ -105,19 +110,21 @@ def deals_of(machine: Machine, planned: Planned, sizes: range, wanted: Wanted = 
         wanted: what will be asked for; groups that cannot matter for it are not planned. With `most images` it is the
             most images per second, or the most replicas and their images, and `planned` looks for the fewest seconds;
             with `most replicas` only their number.
+        least: seconds that no pipeline on some GPUs can be below.
     """
     kinds = _by_kind(machine.gpus)
     counts = tuple(len(kind) for kind in kinds)
-    bound = _bound(machine, planned, sizes.stop - 1) if wanted == "most images" and sizes.stop > 2 else math.inf
     offers: list[_Offer] = []
     for size in range(sizes.start, min(sizes.stop, len(machine.gpus) + 1)):
         smaller = _deals(offers)
         for group in _groups(counts, size):
             dealt = smaller(group)
-            if max(dealt.values())[0].rate >= bound or (wanted == "most replicas" and len(dealt) > 1):
+            if wanted == "most replicas" and len(dealt) > 1:
                 continue
             taken = [gpu for kind, number in zip(kinds, group, strict=True) for gpu in kind[:number]]
             part = replace(machine, gpus=tuple(sorted(taken, key=lambda gpu: gpu.index)))
+            if wanted == "most images" and max(dealt.values())[0].rate > _most_rate(least(part.gpus)):
+                continue
             if total := _worth(planned(part), size):
                 offers.append(_Offer(group, total))
     best = _deals(offers)(counts)
@@ -180,19 +187,9 @@ def _rate(choice: Choice) -> int:
     return round(1e9 / seconds) if seconds else 0
 
 
-def _bound(machine: Machine, planned: Planned, largest: int) -> float:
-    """More than any group is worth: what one pipeline would be on all GPUs if memory were endless.
-
-    Then GPUs that are equally fast are alike, and no more than `largest` of them matter. A runtime may have been passed
-    over for a gain below WORTH, and a split, too.
-    """
-    kinds: dict[Any, list[Gpu]] = {}
-    for gpu in machine.gpus:
-        of_kind = kinds.setdefault((gpu.rates, gpu.capability, gpu.multiprocessors), [])
-        first = of_kind[0] if of_kind else replace(gpu, total_bytes=_ENDLESS, free_bytes=_ENDLESS)
-        of_kind.append(replace(first, index=gpu.index, uuid=gpu.uuid))
-    gpus = tuple(gpu for of_kind in kinds.values() for gpu in of_kind[:largest])
-    return _rate(planned(replace(machine, gpus=gpus))) / WORTH**2
+def _most_rate(seconds: float) -> float:
+    """Billionths of a request per second that are more than those of any that takes at least so many seconds."""
+    return 1e9 / seconds + 1 if seconds > 0 else math.inf
 
 
 def alike(plans: Sequence[Plan]) -> list[list[int]]:

@@ -45,14 +45,14 @@ def choose_runtime(mode: Execution | Literal["auto"], split: Split, ways: Ways) 
     best = ways.search(plainest).best
     if best is None or mode == PLAINEST or not _on_gpu(best, ways.profile(plainest)):
         return ways.choice(plainest)
-    verdicts = [_verdict(ways, best, plainest, Way(name, split)) for name in _of_auto()]
+    verdicts = [_verdict(ways, best, plainest, Way(name, split)) for name in of_auto()]
     chosen = min(verdicts, key=lambda one: one.milliseconds)
     if chosen.way == plainest:
         return ways.choice(plainest, _remark(PLAINEST, "; ".join(dict.fromkeys(one.reason for one in verdicts))))
     return ways.choice(chosen.way, _remark(chosen.way.runtime, chosen.reason))
 
 
-def _of_auto() -> Iterable[Execution]:
+def of_auto() -> Iterable[Execution]:
     """The runtimes that `auto` may choose beside the plainest."""
     return [name for name, one in RUNTIMES.items() if name != PLAINEST and one.exactness == "bitwise"]
 

@@ -11,6 +11,8 @@ from functools import reduce
 from operator import and_
 from typing import Any, Literal
 
+import numpy as np
+
 from ..declare.formats import Dtype
 from ..declare.pipelines import PHASES, Crossing, Phase
 from ..declare.runtime import RUNTIMES
@@ -194,11 +196,18 @@ def critical_path(steps: Iterable[Step], longest: Callable[[list[Any]], Any] = m
         together.setdefault(whole, []).append((busy, seconds))
     total = 0.0
     for parts in together.values():
-        if len(parts) == 1:
-            total = total + parts[0][1]
-        else:
-            total = total + longest([sum(_same(busy, other) * each for other, each in parts) for busy, _ in parts])
+        total = total + (parts[0][1] if len(parts) == 1 else longest(_by_busy(parts)))
     return total
+
+
+def _by_busy(parts: list[tuple[tuple[Any, ...], Any]]) -> list[Any]:
+    """Seconds that what is busy with each part takes for all parts that it is busy with."""
+    if not any(isinstance(place, np.ndarray) for busy, _ in parts for place in busy):
+        found: dict[tuple[Any, ...], Any] = {}
+        for busy, seconds in parts:
+            found[busy] = found.get(busy, 0) + seconds
+        return [*found.values()]
+    return [sum(_same(busy, other) * each for other, each in parts) for busy, _ in parts]
 
 
 def _same(one: tuple[Any, ...], other: tuple[Any, ...]) -> Any:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,17 +80,25 @@ class Setting:
             found[name] = {phase: np.array([*(one[phase] for one in each), 0.0]) for phase in phases}
         return found
 
+    def crossing(self, crossing: Crossing, src: Any, dst: Any) -> Any:
+        """Seconds of a crossing in a request between positions, one each or many; those of the host are not known."""
+        if isinstance(src, int) and isinstance(dst, int):
+            return self._between(crossing, src, dst) if src != dst else 0.0
+        if crossing not in self._tables:
+            pairs = np.zeros((len(self.gpus) + 1, len(self.gpus) + 1))
+            for a, b in itertools.permutations(range(len(self.gpus)), 2):
+                pairs[a, b] = self._between(crossing, a, b)
+            self._tables[crossing] = pairs
+        return self._tables[crossing][src, dst]
+
+    def _between(self, crossing: Crossing, src: int, dst: int) -> float:
+        times = crossing.times(self.profile.steps)
+        return times * crossing_seconds(crossing, self.gpus[src].rates, self.gpus[dst].rates)
+
     @cached_property
-    def crossings(self) -> Mapping[Crossing, Floats]:
-        """Seconds of each crossing in a request between every two GPUs; the host's are not known."""
-        rates = [gpu.rates for gpu in self.gpus]
-        found = {}
-        for crossing in self.profile.crossings:
-            pairs, times = np.zeros((len(rates) + 1, len(rates) + 1)), crossing.times(self.profile.steps)
-            for a, b in itertools.permutations(range(len(rates)), 2):
-                pairs[a, b] = times * crossing_seconds(crossing, rates[a], rates[b])
-            found[crossing] = pairs
-        return found
+    def _tables(self) -> dict[Crossing, Floats]:
+        """Seconds of crossings between every two GPUs, as they are asked for."""
+        return {}
 
 
 def groups_of(profile: PipelineProfile) -> list[tuple[str, ...]]:

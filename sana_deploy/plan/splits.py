@@ -1,4 +1,4 @@
-"""`hardware.split=auto|none|guidance|rows`: how one image is spread over GPUs, with the reason."""
+"""`hardware.split=auto|none|guidance|rows|guidance+rows|layers`: how one image is spread over GPUs, with the reason."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from ..declare.hardware import SPLITS, CustomMap, MultiGpuBalanced, Split
 from ..declare.spec import DeploySpec
 from ..errors import InfeasibleError
 from ..facts.checkpoint import Checkpoint
-from ..facts.machine import Machine
+from ..facts.machine import Gpu, Machine
 from .guidance_split import split_guidance
 from .layer_cuts import best_layers, layers_words
 from .layers import LayerSplit
+from .least import LeastSeconds
 from .needs import Measure
 from .profile import PipelineProfile
-from .row_gpus import best_rows
+from .row_gpus import best_rows, dealt_ways
 from .row_split import RowSplit
-from .runtimes import WORTH, choose_runtime
+from .runtimes import WORTH, choose_runtime, of_auto
 from .search import Search
-from .ways import PLAINEST, Choice, Way, Ways
+from .ways import PLAINEST, Choice, Way, Ways, runtimes_of
 
 _NAMES: dict[Split, str] = {
     "guidance": "the halves of guidance",
     "rows": "the rows of an image",
+    "guidance+rows": "the rows of both halves of guidance",
     "layers": "the blocks of a component",
 }
 """What each split spreads."""
 _LAST: tuple[Split, ...] = tuple(name for name, one in SPLITS.items() if one.last)
 """Those that are chosen only where nothing else fits."""
+COUNTS = ("none", "one", "two", "three", "four")
+"""GPUs in words."""
 
 
 def ways_of(
@@ -39,11 +43,13 @@ def ways_of(
     machine: Machine,
     measure: Measure,
     searched: Callable[[PipelineProfile], Search],
+    rows: RowSplit,
 ) -> Ways:
     """The ways that a declaration leaves open; a custom map leaves the runtime alone.
 
     Args:
         profile: of the declaration, without any split.
+        rows: deals the rows of the declaration's images.
         machine: the GPUs that may be taken.
         searched: searches the placements of a profile.
     """
@@ -52,14 +58,13 @@ def ways_of(
     halves = partial(split_guidance, profile, checkpoint, bounds, formats, measure)
     pins = hardware.pin if isinstance(hardware, MultiGpuBalanced) else {}
     fixed = {name: place for name, place in pins.items() if place is not None}
-    rows, layers = (
-        RowSplit(profile, checkpoint, bounds, formats, measure),
-        LayerSplit(profile, checkpoint, bounds, formats),
-    )
+    by_rows = partial(best_rows, rows, machine.gpus, fixed, searched, spec.precision.allow_emulated)
+    layers = LayerSplit(profile, checkpoint, bounds, formats)
     profiles: dict[Split, Callable[[], PipelineProfile]] = {
         "none": lambda: profile,
         "guidance": halves,
-        "rows": lambda: best_rows(rows, machine.gpus, fixed, searched, spec.precision.allow_emulated),
+        "rows": by_rows,
+        "guidance+rows": partial(by_rows, "guidance+rows"),
         "layers": lambda: best_layers(layers, machine.gpus, searched),
     }
     refused = {split: why for split in _NAMES if (why := why_not(split, spec, machine, rows, layers))}
@@ -68,6 +73,25 @@ def ways_of(
     if isinstance(hardware, CustomMap) and "guidance" in profiles:
         del profiles["none"]
     return Ways(profiles, machine, searched, refused)
+
+
+def least_of(spec: DeploySpec, ways: Ways, rows: RowSplit) -> LeastSeconds:
+    """Seconds that no pipeline on some of the GPUs of `ways` can be below.
+
+    Args:
+        rows: as the ways have it.
+    """
+    splits = [split for split in ways.splits if SPLITS[split].rows]
+    mode, emulated = spec.runtime.mode, spec.precision.allow_emulated
+    runtimes = {PLAINEST, *(of_auto() if mode == "auto" else [mode])}
+
+    def dealt(gpus: Sequence[Gpu]) -> float:
+        ways = (one.least for split in splits for one in dealt_ways(rows, gpus, {}, emulated, split))
+        return min(ways, default=float("inf"))
+
+    executed = {split: [ways.profile(Way(runtime, split)) for runtime in runtimes_of(split) if runtime in runtimes]
+                for split in ways.splits if not (SPLITS[split].rows or split in _LAST)}  # fmt: skip
+    return LeastSeconds(executed.get("none", []), executed.get("guidance", []), dealt)
 
 
 def _remembered(searched: Callable[[PipelineProfile], Search]) -> Callable[[PipelineProfile], Search]:
@@ -86,20 +110,16 @@ def _remembered(searched: Callable[[PipelineProfile], Search]) -> Callable[[Pipe
 
 def why_not(split: Split, spec: DeploySpec, machine: Machine, rows: RowSplit, layers: LayerSplit) -> str:
     """Why an image cannot be spread so over GPUs; empty where it can."""
-    hardware = spec.hardware
-    why = {
-        "guidance": lambda: _no_guidance(spec),
-        "rows": lambda: _no_rows(spec, rows),
-        "layers": lambda: _no_layers(spec, layers),
-    }[split]()
-    if why:
+    hardware, way = spec.hardware, SPLITS[split]
+    why = (_no_guidance(spec) if way.halves else "") or (_no_rows(spec, rows) if way.rows else "")
+    if why := why or (_no_layers(spec, layers) if way.last else ""):
         return why
-    subject = {"guidance": "guidance is", "rows": "the rows of an image are", "layers": "blocks are"}[split]
     if not isinstance(hardware, (CustomMap, MultiGpuBalanced)):
         return f"hardware={hardware.strategy} takes one GPU"
-    if isinstance(hardware, MultiGpuBalanced) and len(machine.gpus) < 2:
-        most = "two" if SPLITS[split].most_gpus == 2 else "two or more"
-        return f"{subject} split between {most} GPUs, {'one' if machine.gpus else 'none'} may be taken"
+    if isinstance(hardware, MultiGpuBalanced) and len(machine.gpus) < way.least_gpus:
+        subject = "guidance is" if split == "guidance" else f"{_NAMES[split]} are"
+        most = COUNTS[way.least_gpus] + (" or more" if way.most_gpus > way.least_gpus else "")
+        return f"{subject} split between {most} GPUs, {COUNTS[len(machine.gpus)]} may be taken"
     return ""
 
 
@@ -108,7 +128,7 @@ def _no_guidance(spec: DeploySpec) -> str:
         return spec.pipeline.undivided
     if not spec.workload.guided:
         return f"there is no guidance to split with workload.guidance_scale={spec.workload.guidance_scale:g}"
-    if isinstance(spec.hardware, CustomMap) and spec.hardware.split != "guidance":
+    if isinstance(spec.hardware, CustomMap) and not SPLITS[spec.hardware.split].halves:
         return "the map has no units for it"
     return ""
 
@@ -121,7 +141,7 @@ def _no_rows(spec: DeploySpec, rows: RowSplit) -> str:
     if rows.rows < 2:
         return f"an image of workload.height={spec.workload.height} has one row of tokens"
     asked = spec.runtime.asked
-    if asked and asked != PLAINEST and not SPLITS["rows"].graphs:
+    if asked and asked != PLAINEST:
         return f"rows are exchanged between kernels that Python launches, and runtime.mode={asked} records whole calls"
     return ""
 
@@ -139,8 +159,8 @@ def _no_layers(spec: DeploySpec, layers: LayerSplit) -> str:
 def choose(spec: DeploySpec, ways: Ways, at_last: bool = True) -> Choice:
     """Choose runtime and split.
 
-    `hardware.split=auto` takes, with `objective=latency` and `throughput`, the halves of guidance or the rows of the
-    image where they save 5 % of the seconds of an image: rows where they save as much of what halves take. But with
+    `hardware.split=auto` takes, with `objective=latency` and `throughput`, the halves of guidance, the rows of the
+    image or those of both halves where they save 5 % of the seconds of an image that the plainer one takes. But with
     `objective=fit` it takes either where nothing fits without. Whether GPUs draw more images with a replica each is
     decided where GPUs are dealt, in `replicas.py`. Layers, which save no seconds, are taken where nothing else fits.
 
@@ -205,7 +225,8 @@ def _worth_most(spec: DeploySpec, whole: Choice, fitting: Sequence[Choice], trie
     best, names = chosen.search.best, [*_denoisers(chosen.profile)]
     assert best is not None
     places = ", ".join(f"GPU {best.placement[name]}" for name in names[:-1]) + f" and GPU {best.placement[names[-1]]}"
-    each = "half of guidance each" if chosen.way.split == "guidance" else f"{_listed(chosen.profile.rows)} rows"
+    rows = f"{_listed(chosen.profile.rows)} rows" if chosen.profile.rows else "half of guidance each"
+    each = f"{rows} of the halves of guidance" if chosen.profile.teams > 1 else rows
     reason = (
         f"~{_seconds(spec, chosen):.2f} s an image with {each} on {places}, ~{now:.2f} s without; last places differ"
     )
@@ -264,7 +285,8 @@ def _auto(split: Split, reason: str) -> Diagnostic:
 def _not_split(spec: DeploySpec, split: Split, why: str) -> Diagnostic:
     where = "hardware.device_map" if isinstance(spec.hardware, CustomMap) else "hardware.split"
     asked = spec.runtime.asked
-    if not SPLITS[split].graphs and asked and asked != PLAINEST and (split != "rows" or spec.pipeline.bands):
-        raise InfeasibleError(why, where=where, hint=f"runtime=eager{_SPLIT_WITH_GRAPHS if split == 'rows' else ''}")
-    message = f"{why}: {'no component is dealt' if split == 'layers' else 'one GPU computes whole steps'}"
+    by_rows = SPLITS[split].rows
+    if not SPLITS[split].graphs and asked and asked != PLAINEST and (not by_rows or spec.pipeline.bands):
+        raise InfeasibleError(why, where=where, hint=f"runtime=eager{_SPLIT_WITH_GRAPHS if by_rows else ''}")
+    message = f"{why}: {'no component is dealt' if split in _LAST else 'one GPU computes whole steps'}"
     return Diagnostic(type="no_split", severity="warning", message=message, where=where)

@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..declare.formats import DTYPE_BYTES, Dtype
-from ..declare.pipelines import Crossing, Phase
+from ..declare.pipelines import Call, ComponentDescription, Crossing
 from ..declare.workload import VAE_FACTOR, Workload
 from ..facts.architectures import expected_shapes
 
 Side = Literal["encoder", "decoder"]
-PHASES_OF: Mapping[Side, Phase] = {"encoder": "prepare", "decoder": "decode"}
-NAMES: Mapping[Side, tuple[str, str, str]] = {
-    "encoder": ("control_edge_rows", "control_attention_sums", "control_keys"),
-    "decoder": ("decoded_edge_rows", "decoded_attention_sums", "decoded_keys"),
-}
-"""What units exchange: rows at their edges, sums over all pixels, and of a small image all keys and values."""
+CALLS: Mapping[Side, str] = {"encoder": "encode", "decoder": "decode"}
+"""The method that each side works in."""
 _FLOAT32 = 4
 
 
@@ -85,11 +81,13 @@ def exchanged(
     dtype: Dtype,
     rows: Sequence[int],
     side: Side,
+    call: Call,
     images: int,
 ) -> Iterator[Crossing]:
-    """What units with so many rows of latents send each other while `images` pass them at once."""
+    """What units with so many rows of latents send each other in a call, while `images` pass them at once."""
     reaches, attentions = layers_of(config, side)
-    phase, (edges, sums, keys), item = PHASES_OF[side], NAMES[side], DTYPE_BYTES[dtype]
+    assert call.phase is not None
+    phase, names, item = call.phase, call.exchanges, DTYPE_BYTES[dtype]
     bottom = len(config[f"{side}_block_out_channels"]) - 1
     starts = [sum(rows[:i]) for i in range(len(rows) + 1)]
     small = [one for one in attentions if _pixels(one.level, workload, bottom) <= one.side]
@@ -103,13 +101,13 @@ def exchanged(
             size = sum(reach.channels * (workload.width >> reach.level) * count for reach, count in found)
             if size:
                 copies = sum(count > 0 for _, count in found)
-                yield Crossing(edges, source, target, size * images * item, False, phase, copies=copies)
+                yield Crossing(names.edges, source, target, size * images * item, False, phase, copies=copies)
             if linear:
-                yield Crossing(sums, source, target, summed, False, phase, copies=len(linear))
+                yield Crossing(names.sums, source, target, summed, False, phase, copies=len(linear))
             if small:
                 pixels = rows[j] * workload.width // VAE_FACTOR
                 size = sum(2 * one.heads * one.side * (pixels << 2 * (bottom - one.level)) for one in small)
-                yield Crossing(keys, source, target, size * images * item, False, phase, copies=len(small))
+                yield Crossing(names.keys, source, target, size * images * item, False, phase, copies=len(small))
 
 
 def _pixels(level: int, workload: Workload, bottom: int) -> int:
@@ -127,24 +125,35 @@ def _overlap(starts: Sequence[int], target: int, source: int, reach: Reach, bott
 
 
 def dealt_crossings(
-    units: Sequence[str], config: Mapping[str, Any], workload: Workload, dtype: Dtype, rows: Sequence[int], encoded: int
+    vae: ComponentDescription,
+    units: Sequence[str],
+    config: Mapping[str, Any],
+    workload: Workload,
+    dtype: Dtype,
+    rows: Sequence[int],
+    encoded: int,
 ) -> tuple[Crossing, ...]:
     """All tensors of a VAE's units in a request, in bytes; the first unit holds images and latents.
 
     Args:
-        encoded: images that are encoded, copies included.
+        encoded: images that are encoded, copies included; 0 where a request has none.
     """
     item, pixel = DTYPE_BYTES[dtype], 3 * VAE_FACTOR * workload.width
     cell = int(config["latent_channels"]) * (workload.width // VAE_FACTOR)
     found: list[Crossing] = []
+    given_and_made: tuple[tuple[Side, int, int, int], ...] = (
+        ("encoder", encoded, pixel, cell),
+        ("decoder", workload.batch, cell, pixel),
+    )
+    sides = [
+        (side, vae.call(CALLS[side]), images, given, made) for side, images, given, made in given_and_made if images
+    ]
     for unit, count in zip(units[1:], rows[1:], strict=True):
-        for images, phase, there, back in (
-            (encoded, "prepare", ("control_image", pixel), ("control_latents", cell)),
-            (workload.batch, "decode", ("latents", cell), ("image", pixel)),
-        ):
-            sizes = [(name, math.prod((size, count, images, item))) for name, size in (there, back)]
-            found.append(Crossing(sizes[0][0], units[0], unit, sizes[0][1], False, phase))  # type: ignore[arg-type]
-            found.append(Crossing(sizes[1][0], unit, units[0], sizes[1][1], False, phase))  # type: ignore[arg-type]
-    found += exchanged(units, config, workload, dtype, rows, "encoder", encoded)
-    found += exchanged(units, config, workload, dtype, rows, "decoder", workload.batch)
+        for _, call, images, given, made in sides:
+            assert call.phase is not None
+            there, back = (math.prod((size, count, images, item)) for size in (given, made))
+            found.append(Crossing(call.input, units[0], unit, there, False, call.phase))
+            found.append(Crossing(call.output, unit, units[0], back, False, call.phase))
+    for side, call, images, _, _ in sides:
+        found += exchanged(units, config, workload, dtype, rows, side, call, images)
     return tuple(found)

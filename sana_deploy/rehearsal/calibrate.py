@@ -85,7 +85,8 @@ def calibrate(
         entry["sliced_bytes"] = _solve(SLICED, sliced)
         rows = [_rows(pipeline, point, guided, phase) for point in TILED]
         entry["tiling_bytes"] = _solve_tiling(entry, tiled, rows)
-        entry["banded"] = _solve_bands([found[point][vae, phase] for point in BANDED])
+        shared = phase == "prepare" and pipeline.image is not None and not pipeline.image.each_row
+        entry["banded"] = _solve_bands([found[point][vae, phase] for point in BANDED], shared)
     return calibrated
 
 
@@ -186,12 +187,20 @@ def _solve_tiling(entry: Mapping[str, Any], values: Sequence[int], rows: Sequenc
     return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(excess, float))]
 
 
-def _solve_bands(measured: Sequence[Measurement]) -> dict[str, list[float]]:
-    """Solve what was measured at BANDED in one phase; operations from the first points of two numbers of bands."""
-    points = [(p.side, p.width or p.side, p.batch, p.mode.bands) for p in BANDED]
+def _solve_bands(measured: Sequence[Measurement], shared: bool) -> dict[str, list[float]]:
+    """Solve what was measured at BANDED in one phase; operations from the first points of two numbers of bands.
+
+    Args:
+        shared: one image passes, whatever the batch. Terms that are then the same share their coefficient.
+    """
+    points = [(p.side, p.width or p.side, 1 if shared else p.batch, p.mode.bands) for p in BANDED]
 
     def solved(terms: Sequence[Sequence[float]], values: Sequence[int]) -> list[float]:
-        return [round(float(value), 6) for value in np.linalg.solve(np.array(terms, float), np.array(values, float))]
+        table, wanted = np.array(terms, float), np.array(values, float)
+        if not shared:
+            return [round(float(value), 6) for value in np.linalg.solve(table, wanted)]
+        scale = np.abs(table).max(axis=0)
+        return [round(float(value), 6) for value in np.linalg.lstsq(table / scale, wanted, rcond=1e-9)[0] / scale]
 
     few, more = measured[1].work.operations, measured[2].work.operations
     each = (more - few) / (BANDED[2].mode.bands - BANDED[1].mode.bands)

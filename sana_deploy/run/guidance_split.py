@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -101,13 +101,16 @@ class SplitForward(NotCopied):
             self.border.state.remark(remark)
 
 
-def further_units(pipeline: DiffusionPipeline, border: Border, hook: PutHook) -> dict[str, Mirror]:
+def further_units(
+    pipeline: DiffusionPipeline, border: Border, hook: PutHook, processors: Collection[type] = ()
+) -> dict[str, Mirror]:
     """Copy components onto the devices of their further units.
 
     Args:
         pipeline: with all components where they belong.
         border: of the pipeline; `units` says where.
         hook: puts a unit's hook on a copy.
+        processors: see `Mirror`.
 
     Raises:
         torch.OutOfMemoryError: a copy does not fit.
@@ -117,7 +120,8 @@ def further_units(pipeline: DiffusionPipeline, border: Border, hook: PutHook) ->
         host = border.host
         copy_module = functools.partial(host.copy_module, unit=unit, device=device)
         hooked = functools.partial(hook, unit=unit, device=device)
-        mirrors[unit] = Mirror(unit, getattr(pipeline, component_of(unit)), copy_module, host.digest, hooked)
+        module = getattr(pipeline, component_of(unit))
+        mirrors[unit] = Mirror(unit, module, copy_module, host.digest, hooked, processors)
         border.restore.append(mirrors[unit].free)
     return mirrors
 
@@ -127,10 +131,10 @@ def split_guidance(pipeline: DiffusionPipeline, border: Border, mirrors: dict[st
     for unit, mirror in mirrors.items():
         mirror.module.forward = SplitForward(component_of(unit), mirror.module, mirror, border)
     if mirrors:
-        _watch_guidance(pipeline, border)
+        watch_guidance(pipeline, border)
 
 
-def _watch_guidance(pipeline: DiffusionPipeline, border: Border) -> None:
+def watch_guidance(pipeline: DiffusionPipeline, border: Border) -> None:
     """Have the pipeline's calls say whether they are with guidance, from `encode_prompt` to their end."""
     encode, end = pipeline.encode_prompt, pipeline.maybe_free_model_hooks
     signature = inspect.signature(encode)

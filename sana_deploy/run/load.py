@@ -6,6 +6,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from ..declare.hardware import SPLITS
 from ..declare.spec import Model
 from ..errors import PlanError, RunError
 from ..facts.checkpoint import Checkpoint, open_checkpoint
@@ -63,7 +64,7 @@ def _bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bo
     try:
         return bind(pipeline, resolved, host)
     except torch.OutOfMemoryError as problem:
-        part = "rows of the image" if resolved.plan.split == "rows" else "the second half of guidance"
+        part = "rows of the image" if SPLITS[resolved.plan.split].rows else "the second half of guidance"
         message = f"out of memory while copying components for {part}: {problem}"
         raise RunError(message, where="hardware.split", hint="hardware.split=none", out_of_memory=True) from problem
 

@@ -13,7 +13,7 @@ import logging
 import pickle
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +51,7 @@ class Mirror:
         copy_module: makes the copy.
         digest: what to recognise weights by.
         hook: puts the unit's hook on a new copy.
+        processors: classes of attention processors that whoever calls the copy looks up in the module itself.
 
     Attributes:
         refusal: why there is no copy; empty where there is one.
@@ -59,8 +60,17 @@ class Mirror:
         torch.OutOfMemoryError: the copy does not fit.
     """
 
-    def __init__(self, unit: str, module: nn.Module, copy_module: CopyModule, digest: Digest, hook: HookOn) -> None:
+    def __init__(
+        self,
+        unit: str,
+        module: nn.Module,
+        copy_module: CopyModule,
+        digest: Digest,
+        hook: HookOn,
+        processors: Collection[type] = (),
+    ) -> None:
         self.unit, self.module, self.refusal = unit, module, ""
+        self._processors = processors
         self._copy_module, self._digest, self._hook_on = copy_module, digest, hook
         self._lock = threading.RLock()
         self._copy: nn.Module | None = None
@@ -94,8 +104,8 @@ class Mirror:
             gc.collect()  # a hooked module refers to itself
 
     def _make(self) -> None:
-        state, weights = ModuleState(self.module, values=True), self._digest(stored(self.module))
-        self.refusal = whole_only(self.module)
+        state, weights = ModuleState(self.module, True, self._processors), self._digest(stored(self.module))
+        self.refusal = whole_only(self.module, self._processors)
         if not self.refusal:
             try:
                 made = self._copy_module(self.module)
@@ -156,10 +166,11 @@ def digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor | None:
         return torch.cat(found).view(torch.int64) if found else None
 
 
-def whole_only(module: nn.Module) -> str:
+def whole_only(module: nn.Module, processors: Collection[type] = ()) -> str:
     """Why no copy of `module` may take a part of its rows; empty where one may.
 
-    Hooks, forwards and attention processors from elsewhere may look at rows together, or keep what they saw.
+    Hooks, forwards and attention processors from elsewhere may look at rows together, or keep what they saw; those of
+    the classes in `processors` are known.
     """
     for path, layer in module.named_modules():
         if path and any(getattr(layer, name) for name in _CALLED_AROUND):
@@ -167,7 +178,7 @@ def whole_only(module: nn.Module) -> str:
         if path and foreign_forward(layer) is not None:
             return f"{path} has another forward than its class"
         processor = vars(layer).get("processor")
-        if processor is not None and not _takes_rows_alone(type(processor)):
+        if processor is not None and not (type(processor) in processors or _takes_rows_alone(type(processor))):
             return f"{path} has the attention processor {type(processor).__name__}, which may look at rows together"
     if any(part.is_inference() for part in stored(module)):
         return "its weights were made in inference mode, which hides what is written to them"

@@ -8,7 +8,7 @@ runs before every call, so that it is made of comparisons of kept objects. Tenso
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import repeat
 from operator import attrgetter, call, is_, is_not, itemgetter
 from typing import Any
@@ -62,9 +62,10 @@ class ModuleState:
         module: the whole component.
         values: whether values that are written in place count, as far as PyTorch counts versions: writing through
             `tensor.data` is not seen.
+        without: classes of attention processors that do not count.
     """
 
-    def __init__(self, module: nn.Module, values: bool = False) -> None:
+    def __init__(self, module: nn.Module, values: bool = False, without: Collection[type] = ()) -> None:
         layers = [*module.modules()]
         self.own = [vars(layer) for layer in layers]
         self.training = [layer.training for layer in layers]
@@ -73,7 +74,7 @@ class ModuleState:
         self.placed = [vars(layer).get("forward") for layer in inner]
         self.held = [held for layer in layers for held in _held(layer)]
         self.sizes = [*map(len, self.held)]
-        self.objects = _Entries([entry for layer in layers for entry in _objects(layer)])
+        self.objects = _Entries([entry for layer in layers for entry in _objects(layer, without)])
         self.tensors = _Tensors(layers, values)
         self.plain = _Plain([own for own in self.own if "processor" in own])
         self.words = [word for layer in layers for word in _words(layer)]
@@ -177,13 +178,13 @@ def _held(layer: nn.Module) -> tuple[Any, ...]:
     return layer._modules, layer._parameters, layer._buffers, layer._forward_hooks, layer._forward_pre_hooks
 
 
-def _objects(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+def _objects(layer: nn.Module, without: Collection[type]) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """Layers, parameters that are left out, and the attention processor."""
     for key, inner in layer._modules.items():
         yield layer._modules, key, inner
     for named in (layer._parameters, layer._buffers):
         yield from ((named, key, None) for key, tensor in named.items() if tensor is None)
-    if "processor" in vars(layer):
+    if "processor" in vars(layer) and type(vars(layer)["processor"]) not in without:
         yield vars(layer), "processor", vars(layer)["processor"]
 
 

@@ -15,6 +15,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..declare.hardware import SPLITS
 from ..declare.knobs import completed
 from ..declare.pipelines import PIPELINES, Component, PipelineDescription
 from ..declare.runtime import RUNTIMES
@@ -179,21 +180,21 @@ def bind(pipeline: DiffusionPipeline, resolved: ResolvedPlan, host: Host) -> Bor
     """
     plan, border = resolved.plan, _new_border(resolved, host)
     hook = functools.partial(_hook, plan=plan, border=border)
-    by_rows, by_layers = plan.split == "rows", plan.split == "layers"
+    split = SPLITS[plan.split]
     mirrors: dict[str, Mirror] = {}
-    if not by_layers:
-        mirrors = row_units(pipeline, border) if by_rows else further_units(pipeline, border, hook)
+    if not plan.layers:
+        mirrors = row_units(pipeline, border) if split.rows else further_units(pipeline, border, hook)
     for name in plan.pipeline.names:
         device = torch.device(resolved.device_map[name])
         hook(getattr(pipeline, name), name, device, offloaded=waiting_device(resolved, name) != str(device))
-    if by_layers:
+    if plan.layers:
         deal_layers(pipeline, resolved, border)
-    if not by_rows:
+    if not split.rows:
         split_guidance(pipeline, border, mirrors)
     _stream_residuals(pipeline, plan, border)
     _set_vae(getattr(pipeline, plan.pipeline.of("vae")), plan, border)
-    if by_rows:
-        split_rows(pipeline, border, mirrors, plan.rows)
+    if split.rows:
+        split_rows(pipeline, border, mirrors, plan.rows, split.teams)
     if "encode_once" in plan.knobs:
         _encode_once(pipeline, border)
     _refuse_group_offload(pipeline, border)

@@ -9,20 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..declare.pipelines import STEP_EXCHANGES, Exchanges
 from .border import Border
 from .mirror import Mirror
-from .rows.exchange import Ask, Gather, Group, Halo, Sum
+from .rows.exchange import Ask, Band, Gather, Group, Halo, Sum
 from .traffic import Traffic
 
-STEP: Mapping[type[Ask], str] = {Sum: "attention_sums", Halo: "edge_rows"}
-"""What units of the denoising loop exchange, as plans and outcomes call it."""
-ENCODE: Mapping[type[Ask], str] = {
-    Sum: "control_attention_sums", Halo: "control_edge_rows", Gather: "control_keys",
-}  # fmt: skip
-DECODE: Mapping[type[Ask], str] = {
-    Sum: "decoded_attention_sums", Halo: "decoded_edge_rows", Gather: "decoded_keys",
-}  # fmt: skip
-"""The same of the VAE's units."""
+
+def named(exchanges: Exchanges) -> Mapping[type[Ask], str]:
+    """What is exchanged, as plans and outcomes call it."""
+    return {Sum: exchanges.sums, Halo: exchanges.edges, Gather: exchanges.keys}
 
 
 class UndealtError(Exception):
@@ -41,7 +37,7 @@ class CountedGroup(Group):
     """
 
     traffic: Traffic = field(default_factory=Traffic)
-    names: Mapping[type[Ask], str] = field(default_factory=lambda: STEP)
+    names: Mapping[type[Ask], str] = field(default_factory=lambda: named(STEP_EXCHANGES))
     tensor: str = ""
     result: str = ""
 
@@ -61,6 +57,54 @@ class CountedGroup(Group):
         """Join results; see `Group`."""
         self.tensor = self.result
         return super().joined(parts, dim)
+
+
+@dataclass(frozen=True)
+class Team:
+    """The units of a component that share the rows of one image, or of one half of guidance.
+
+    Attributes:
+        module: the component's own, where it is the first of them.
+        mirrors: the copies, in order.
+        devices: of each unit.
+        shares: rows that each takes of the planned image; of another one, as many in proportion.
+    """
+
+    module: nn.Module | None
+    mirrors: Sequence[Mirror]
+    devices: Sequence[torch.device]
+    shares: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """A call of a team: its group, its bands, the modules that compute them, and the arguments."""
+
+    team: Team
+    group: CountedGroup
+    bands: Sequence[Band]
+    modules: Sequence[Any]
+    given: Mapping[str, Any]
+
+    def unit(self, band: Band, name: str) -> str:
+        """The unit of a component that computes a band."""
+        number = band.index - (self.team.module is not None)
+        return name if number < 0 else self.team.mirrors[number].unit
+
+
+def teams_of(
+    module: nn.Module, copies: Sequence[Mirror], devices: Sequence[torch.device], shares: Sequence[int], count: int
+) -> list[Team]:
+    """Deal the units of a component, a module and its copies, to so many teams of one size; the first with the module.
+
+    Args:
+        devices, shares: of each unit; see `Team`.
+    """
+    size = len(devices) // count
+    first = Team(module, copies[: size - 1], devices[:size], shares[:size])
+    starts = range(size, len(devices), size)
+    return [first, *(Team(None, copies[i - 1 : i - 1 + size], devices[i : i + size], shares[i : i + size])
+                     for i in starts)]  # fmt: skip
 
 
 def units_of(module: nn.Module, mirrors: Sequence[Mirror], border: Border) -> list[Any]:

@@ -23,13 +23,23 @@ from torch import Tensor, nn
 
 from ..plan.units import component_of
 from .border import Border
-from .guidance_split import further_units
+from .guidance_split import further_units, watch_guidance
+from .halves import UncutError
 from .mirror import Mirror
 from .not_copied import NotCopied
-from .row_group import CountedGroup, UndealtError, tell, units_of
+from .row_group import CountedGroup, Dealt, Team, UndealtError, teams_of, tell, units_of
 from .row_vae import deal_vae
-from .rows.denoiser import LATENTS, TOKENS, WORKS, sees_all_rows, whole_rows_only
-from .rows.exchange import Band
+from .rows.denoiser import (
+    ATTENTION_KINDS,
+    ATTENTIONS,
+    LATENTS,
+    TOKENS,
+    WORKS,
+    attentions_of,
+    sees_all_rows,
+    whole_rows_only,
+)
+from .rows.exchange import Band, together
 from .split_tensor import SplitTensor, as_whole
 from .traffic import move
 
@@ -37,128 +47,137 @@ from .traffic import move
 class RowForward(NotCopied):
     """A module's forward, over units that take some rows of the image each.
 
+    With two teams, each computes one half of guidance; a call without guidance is the first team's.
+
     Args:
         name: the component.
         module: its own module, hooked.
-        mirrors: the copies that take the other rows, in order.
-        devices: of the module, then of the copies.
-        shares: rows that each takes of the planned image; of another one, as many in proportion.
+        teams: the first one's first unit is the module itself.
         border: of the pipeline.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        mirrors: Sequence[Mirror],
-        devices: Sequence[torch.device],
-        shares: Sequence[int],
-        border: Border,
-    ) -> None:
-        self.name, self.module, self.mirrors, self.border = name, module, mirrors, border
-        self.devices, self.shares, self.config = devices, shares, cast(Any, module).config
+    def __init__(self, name: str, module: nn.Module, teams: Sequence[Team], border: Border) -> None:
+        self.name, self.module, self.teams, self.border = name, module, teams, border
+        self.config = cast(Any, module).config
         self.forward: Callable[..., Any] = module.forward
         self.signature = inspect.signature(type(module).forward)
         self.output = border.pipeline.by_name[name].call("forward").output
         functools.update_wrapper(self, self.forward)
 
+    @property
+    def mirrors(self) -> list[Mirror]:
+        """All copies of the module."""
+        return [mirror for team in self.teams for mirror in team.mirrors]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the forward with the arguments and the result of the whole."""
         try:
             given = dict(self.signature.bind(self.module, *args, **kwargs).arguments)
-            group, bands = self._dealt(given)
-            modules = self._modules(len(bands))
-        except (UndealtError, TypeError) as problem:
-            if isinstance(problem, UndealtError):
+            as_dict = given.get("return_dict", True)
+            dealt = self._dealt(given)
+        except (UndealtError, UncutError, TypeError) as problem:
+            if not isinstance(problem, TypeError):
                 tell(self.border, self.name, str(problem))
             args, kwargs = as_whole((args, kwargs))
             return self.forward(*args, **kwargs)
         self.border.enter(self.name, "forward")
         self.border.ready(self.name, "forward", args, kwargs)
-        parts = self._computed(group, bands, modules, given)
-        output = self._output(group, parts, given.get("return_dict", True))
+        output = self._output(dealt, self._computed(dealt), as_dict)
         self.border.leave(self.name, "forward", output)
         return output
 
-    def _computed(
-        self, group: CountedGroup, bands: Sequence[Band], modules: Sequence[Any], given: Mapping[str, Any]
-    ) -> list[Any]:
-        """What each unit makes of its rows."""
+    def _computed(self, dealt: Sequence[Dealt]) -> list[list[Any]]:
+        """What each unit of each team makes of its rows."""
         work = WORKS[type(self.module)]
-        scale = (given.get("attention_kwargs") or {}).get("scale", 1.0)
-        with lora_scaled(modules, scale):
+        scale = (dealt[0].given.get("attention_kwargs") or {}).get("scale", 1.0)
+        with lora_scaled([module for one in dealt for module in one.modules], scale):
             # Nothing here holds what a unit was given: it is gone when the unit no longer needs it.
-            works = [
-                work(model, band, self._given(given, band, model)) for model, band in zip(modules, bands, strict=True)
+            turns = [
+                one.group.turns(
+                    [
+                        work(model, band, self._given(one, band, model))
+                        for model, band in zip(one.modules, one.bands, strict=True)
+                    ]
+                )
+                for one in dealt
             ]
-            return group.run(works)
+            return together(turns)
 
-    def _dealt(self, given: Mapping[str, Any]) -> tuple[CountedGroup, list[Band]]:
-        """The bands of a call.
-
-        Raises:
-            UndealtError: there is but one, or their rows cannot be told apart.
-        """
-        latents = given.get(LATENTS[0])
-        patch = int(self.config.patch_size)
-        if not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[2] % patch:
-            raise UndealtError("the latents are no image of whole rows")
-        group = CountedGroup(self.devices, self.shares, traffic=self.border.state.traffic, result=self.output)
-        bands = group.bands(latents.shape[2] // patch)
-        if len(bands) < 2:
-            raise UndealtError("the image has one row of tokens")
-        return group, bands
-
-    def _modules(self, count: int) -> list[Any]:
-        """The module and its copies, as they are now.
+    def _dealt(self, given: Mapping[str, Any]) -> list[Dealt]:
+        """The bands of a call, and who computes them.
 
         Raises:
-            UndealtError: a copy cannot stand for the module in this call.
+            UndealtError: there is but one, their rows cannot be told apart, or a copy cannot stand for the module.
+            UncutError: the halves of guidance cannot be told apart.
             torch.OutOfMemoryError: the module changed, and a new copy does not fit.
         """
         if why := whole_rows_only(self.module):
             raise UndealtError(why)
-        return units_of(self.module, self.mirrors[: count - 1], self.border)
+        return [self._dealt_to(team, part) for team, part in self._parts(given)]
 
-    def _given(self, given: Mapping[str, Any], band: Band, model: Any) -> dict[str, Any]:
+    def _parts(self, given: Mapping[str, Any]) -> list[tuple[Team, Mapping[str, Any]]]:
+        """Which team computes what: with guidance, each of two its half."""
+        halves = self.border.state.halves
+        if halves is None or len(self.teams) == 1:
+            return [(self.teams[0], given)]
+        named = {name: value for name, value in given.items() if name != "self"}
+        (_, first), (_, second) = halves.cut(self.name, LATENTS, self.border.pipeline.steady, (), named)
+        return [*zip(self.teams, (first, second), strict=True)]
+
+    def _dealt_to(self, team: Team, given: Mapping[str, Any]) -> Dealt:
+        latents = given.get(LATENTS[0])
+        patch = int(self.config.patch_size)
+        if not isinstance(latents, Tensor) or latents.dim() != 4 or latents.shape[2] % patch:
+            raise UndealtError("the latents are no image of whole rows")
+        group = CountedGroup(team.devices, team.shares, traffic=self.border.state.traffic, result=self.output)
+        bands = group.bands(latents.shape[2] // patch)
+        if len(bands) < 2:
+            raise UndealtError("the image has one row of tokens")
+        copies = len(bands) - (team.module is not None)
+        modules = units_of(self.module, team.mirrors[:copies], self.border)
+        return Dealt(team, group, bands, modules if team.module is not None else modules[1:], given)
+
+    def _given(self, dealt: Dealt, band: Band, model: Any) -> dict[str, Any]:
         """The arguments of a call for one band, on its device."""
         everything = sees_all_rows(model)
-        return {
-            name: self._cut(name, value, band, everything) for name, value in given.items() if name not in _NOT_GIVEN
+        found = {
+            name: self._cut(dealt, name, value, band, everything)
+            for name, value in dealt.given.items()
+            if name not in _NOT_GIVEN
         }
+        return {**found, ATTENTION_KINDS: attentions_of(self.module)}
 
-    def _cut(self, name: str, value: Any, band: Band, everything: bool) -> Any:
+    def _cut(self, dealt: Dealt, name: str, value: Any, band: Band, everything: bool) -> Any:
+        device, state = dealt.team.devices[band.index], self.border.state
         if name in TOKENS and value is not None:
-            return [self._residual(sample, band) for sample in value]
+            return [self._residual(sample, band, device) for sample in value]
         if not isinstance(value, Tensor):
             return value
 
         def part(whole: Tensor) -> Tensor:
             return _rows_of(whole, band, 2) if name in LATENTS and not everything else whole
 
-        device, state = self.devices[band.index], self.border.state
         if name in self.border.pipeline.steady and value.device != device and not value.is_inference():
-            return state.steady(self._unit(band), name, value, device, part)
+            return state.steady(dealt.unit(band, self.name), name, value, device, part)
         return move(part(value), device, state.traffic, name)
 
-    def _unit(self, band: Band) -> str:
-        return self.mirrors[band.index - 1].unit if band.index else self.name
-
-    def _residual(self, value: Tensor, band: Band) -> Tensor:
+    def _residual(self, value: Tensor, band: Band, device: torch.device) -> Tensor:
         """The band's tokens of a residual; where bands left them, nothing moves."""
         own = _own_part(value, band)
         found: Tensor = _rows_of(as_whole(value), band, 1) if own is None else own
-        moved: Tensor = move(found, self.devices[band.index], self.border.state.traffic, TOKENS[0])
+        moved: Tensor = move(found, device, self.border.state.traffic, TOKENS[0])
         return moved
 
-    def _output(self, group: CountedGroup, parts: list[Any], as_dict: bool) -> Any:
+    def _output(self, dealt: Sequence[Dealt], parts: Sequence[list[Any]], as_dict: bool) -> Any:
         """What all units made, as one call would have made it."""
+        home, traffic = self.teams[0].devices[0], self.border.state.traffic
+        fetch = functools.partial(move, device=home, traffic=traffic, name=self.output)
         if self.name == self.border.pipeline.denoiser:
-            made: Any = group.joined(parts, 2)
+            joined = [torch.cat([fetch(part) for part in team], dim=2) for team in parts]
+            made: Any = torch.cat(joined) if len(joined) > 1 else joined[0]
         else:
-            home, traffic = self.devices[0], self.border.state.traffic
-            fetch = functools.partial(move, device=home, traffic=traffic, name=self.output)
-            made = [SplitTensor(samples, fetch, 1) for samples in zip(*parts, strict=True)]
+            teams = [[SplitTensor(samples, fetch, 1) for samples in zip(*team, strict=True)] for team in parts]
+            made = [SplitTensor(pair, fetch) for pair in zip(*teams, strict=True)] if len(teams) > 1 else teams[0]
         return self._as_output(made) if as_dict else (made,)
 
     def _as_output(self, made: Any) -> Any:
@@ -216,22 +235,30 @@ def row_units(pipeline: DiffusionPipeline, border: Border) -> dict[str, Mirror]:
     Raises:
         torch.OutOfMemoryError: a copy does not fit.
     """
-    return further_units(pipeline, border, lambda module, unit, device: _Unhooked())
+    return further_units(pipeline, border, lambda module, unit, device: _Unhooked(), ATTENTIONS)
 
 
 def split_rows(
-    pipeline: DiffusionPipeline, border: Border, mirrors: Mapping[str, Mirror], shares: Sequence[int]
+    pipeline: DiffusionPipeline, border: Border, mirrors: Mapping[str, Mirror], shares: Sequence[int], teams: int = 1
 ) -> None:
-    """Have hooked components compute the rows of an image over themselves and their `mirrors`; see `row_units`."""
+    """Have hooked components compute the rows of an image over themselves and their `mirrors`; see `row_units`.
+
+    Args:
+        shares: rows of each unit; of each team one after the other.
+        teams: how many teams compute all rows, of a half of guidance each where there are two.
+    """
     for name in border.pipeline.looped:
         units = [unit for unit in mirrors if component_of(unit) == name]
         module = getattr(pipeline, name)
+        copies = [mirrors[unit] for unit in units]
         devices = [next(module.parameters()).device, *(border.units[unit] for unit in units)]
-        module.forward = RowForward(name, module, [mirrors[unit] for unit in units], devices, shares, border)
+        module.forward = RowForward(name, module, teams_of(module, copies, devices, shares, teams), border)
     vae = border.pipeline.of("vae")
     if units := [unit for unit in mirrors if component_of(unit) == vae]:
         deal_vae(getattr(pipeline, vae), [mirrors[unit] for unit in units], shares, border)
     _look_anew(pipeline, border)
+    if teams > 1:
+        watch_guidance(pipeline, border)
 
 
 def _look_anew(pipeline: DiffusionPipeline, border: Border) -> None:

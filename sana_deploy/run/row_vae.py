@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from .border import Border
 from .mirror import Mirror
 from .not_copied import NotCopied
-from .row_group import DECODE, ENCODE, CountedGroup, UndealtError, tell, units_of
+from .row_group import CountedGroup, UndealtError, named, tell, units_of
 from .rows.autoencoder import decode, encode
-from .rows.exchange import Ask, Group
+from .rows.exchange import Group
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,9 @@ class _Way:
 
     work: Callable[[Sequence[Any], Group, Tensor], Tensor]
     method: str
-    names: Mapping[type[Ask], str]
 
 
-_WAYS = {"_encode": _Way(encode, "encode", ENCODE), "_decode": _Way(decode, "decode", DECODE)}
+_WAYS = {"_encode": _Way(encode, "encode"), "_decode": _Way(decode, "decode")}
 
 
 class DealtCoder(NotCopied):
@@ -52,7 +51,7 @@ class DealtCoder(NotCopied):
             [x.device, *(self.border.units[mirror.unit] for mirror in self.mirrors)],
             self.shares,
             traffic=self.border.state.traffic,
-            names=way.names,
+            names=named(self.call.exchanges),
             tensor=self.call.input,
             result=self.call.output,
         )

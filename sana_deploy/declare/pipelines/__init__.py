@@ -10,6 +10,7 @@ from .base import BandWork as BandWork
 from .base import Call as Call
 from .base import ComponentDescription as ComponentDescription
 from .base import Crossing as Crossing
+from .base import Exchanges as Exchanges
 from .base import ImageInput as ImageInput
 from .base import LayeredResults as LayeredResults
 from .base import Layers as Layers
@@ -20,6 +21,7 @@ from .base import Role as Role
 from .base import SchedulerDescription as SchedulerDescription
 from .base import SteadyChain as SteadyChain
 from .layers import Deal as Deal
+from .row_bands import STEP_EXCHANGES as STEP_EXCHANGES
 from .sana import SANA as SANA
 from .sana_controlnet import SANA_CONTROLNET as SANA_CONTROLNET
 from .sana_pag import SANA_PAG as SANA_PAG

@@ -20,6 +20,7 @@ from .crossing import Phase as Phase
 from .layers import Layers as Layers
 from .row_bands import Bands as Bands
 from .row_bands import BandWork as BandWork
+from .row_bands import Exchanges as Exchanges
 
 Role = Literal["text_encoder", "vae", "denoiser", "controlnet"]
 """What a component does in any pipeline; policies speak of roles. The denoising loop lives with the `denoiser`."""
@@ -53,6 +54,12 @@ class Call:
     reads: tuple[str, ...] = ()
     spares: tuple[tuple[str, Any], ...] = ()
     graphed: bool = False
+
+    @property
+    def exchanges(self) -> Exchanges:
+        """What units of an autoencoder that take some rows of an image each exchange in this call."""
+        made_of = "decoded" if self.phase == "decode" else self.input.removesuffix("_image")
+        return Exchanges(f"{made_of}_edge_rows", f"{made_of}_attention_sums", f"{made_of}_keys")
 
     def is_pipelines_own(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether these are the arguments of a call that the pipeline itself makes, which needs `reads` alone."""

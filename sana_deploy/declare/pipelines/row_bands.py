@@ -14,6 +14,19 @@ Configs = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class Exchanges:
+    """Names of what is exchanged: rows at edges, sums over all rows, and of a small image all keys and values."""
+
+    edges: str
+    sums: str
+    keys: str = ""
+
+
+STEP_EXCHANGES = Exchanges("edge_rows", "attention_sums")
+"""Those of a denoising step, as plans and outcomes call them."""
+
+
+@dataclass(frozen=True)
 class BandWork:
     """What a component's unit takes in a step beyond its share of the rows: it puts its neighbours' beside its own.
 
@@ -35,10 +48,12 @@ class Bands:
     Attributes:
         row_pixels: the height in pixels that is dealt to units, given configs.
         crossings: the units' tensors (`base.Crossing`), for a workload and the rows of each: inputs, results, and what
-            they exchange.
-        work: of a component's unit, given its config and rows.
+            they exchange. The last number says how many teams there are: the units of each, one team after the other,
+            share all rows of an equal part of the batch, and exchange nothing with other teams. A unit without rows
+            takes no part.
+        work: of a component's unit, given its config and rows; the last number is of teams, too.
     """
 
     row_pixels: Callable[[Configs], int]
-    crossings: Callable[[Configs, Workload, Mapping[str, Dtype], Sequence[int]], tuple[Any, ...]]
-    work: Callable[[Mapping[str, Any], Workload, Dtype, int], BandWork]
+    crossings: Callable[[Configs, Workload, Mapping[str, Dtype], Sequence[int], int], tuple[Any, ...]]
+    work: Callable[[Mapping[str, Any], Workload, Dtype, int, int], BandWork]

@@ -17,6 +17,7 @@ from .parts import (
     half_crossings,
     plain_crossings,
 )
+from .sana_rows import RowUnits
 
 
 def arguments(request: Request, workload: Workload, _: Any) -> dict[str, Any]:
@@ -47,4 +48,5 @@ SANA = PipelineDescription(
     reads=("negative_prompt",),
     casts_prompt=True,
     second_half=half_crossings,
+    bands=RowUnits().bands,
 )

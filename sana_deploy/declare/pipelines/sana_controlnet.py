@@ -33,7 +33,7 @@ from .parts import (
     latents_bytes,
     prompt_crossings,
 )
-from .sana_rows import bands
+from .sana_rows import RowUnits
 
 
 def crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype]) -> tuple[Crossing, ...]:
@@ -126,5 +126,5 @@ SANA_CONTROLNET = PipelineDescription(
     image=ImageInput("control image", optional=True, each_row=True),
     casts_prompt=True,
     second_half=second_half,
-    bands=bands(MAX_TOKENS),
+    bands=RowUnits(timestep_bytes=8, recast=True).bands,
 )

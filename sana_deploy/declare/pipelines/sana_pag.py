@@ -9,6 +9,12 @@ from ..workload import Request, Workload
 from . import sana
 from .base import PipelineDescription
 from .parts import FLOW_SCHEDULER, STEADY, TEXT_ENCODER, TRANSFORMER, VAE, plain_crossings
+from .sana_rows import RowUnits
+
+ROWS_EACH = (2, 3)
+"""The prompt's rows come twice, the second time to be perturbed."""
+PERTURBED_BLOCKS = 1
+"""The pipeline's `pag_applied_layers`, where nobody says otherwise, are the first block alone."""
 
 
 def arguments(request: Request, workload: Workload, _: Any) -> dict[str, Any]:
@@ -31,7 +37,7 @@ SANA_PAG = PipelineDescription(
     together=together,
     steady=STEADY,
     reads=("negative_prompt", "pag_scale"),
-    # The prompt's rows come twice, the second time to be perturbed. The pipeline casts embeddings once.
-    rows_each=(2, 3),
+    rows_each=ROWS_EACH,
     undivided="a SANA PAG pipeline computes the rows of a step together in perturbed attention",
+    bands=RowUnits(ROWS_EACH, perturbed=PERTURBED_BLOCKS).bands,
 )

@@ -18,9 +18,11 @@ from .parts import (
     decode_crossing,
     prompt_crossings,
 )
+from .sana_rows import RowUnits
 
 INTERMEDIATE_TIMESTEP = 1.3
 """diffusers' own, for two steps; it takes none for any other number of them."""
+ROWS = RowUnits((1, 1), recast=True, guidance=True)
 UNDIVIDED = "a SANA-Sprint pipeline embeds guidance, so that a step has no rows to split"
 
 
@@ -55,4 +57,5 @@ SANA_SPRINT = PipelineDescription(
     steps=2,
     most_steps=4,
     undivided=UNDIVIDED,
+    bands=ROWS.bands,
 )

@@ -58,4 +58,5 @@ SANA_SPRINT_IMG2IMG = PipelineDescription(
     most_steps=4,
     steps_run=steps_run,
     undivided=sana_sprint.UNDIVIDED,
+    bands=sana_sprint.ROWS.bands,
 )

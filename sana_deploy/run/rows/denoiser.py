@@ -7,17 +7,26 @@ its own tokens. What it makes is of its rows, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from diffusers import SanaControlNetModel, SanaTransformer2DModel
-from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    PAGCFGSanaLinearAttnProcessor2_0,
+    PAGIdentitySanaLinearAttnProcessor2_0,
+    SanaLinearAttnProcessor2_0,
+)
 from torch import Tensor
 
 from .exchange import Band, Work
-from .layers import glumb_conv, linear_attention
+from .layers import glumb_conv, linear_attention, perturbed_attention
 
 Given = Mapping[str, Any]
 """The arguments of a forward by name."""
+Attention = Callable[[Any, Tensor], Work]
+"""An attention over all rows, of one band's tokens: (batch, tokens, channels)."""
+ATTENTION_KINDS = "attention_kinds"
+"""An argument beside those of a forward: `attentions_of` the module that a band's is a copy of, as it is now."""
 LATENTS = ("hidden_states", "controlnet_cond")
 """Arguments of (batch, channels, rows, width)."""
 TOKENS = ("controlnet_block_samples",)
@@ -30,7 +39,7 @@ def transformer_band(model: Any, band: Band, given: Given) -> Work:
     text, mask, temb, embedded = _conditions(model, x, given)
     samples = given.get("controlnet_block_samples") or ()
     for index, block in enumerate(model.transformer_blocks):
-        x = yield from _block(block, x, text, mask, temb, width)
+        x = yield from _block(block, x, text, mask, temb, width, _attention(block, index, given))
         if 0 < index <= len(samples):
             x = x + samples[index - 1]
     x = model.proj_out(model.norm_out(x, embedded, model.scale_shift_table))
@@ -47,8 +56,8 @@ def controlnet_band(model: Any, band: Band, given: Given) -> Work:
     del condition
     text, mask, temb, _ = _conditions(model, x, given)
     samples = []
-    for block in model.transformer_blocks:
-        x = yield from _block(block, x, text, mask, temb, width)
+    for index, block in enumerate(model.transformer_blocks):
+        x = yield from _block(block, x, text, mask, temb, width, _attention(block, index, given))
         samples.append(x)
     del x
     scale = given.get("conditioning_scale", 1.0)
@@ -62,6 +71,25 @@ WORKS: Mapping[type, Callable[[Any, Band, Given], Work]] = {
 """What a module's forward does for one band, by its class."""
 
 
+ATTENTIONS: Mapping[type, Attention] = {
+    SanaLinearAttnProcessor2_0: linear_attention,
+    PAGCFGSanaLinearAttnProcessor2_0: partial(perturbed_attention, parts=3),
+    PAGIdentitySanaLinearAttnProcessor2_0: partial(perturbed_attention, parts=2),
+}
+"""What an attention over all rows does for one band, by the class of its processor; these keep nothing themselves."""
+
+
+def attentions_of(model: Any) -> list[type]:
+    """The classes of the processors of a module's attention over all rows, block by block."""
+    return [type(block.attn1.processor) for block in model.transformer_blocks]
+
+
+def _attention(block: Any, index: int, given: Given) -> Attention:
+    """The attention of a block: by the processor it has, or by the classes that a call names for all."""
+    kinds = given.get(ATTENTION_KINDS)
+    return ATTENTIONS[type(block.attn1.processor) if kinds is None else kinds[index]]
+
+
 def sees_all_rows(model: Any) -> bool:
     """Whether a band needs the latents of all rows: the embedding adds positions in the whole image."""
     return model.patch_embed.pos_embed is not None
@@ -71,10 +99,9 @@ def whole_rows_only(model: Any) -> str:
     """Why no band of a module may be computed by itself; empty where one may."""
     if type(model) not in WORKS:
         return f"it is a {type(model).__name__}"
-    for number, block in enumerate(model.transformer_blocks):
-        processor = type(block.attn1.processor)
-        if processor is not SanaLinearAttnProcessor2_0:
-            return f"transformer_blocks.{number}.attn1 has the attention processor {processor.__name__}"
+    for number, kind in enumerate(attentions_of(model)):
+        if kind not in ATTENTIONS:
+            return f"transformer_blocks.{number}.attn1 has the attention processor {kind.__name__}"
     return ""
 
 
@@ -98,12 +125,14 @@ def _conditions(model: Any, x: Tensor, given: Given) -> tuple[Tensor, Tensor | N
     return model.caption_norm(text), mask, temb, embedded
 
 
-def _block(block: Any, x: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, width: int) -> Work:
+def _block(
+    block: Any, x: Tensor, text: Tensor, mask: Tensor | None, temb: Tensor, width: int, attention: Attention
+) -> Work:
     """`SanaTransformerBlock` on (batch, rows * width, channels)."""
     shifts: Sequence[Tensor] = (block.scale_shift_table[None] + temb.reshape(len(x), 6, -1)).chunk(6, dim=1)
     shift_attention, scale_attention, gate_attention, shift_forward, scale_forward, gate_forward = shifts
     h = (block.norm1(x) * (1 + scale_attention) + shift_attention).to(x.dtype)
-    h = yield from linear_attention(block.attn1, h)
+    h = yield from attention(block.attn1, h)
     x = x + gate_attention * h
     del h
     if block.attn2 is not None:

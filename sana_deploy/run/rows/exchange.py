@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -57,8 +57,8 @@ class Ask(ABC):
 
 Work = Generator[Ask, None, Any]
 """A band's part of a computation; it returns the band's part of the result."""
-Drive = Callable[["Group", Sequence[Work]], list[Any]]
-"""Advances all bands until they end, and returns their results."""
+Turns = Generator[None, None, list[Any]]
+"""The bands of a group on their way: it stops after each exchange, and returns the bands' results."""
 
 
 class Sum(Ask):
@@ -138,20 +138,17 @@ def _rows(
     return found
 
 
-def in_turn(group: Group, works: Sequence[Work]) -> list[Any]:
-    """Advance the bands from one exchange to the next, one after the other, from this thread."""
-    while True:
-        asked, ended = [], []
-        for i, work in enumerate(works):
-            group.turn = i
-            try:
-                asked.append(next(work))
-            except StopIteration as end:
-                ended.append(end.value)
-        if ended:
-            assert not asked, "bands are out of step"
-            return ended
-        group.exchange(asked)
+def together(groups: Sequence[Turns]) -> list[list[Any]]:
+    """Advance the bands of several groups from this thread, each to its next exchange by turns; the groups' results."""
+    found: dict[int, list[Any]] = {}
+    while len(found) < len(groups):
+        for i, group in enumerate(groups):
+            if i not in found:
+                try:
+                    next(group)
+                except StopIteration as end:
+                    found[i] = end.value
+    return [found[i] for i in range(len(groups))]
 
 
 def _between(edges: Sequence[int]) -> list[Band]:
@@ -165,7 +162,6 @@ class Group:
     Attributes:
         devices: of each band; they may repeat.
         shares: of the rows, in any unit; equal ones where there are none.
-        drive: how bands are advanced.
         sent: bytes sent from the device of one band to another device, by the two bands.
         exchanges: how many of each kind there were.
         turn: the band whose work is issued now.
@@ -173,7 +169,6 @@ class Group:
 
     devices: Sequence[torch.device]
     shares: Sequence[float] = ()
-    drive: Drive = in_turn
     sent: Counter[tuple[int, int]] = field(default_factory=Counter)
     exchanges: Counter[str] = field(default_factory=Counter)
     turn: int = 0
@@ -213,7 +208,25 @@ class Group:
 
     def run(self, works: Sequence[Work]) -> list[Any]:
         """Advance all bands until they end; their results, in order."""
-        return self.drive(self, works)
+        (found,) = together([self.turns(works)])
+        return found
+
+    def turns(self, works: Sequence[Work]) -> Turns:
+        """Advance the bands from one exchange to the next, one after the other; returns their results, in order."""
+        while True:
+            asked, ended = [], []
+            for i, work in enumerate(works):
+                self.turn = i
+                try:
+                    asked.append(next(work))
+                except StopIteration as end:
+                    ended.append(end.value)
+            if ended:
+                assert not asked, "bands are out of step"
+                return ended
+            self.exchange(asked)
+            del asked  # nothing is held here while other groups work
+            yield
 
     def joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """The bands' tensors as one, on the device of the first."""

@@ -104,9 +104,29 @@ def glumb_conv(layer: Any, x: Tensor) -> Work:
 
 def linear_attention(attn: Any, x: Tensor) -> Work:
     """`SanaLinearAttnProcessor2_0` on (batch, tokens, channels); the float32 sum over tokens runs over all bands."""
+    h = yield from _attended(attn, x)
+    return _clipped(h)
+
+
+def perturbed_attention(attn: Any, x: Tensor, parts: int) -> Work:
+    """diffusers' perturbed attention: the last of `parts` equal parts of the batch has its values for a result.
+
+    These processors leave the norms of queries and keys out.
+    """
+    kept = len(x) - len(x) // parts
+    h = yield from _attended(attn, x[:kept], normed=False)
+    perturbed = attn.to_out[1](attn.to_out[0](attn.to_v(x[kept:])))
+    return _clipped(torch.cat([h, perturbed]))
+
+
+def _clipped(x: Tensor) -> Tensor:
+    return x.clip(-_HALF_LIMIT, _HALF_LIMIT) if x.dtype == torch.float16 else x
+
+
+def _attended(attn: Any, x: Tensor, normed: bool = True) -> Work:
     query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-    query = attn.norm_q(query) if attn.norm_q is not None else query
-    key = attn.norm_k(key) if attn.norm_k is not None else key
+    query = attn.norm_q(query) if normed and attn.norm_q is not None else query
+    key = attn.norm_k(key) if normed and attn.norm_k is not None else key
     query = functional.relu(query.transpose(1, 2).unflatten(1, (attn.heads, -1))).float()
     key = functional.relu(key.transpose(1, 2).unflatten(1, (attn.heads, -1)).transpose(2, 3)).float()
     value = functional.pad(value.transpose(1, 2).unflatten(1, (attn.heads, -1)).float(), (0, 0, 0, 1), value=1.0)
@@ -117,5 +137,4 @@ def linear_attention(attn: Any, x: Tensor) -> Work:
     del query
     h = h[:, :, :-1] / (h[:, :, -1:] + 1e-15)
     h = h.flatten(1, 2).transpose(1, 2).to(x.dtype)
-    h = attn.to_out[1](attn.to_out[0](h))
-    return h.clip(-_HALF_LIMIT, _HALF_LIMIT) if x.dtype == torch.float16 else h
+    return attn.to_out[1](attn.to_out[0](h))
