@@ -32,6 +32,7 @@ from sana_deploy.plan.knobs import under
 from sana_deploy.plan.layer_cuts import best_layers, fitting_cuts, may_fit
 from sana_deploy.plan.layers import LayerSplit
 from sana_deploy.plan.profile import PipelineProfile, profile_pipeline
+from sana_deploy.plan.row_split import RowSplit
 from sana_deploy.plan.search import search_balanced
 from sana_deploy.plan.seconds import crossing_seconds, phase_seconds, step_seconds
 from sana_deploy.plan.splits import choose, ways_of
@@ -182,12 +183,13 @@ def test_it_is_chosen_only_where_nothing_else_fits(sizes: list[float], objective
         spec = declared("model=sana_600m", "precision=bf16", "hardware.allow=[text_encoder_offload]",
                         f"hardware.split={wanted}", f"hardware.objective={objective}")  # fmt: skip
         searched = partial(compiler._search, spec, machine)
-        choice = choose(spec, ways_of(spec, split.checkpoint, split.profile, machine, measure, searched))
+        rows = RowSplit(split.profile, split.checkpoint, spec.workload.bounds, spec.precision.formats, measure)
+        choice = choose(spec, ways_of(spec, split.checkpoint, split.profile, machine, measure, searched, rows))
         return choice.way.split, choice.search.best is not None
 
     found, fits = chosen("auto")
     if found == "layers":
-        others = ["none"] if objective == "fit" else ["none", "guidance"]
+        others = ["none"] if objective == "fit" else ["none", "guidance", "rows"]
         assert fits
         assert [chosen(one)[1] for one in others] == [False] * len(others)
     elif not fits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import threading
@@ -152,12 +153,13 @@ def test_a_pipeline_draws_in_the_same_thread_each_time(
 ) -> None:
     spec, pipelines = pair
     drew: dict[int, set[int]] = {0: set(), 1: set()}
+
+    def noted(number: int, encode: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        drew[number].add(threading.get_ident())
+        return encode(*given, **named)
+
     for number, pipeline in enumerate(pipelines):
-        encode = pipeline.encode_prompt
-        pipeline.encode_prompt = lambda *given, at=number, call=encode, **named: (
-            drew[at].add(threading.get_ident()),
-            call(*given, **named),
-        )[1]
+        pipeline.encode_prompt = functools.partial(noted, number, pipeline.encode_prompt)
     for _ in range(2):
         generate_each(pipelines, spec.workload.bounds, spec.workload.request)
     for pipeline in pipelines:
