@@ -129,8 +129,9 @@ def layers_words(profile: PipelineProfile, candidate: Candidate) -> str:
         between = [one for one in profile.crossings if {one.src, one.dst} == {name, Unit(name, 1).name}]
         size = sum(one.bytes_each for one in between) / 1e6
         often = "step" if between[0].per_step else "request"
+        blocks = f"{first} blocks" if first > 1 else "block"
         said.append(
-            f"the first {first} blocks of the {name} on {places[0]} and the others on {places[1]}, "
+            f"the first {blocks} of the {name} on {places[0]} and the others on {places[1]}, "
             f"{size:.3g} MB a {often} cross between them"
         )
     return f"{'; '.join(said)}; they work in turn, eagerly"
