@@ -66,7 +66,7 @@ def check_needs(model: str, dtype: Dtype, point: Point, guided: bool) -> None:
     measured = profiler(model, dtype).run(point, guided)
     for phase in ("prepare", "decode"):
         found = measured["vae", phase]
-        assert vae.activations[phase] == pytest.approx(found.activation_bytes, rel=0.005, abs=2**16), phase
+        assert vae.activations[phase] == pytest.approx(found.activation_bytes, rel=0.005, abs=2**17), phase
         assert vae.work[phase].flops == pytest.approx(found.work.flops, rel=0.01, abs=1e6), phase
         assert vae.work[phase].operations == pytest.approx(found.work.operations, rel=0.15), phase
 
