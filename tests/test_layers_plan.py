@@ -245,7 +245,10 @@ def test_two_replicas_are_of_whole_components() -> None:
     ("more", "why"),
     [
         (["hardware=single_gpu", "machine.gpus=24GiB"], ""),
-        (["machine.gpus=24GiB", LAYERS], "blocks are split between two GPUs, one may be taken: no component is dealt"),
+        (
+            ["machine.gpus=24GiB", LAYERS],
+            "the blocks of a component are split between two GPUs, one may be taken: no component is dealt",
+        ),
     ],
 )
 def test_where_it_cannot_be_a_remark_says_why(more: list[str], why: str) -> None:
