@@ -156,7 +156,11 @@ def test_a_sweep_over_machines_has_figures_only_where_something_fits(here: Run, 
 
 def test_the_version_is_ours_and_a_misspelled_command_is_named(cli: Run) -> None:
     assert cli("--version").stdout == f"sana_deploy {sana_deploy.__version__}\n"
-    for word, hint in (("summery", "did you mean 'summary'?"), ("dif", "did you mean 'diff'?"), ("x", "known: diff,")):
+    for word, hint in (
+        ("summery", "did you mean 'summary'?"),
+        ("dif", "did you mean 'diff'?"),
+        ("x", "known: advise, diff,"),
+    ):
         ended = cli(word)
         assert ended.returncode == 2
         assert f"there is no command '{word}'" in ended.stderr
