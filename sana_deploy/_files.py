@@ -17,16 +17,23 @@ def cache_root(cache_dir: str | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sana_deploy"
 
 
-def write_text(path: Path, text: str) -> Path:
+_OUTPUTS = "hydra.run.dir"
+"""The key of the folder of a run."""
+
+
+def write_text(path: Path, text: str, where: str = _OUTPUTS) -> Path:
     """Write `text` under a temporary name in the same folder, then rename it.
+
+    Args:
+        where: the key or option that names the file or its folder.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    return write_bytes(path, text.encode("utf-8", "surrogatepass"))
+    return write_bytes(path, text.encode("utf-8", "surrogatepass"), where)
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
+def write_bytes(path: Path, content: bytes, where: str = _OUTPUTS) -> Path:
     """Write `content` atomically; see `write_text`."""
     draft = ""
     try:
@@ -39,7 +46,6 @@ def write_bytes(path: Path, content: bytes) -> Path:
     except OSError as problem:
         if draft:
             Path(draft).unlink(missing_ok=True)
-        raise InputError(
-            f"{path} cannot be written: {problem.strerror}", where="hydra.run.dir", hint="hydra.run.dir=FOLDER"
-        ) from problem
+        hint = f"{where}=FOLDER" if where == _OUTPUTS else "a file in a folder that can be written"
+        raise InputError(f"{path} cannot be written: {problem.strerror}", where=where, hint=hint) from problem
     return path

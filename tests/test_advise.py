@@ -195,6 +195,24 @@ def test_no_plan_is_less_exact_than_asked_and_knobs_that_change_pixels_may_be_on
     assert (tiled["one"]["knobs"], tiled["one"]["exactness"]) == (["vae_slicing", "vae_tiling"], "changes")
 
 
+def test_a_bitwise_plan_is_found_where_a_split_that_rounds_is_sooner(here: Run, tmp_path: Path) -> None:
+    file = tmp_path / "two.csv"
+    file.write_text(f"{TITLES}\ncloud,two,H100,2,80,7,,no,2026-02-01,there\n", encoding="utf-8")
+    ended = here("advise", *MODEL, "workload.height=2048", "workload.width=2048", f"advise.prices={file}",
+                 "advise.goal=seconds<=20", "advise.exactness=bitwise", "hardware.allow=[]", "output=json")  # fmt: skip
+    (best,) = json.loads(ended.stdout)["meeting"]
+    assert best["exactness"] == "bitwise"
+
+
+def test_a_model_that_only_layers_fit_is_advised_bit_for_bit(here: Run, tmp_path: Path) -> None:
+    file = tmp_path / "small.csv"
+    file.write_text(f"{TITLES}\ncloud,two,RTX 3070,2,8,0.2,,no,2026-02-01,there\n", encoding="utf-8")
+    ended = here("advise", "model=sana15_4800m", f"advise.prices={file}", "advise.exactness=bitwise",
+                 "precision=mixed_bf16", "precision.quantization.text_encoder=nf4", "output=json")  # fmt: skip
+    (best,) = json.loads(ended.stdout)["meeting"]
+    assert (best["exactness"], best["split"]) == ("bitwise", "layers")
+
+
 @pytest.mark.parametrize(
     ("goal", "sentence", "hint"),
     [

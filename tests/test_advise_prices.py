@@ -71,6 +71,21 @@ def test_a_catalogue_of_skypilot_is_read_at_the_cheapest_price_of_each_machine(t
     assert [(one.instance, one.usd_per_hour) for one in spot] == [("gpu_4x_a6000", 2.0), ("spot-only", 0.2)]
 
 
+def test_a_size_of_all_gpus_together_is_shared_and_a_gpu_without_a_machine_is_left_out(tmp_path: Path) -> None:
+    rows = [
+        """two,A100,2,8,64,1.5,eu,"{'Gpus': [{'MemoryInfo': {'SizeInMiB': 81920}}]}",0.00""",
+        """,A100,1,,,1.0,us,"{'Gpus': [{'MemoryInfo': {'SizeInMiB': 40960}}]}",0.5""",
+    ]
+    path = written(tmp_path, "vast/vms.csv", "\n".join([SKYPILOT.splitlines()[0], *rows]) + "\n")
+    assert [(one.instance, one.gpus) for one in read_prices(path, spot=True).prices] == [("two", "2xa100-40gb")]
+
+
+def test_a_field_of_boundless_length_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = written(tmp_path, "prices.csv", f"{TITLES}\n{'x' * 200_000}\n")
+    with pytest.raises(InputError, match="line 2: field larger than field limit"):
+        read_prices(path)
+
+
 def test_a_catalogue_of_gpuhunt_is_read(tmp_path: Path) -> None:
     path = written(tmp_path, "gcp.csv", GPUHUNT)
     assert [(one.name, one.gpus, one.usd_per_hour) for one in read_prices(path, spot=True).prices] == [

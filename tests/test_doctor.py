@@ -169,6 +169,16 @@ def test_a_driver_that_does_not_answer_is_a_fact_and_no_failure(monkeypatch: pyt
     assert driver.ask_driver().silent.startswith("AttributeError")
 
 
+def test_a_driver_that_is_there_and_does_not_answer_is_said_and_one_that_is_not_there_is_none() -> None:
+    def problems(silent: str) -> list[str]:
+        found = checkup._of_gpus(machine.Machine("present", (), 8 * GIB), driver.Driver(silent=silent), None)
+        return [one.message for one in found]
+
+    broken = "NVMLError_LibRmVersionMismatch: RM has detected an NVML/RM version mismatch."
+    assert problems(broken) == [f"the NVIDIA driver does not answer: {broken}"]
+    assert problems("NVMLError_LibraryNotFound: NVML Shared Library Not Found") == []
+
+
 @pytest.fixture
 def described(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Set versions of distributions, None for one that is not here, and modules whose code is gone."""

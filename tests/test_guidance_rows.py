@@ -22,6 +22,8 @@ from sana_deploy.errors import InfeasibleError
 from sana_deploy.facts.checkpoint import open_checkpoint
 from sana_deploy.plan.admission import Admission
 from sana_deploy.plan.artifact import Plan, ResolvedPlan
+from sana_deploy.rehearsal.rehearse import open_host
+from sana_deploy.run.generate import run_request
 from sana_deploy.run.load import load_pipeline
 from sana_deploy.run.place import unplace
 from sana_deploy.run.request_state import RequestState
@@ -62,6 +64,19 @@ def test_a_picture_without_an_exchange_is_another_one(small: Small, kind: type[A
     whole = pixels_of(compile_spec(small(*more, *WHOLE)))
     with without(kind):
         assert apart(pixels_of(compile_spec(small(*VIRTUAL, BOTH, *more))), whole) > 100 * ROUNDING
+
+
+@pytest.mark.usefixtures("all_gpus", "short_prompts")
+def test_a_transformer_that_has_to_be_whole_gets_the_residuals_of_all_units(small: Small) -> None:
+    resolved, state = compile_spec(small(*VIRTUAL, BOTH, *CASES["4 GPUs"])).resolve(), RequestState()
+    host, workload = open_host(resolved, "numbers"), resolved.plan.spec.workload
+    pipeline = load_pipeline(resolved, host=host)
+    pipeline.transformer.transformer_blocks[0].register_forward_hook(lambda *_: None)
+    with host:
+        pixels, _ = run_request(pipeline, workload.bounds, workload.request, state=state)
+        pixels = pixels.cpu()
+    assert state.remarks
+    assert apart(pixels, pixels_of(compile_spec(small(*CASES["4 GPUs"], *WHOLE)))) < ROUNDING
 
 
 @pytest.mark.usefixtures("vae_too")

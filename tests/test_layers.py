@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from sana_deploy.errors import RunError
 from sana_deploy.plan.artifact import ResolvedPlan
 from sana_deploy.rehearsal.host import VirtualHost
 from sana_deploy.rehearsal.rehearse import open_host, rehearse_request
+from sana_deploy.run.layers import DealtForward
 from sana_deploy.run.load import load_pipeline
+from sana_deploy.run.traffic import Traffic
 
 Layers = Mapping[str, int]
 CARDS = ("machine=virtual", "machine.gpus=3xrtx4090", "hardware=custom_map", "runtime=eager")
@@ -67,6 +70,19 @@ def test_the_picture_is_diffusers_own_bit_for_bit(model: str, layers: Layers) ->
     with host:
         ours = call(pipeline)
     assert np.array_equal(np.asarray(ours), np.asarray(call(diffusers_own(resolved.plan.pipeline))))
+
+
+@pytest.mark.parametrize(("layers", "residuals", "first", "there"), [(20, 7, 5, 3), (20, 7, 12, 0), (3, 2, 1, 1)])
+def test_a_residual_of_the_last_block_stays_at_home(layers: int, residuals: int, first: int, there: int) -> None:
+    border = SimpleNamespace(state=SimpleNamespace(traffic=Traffic()))
+    forward = SimpleNamespace(
+        others=SimpleNamespace(first=first), blocks=range(first, layers), device=torch.device("meta"), border=border,
+        layers=SimpleNamespace(added="residuals"),
+    )  # fmt: skip
+    found = DealtForward._added(forward, [torch.zeros(1) for _ in range(residuals)])  # type: ignore[arg-type]
+    moved = [number for number, one in enumerate(found) if one.device.type == "meta"]
+    assert moved == [number for number in range(residuals) if first <= number + 1 < layers - 1]
+    assert len(moved) == there
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])

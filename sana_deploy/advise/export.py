@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .._files import write_text
 from .._units import GIB
 from .._version import __version__
 from ..declare.knobs import KNOBS
@@ -14,7 +15,7 @@ from ..declare.spec import CatalogueModel, DeploySpec, Model
 from ..errors import UsageError
 from ..plan.artifact import Plan
 from ..serve import command as serving
-from ..serve.export import OPTION, Export, as_yaml, check_paths, written
+from ..serve.export import OPTION, Export, as_yaml, check_paths
 from . import kubernetes, skypilot
 from .ranking import Advice
 
@@ -77,12 +78,12 @@ def write(
         option=OPTION, kind=kind, machine=price.name, words=first.option.words, price=price.usd_per_hour,
         day=price.date, source=price.source, usage=KINDS[kind].format(file=file.name),
     )  # fmt: skip
-    return written(file, header + "---\n".join(map(as_yaml, documents)))
+    return write_text(file, header + "---\n".join(map(as_yaml, documents)), OPTION)
 
 
 def host_bytes(plan: Plan) -> int:
     """Host memory of a service: libraries, a replica's weights while they are cast, what stays there of each."""
-    loading = sum(part.weights_bytes for part in plan.components.values())
+    loading = sum(part.weights_bytes for part in plan.wholes.values())
     return _LIBRARIES_BYTES + loading + sum(_waiting(one) for one in plan.each())
 
 

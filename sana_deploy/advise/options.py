@@ -153,14 +153,23 @@ class Options:
 
     def _planned(self, gpus: str, changes: Mapping[str, Any]) -> Option | str:
         """A plan with `changes` of the group `hardware`, or why there is none."""
-        changed = {**self._kept, **changes}
+        found = self._planned_within(gpus, {**self._kept, **changes})
+        if isinstance(found, InfeasibleError) and "split" in self._kept:
+            for split in (name for name, one in SPLITS.items() if one.last):
+                found = self._planned_within(gpus, {**self._kept, **changes, "split": split})
+        if isinstance(found, InfeasibleError):
+            nearest = found.plan.considered.closest if found.plan else None
+            return nearest.message if nearest else found.message
+        return found
+
+    def _planned_within(self, gpus: str, changed: Mapping[str, Any]) -> Option | str | InfeasibleError:
+        """A plan with so much changed of the group `hardware`, why it is not exact enough, or that there is none."""
         hardware = self._spec.hardware.model_copy(update=changed)
         machine = VirtualMachine(kind="virtual", gpus=gpus)
         try:
             plan = self._compile(self._spec.model_copy(update={"hardware": hardware, "machine": machine}))
         except InfeasibleError as problem:
-            nearest = problem.plan.considered.closest if problem.plan else None
-            return nearest.message if nearest else problem.message
+            return problem
         option = Option(plan, tuple(f"hardware.{key}={_value(value)}" for key, value in changed.items()))
         if EXACTNESSES.index(option.exactness) > EXACTNESSES.index(self._exactness):
             return f"its plan is {option.exactness}, and advise.exactness={self._exactness}"
@@ -228,7 +237,8 @@ def _within(spec: DeploySpec, given: Sequence[str], exactness: Exactness) -> dic
     allow = [knob for knob in ordered(wanted) if EXACTNESSES.index(KNOBS[knob].exactness) <= worst]
     changes: dict[str, Any] = {} if set(allow) == set(hardware.allow) else {"allow": allow}
     if isinstance(hardware, MultiGpuBalanced) and hardware.split == "auto":
-        splits = [split for split, one in SPLITS.items() if EXACTNESSES.index(one.exactness) <= worst]
+        # What is chosen last is tried where nothing else fits.
+        splits = [split for split, one in SPLITS.items() if EXACTNESSES.index(one.exactness) <= worst and not one.last]
         if len(splits) == 1:
             changes["split"] = splits[0]
     return changes

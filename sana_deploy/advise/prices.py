@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from itertools import chain
 from pathlib import Path
 
 from ..errors import InputError
@@ -126,7 +127,10 @@ def _rows(file: Path) -> list[Price]:
         why = "there is no such file" if isinstance(problem, FileNotFoundError) else problem.strerror
         raise InputError(f"{file} cannot be read: {why}", where=WHERE, hint="name a CSV file, or null") from None
     reader = csv.reader(io.StringIO(text, newline=""))
-    titles = next(reader, [])
+    try:
+        (_, titles), *lines = ((reader.line_num, values) for values in chain(reader, [[]]))
+    except csv.Error as problem:
+        raise InputError(f"{file}, line {reader.line_num}: {problem}", where=WHERE, hint=_FORMS_HINT) from None
     form = next((one for one in FORMS if one.needed <= set(titles)), None)
     if form is None:
         nearest = max(FORMS, key=lambda one: len(one.needed & set(titles)))
@@ -135,10 +139,10 @@ def _rows(file: Path) -> list[Price]:
                          where=WHERE, hint=_FORMS_HINT)  # fmt: skip
     day = datetime.fromtimestamp(file.stat().st_mtime, UTC).date()
     found = []
-    for values in reader:
+    for number, values in lines:
         if not any(values):
             continue
-        line = Line(file, reader.line_num, dict(zip(titles, values, strict=False)), day)
+        line = Line(file, number, dict(zip(titles, values, strict=False)), day)
         if len(values) != len(titles):
             line.refuse(f"{len(values)} values for {len(titles)} columns")
         found += form.read(line)
@@ -214,16 +218,25 @@ def _provider_of(file: Path) -> str:
     return file.absolute().parent.name if file.stem == "vms" else file.stem
 
 
+_SIZED_TOGETHER = "vast"
+"""The provider in whose catalogue SizeInMiB is that of all GPUs."""
+
+
 def _skypilot(line: Line) -> list[Price]:
     if not line.values["AcceleratorName"].strip():
         return []  # a machine without a GPU
+    if not line.values["InstanceType"].strip():
+        return []  # the price of a GPU alone, whose host has a line of its own (GCP)
     count = line.number_of("AcceleratorCount")
     if count != int(count):
         return []  # a share of a GPU
     sized = re.search(r"'?\"?SizeInMiB'?\"?\s*:\s*(\d+)", line.values.get("GpuInfo", ""))
     memory = float(sized[1]) / _GIB_IN_MIB if sized and float(sized[1]) > _GIB_IN_MIB else None
-    prices = {spot: column for spot, column in ((False, "Price"), (True, "SpotPrice")) if line.values.get(column)}
-    instance = line.values.get("InstanceType", "").strip() or line.values["AcceleratorName"].strip()
+    if memory and _provider_of(line.file) == _SIZED_TOGETHER:
+        memory /= count
+    columns = ((False, "Price"), (True, "SpotPrice"))
+    prices = {spot: column for spot, column in columns if (line.values.get(column) or "").strip().strip("0.")}
+    instance = line.text_of("InstanceType")
     where, source = line.values.get("Region", "").strip(), f"{line.file}, line {line.number}"
     return [
         Price(_provider_of(line.file), instance, line.text_of("AcceleratorName"), int(count), memory,

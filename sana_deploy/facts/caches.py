@@ -33,7 +33,8 @@ def folders() -> list[Folder]:
 
 
 def _folder(holds: str, path: Path, variable: str) -> Folder:
-    there = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    # Path.exists raises where a folder above may not be searched.
+    there = next(one for one in (path.absolute(), *path.absolute().parents) if os.path.exists(one))  # noqa: PTH110
     return Folder(
         holds=holds,
         path=str(path),

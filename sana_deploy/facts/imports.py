@@ -59,5 +59,8 @@ def import_all() -> Imported:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         return Imported(failed=lines[-1])
-    found = json.loads(done.stdout)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])  # libraries may print lines of their own
+    except (ValueError, IndexError):
+        return Imported(failed=f"the process printed {done.stdout[-80:]!r}")
     return Imported(gpus=found["gpus"], architectures=tuple(found["architectures"]))

@@ -8,7 +8,7 @@ from typing import Any
 
 from .._units import human_bytes
 from .artifact import Plan
-from .records import Place, place_words
+from .records import Place, Replica, place_words
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
         yield f"replicas.{number}.split", one.split
         yield f"replicas.{number}.knobs", ", ".join(one.knobs)
         yield f"replicas.{number}.vae_band_count", one.vae_band_count
+        for key, value in _dealt(one):
+            yield f"replicas.{number}.{key}", value
     for name, part in plan.components.items():
         yield f"components.{name}.slot", part.slot
         yield f"components.{name}.dtype", part.dtype
@@ -101,11 +103,16 @@ def _decisions(plan: Plan) -> Iterator[tuple[str, Any]]:
         yield f"units.{name}.slot", unit.slot
     yield "runtime", plan.runtime
     yield "split", plan.split
-    yield "rows", ", ".join(map(str, plan.rows))
-    yield "graphed_calls", ", ".join(plan.graphed_calls)
-    yield "layers", ", ".join(f"{name} {first}" for name, first in plan.layers.items())
+    yield from _dealt(plan)
     yield "knobs", ", ".join(plan.knobs)
     yield "vae_band_count", plan.vae_band_count
+
+
+def _dealt(one: Replica) -> Iterator[tuple[str, str]]:
+    """What of a plan or a replica is dealt how, and what is launched from graphs."""
+    yield "rows", ", ".join(map(str, one.rows))
+    yield "graphed_calls", ", ".join(one.graphed_calls)
+    yield "layers", ", ".join(f"{name} {first}" for name, first in one.layers.items())
 
 
 def _costs(plan: Plan) -> Iterator[tuple[str, Any]]:

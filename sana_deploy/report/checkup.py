@@ -131,10 +131,17 @@ def _of_imports(imported: Imported, machine: Machine) -> Iterator[Problem]:
                           f"hardware.use leaves it out, or install a build of torch for {number}")  # fmt: skip
 
 
+_NO_DRIVER = ("ModuleNotFoundError", "NVMLError_LibraryNotFound")
+"""How `Driver.silent` begins where there is none."""
+
+
 def _of_gpus(machine: Machine, driver: Driver, cuda: str | None) -> Iterator[Problem]:
     if driver.cards and not machine.gpus:
         yield _hidden(driver)
     if not machine.gpus:
+        if driver.silent and not driver.silent.startswith(_NO_DRIVER):
+            yield Problem(False, f"the NVIDIA driver does not answer: {driver.silent}",
+                          "nvidia-smi; restart the machine after an update of the driver")  # fmt: skip
         return
     if cuda == "":
         yield Problem(True, "torch was built without CUDA, it cannot use the GPUs",

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         was, now = Plan.load(options.was), Plan.load(options.now)
         differences = compare(was, now)
         if options.html:
-            write_text(Path(options.html), compare_page(was, now, (options.was, options.now)))
+            write_text(Path(options.html), compare_page(was, now, (options.was, options.now)), "--html")
             console().print(f"saved: {options.html}", soft_wrap=True)
     except SanaDeployError as problem:
         print(f"error: {problem}", file=sys.stderr)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .compiled import CompiledForward
 from .factor import Factor, Number, marked
 from .graphs import DeviceGraphs, Graph, Input
-from .module_state import ModuleState
+from .module_state import ModuleState, autocast_dtype
 from .not_copied import NotCopied
 from .recent import Recent
 from .step_invariants import Prepared, StepInvariants, refresh
@@ -92,7 +92,7 @@ class GraphedForward(NotCopied):
     ) -> Any:
         self._follow_changes()
         reason = reason or self._unfit(leaves)
-        form = None if reason else (spec, *map(_form, leaves))
+        form = None if reason else (spec, autocast_dtype(self.graphs.device.type), *map(_form, leaves))
         places = [self.graphs.place_of(one) for one in tensors]
         key = (self, form, *((i, id(place)) for i, place in enumerate(places) if place is not None))
         reason = reason or self.refused.get(key)

@@ -74,12 +74,13 @@ class DealtForward(NotCopied):
         yield self.blocks[-1].register_forward_hook(self._return).remove
 
     def _added(self, values: Any) -> Any:
-        """Tensor i is added to the result of block i + 1."""
+        """Tensor i is added to the result of block i + 1, which of the last block is at home again."""
         if values is None:
             return None
         traffic, name = self.border.state.traffic, self.layers.added
+        there = range(self.others.first, self.others.first + len(self.blocks) - 1)
         return tuple(
-            move(value, self.device, traffic, name) if number + 1 >= self.others.first else value
+            move(value, self.device, traffic, name) if number + 1 in there else value
             for number, value in enumerate(values)
         )
 

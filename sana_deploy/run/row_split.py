@@ -171,12 +171,16 @@ class RowForward(NotCopied):
     def _output(self, dealt: Sequence[Dealt], parts: Sequence[list[Any]], as_dict: bool) -> Any:
         """What all units made, as one call would have made it."""
         home, traffic = self.teams[0].devices[0], self.border.state.traffic
-        fetch = functools.partial(move, device=home, traffic=traffic, name=self.output)
+        to = functools.partial(functools.partial, move, traffic=traffic, name=self.output)
+        fetch = to(device=home)
         if self.name == self.border.pipeline.denoiser:
             joined = [torch.cat([fetch(part) for part in team], dim=2) for team in parts]
             made: Any = torch.cat(joined) if len(joined) > 1 else joined[0]
         else:
-            teams = [[SplitTensor(samples, fetch, 1) for samples in zip(*team, strict=True)] for team in parts]
+            teams = [
+                [SplitTensor(samples, to(device=samples[0].device), 1) for samples in zip(*team, strict=True)]
+                for team in parts
+            ]
             made = [SplitTensor(pair, fetch) for pair in zip(*teams, strict=True)] if len(teams) > 1 else teams[0]
         return self._as_output(made) if as_dict else (made,)
 

@@ -42,7 +42,7 @@ class SplitTensor(StandInTensor):
     def whole(self) -> torch.Tensor:
         """All of it in an ordinary tensor, which from now on stands for this one."""
         if self.parts is not None:
-            first, *others = self.parts
+            first, *others = map(as_whole, self.parts)
             self._whole, self.parts = torch.cat([first, *map(self._fetch, others)], self.along), None
         assert self._whole is not None
         return self._whole

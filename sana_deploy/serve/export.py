@@ -13,7 +13,7 @@ import yaml
 from .._files import write_text
 from ..declare.serving import Serving
 from ..declare.spec import DeploySpec
-from ..errors import InputError, UsageError
+from ..errors import UsageError
 from ..plan.artifact import Plan
 from .kuberay import PORT, folder_of, manifest
 from .ray_options import REPLICA, Scaling, replica_options
@@ -52,7 +52,7 @@ class Export:
             config = serve_config(plan, spec, options.model_copy(update={"host": _EVERYWHERE, "port": PORT}))
             document = manifest(plan, options, as_yaml(config), version("ray"))
         header = _HEADER.format(kind=self.kind, usage=_USAGE[self.kind].format(file=self.file.name))
-        return written(self.file, header + as_yaml(document))
+        return write_text(self.file, header + as_yaml(document), OPTION)
 
 
 def asked(arguments: Sequence[str]) -> tuple[Export | None, list[str]]:
@@ -84,18 +84,6 @@ def named(arguments: Sequence[str], kinds: Sequence[str], command: str) -> tuple
     if path.exists():
         raise UsageError(f"{path} is there already", where=OPTION, hint="another name, or remove it first")
     return (kind, path), [*others[:place], *others[place + 3 :]]
-
-
-def written(file: Path, text: str) -> Path:
-    """Write the whole file, or none.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        return write_text(file, text)
-    except InputError as problem:
-        raise InputError(problem.message, where=OPTION, hint="a file in a folder that can be written") from None
 
 
 def serve_config(plan: Plan, spec: DeploySpec, options: Serving) -> dict[str, Any]:

@@ -72,9 +72,9 @@ def transformer_layers(
     cells = workload.height * workload.width // (VAE_FACTOR * int(config["patch_size"])) ** 2
     hidden, row = width * cells * deal.rows * size, deal.rows * size
     first, second = "transformer", "transformer.1"
-    # Residual i, counted from 0, is added after block i + 1.
+    # Residual i, counted from 0, is added after block i + 1; the result of the last block is at home again.
     count = int(configs["controlnet"]["num_layers"]) if "controlnet" in configs else 0
-    late = max(0, count - max(0, deal.first - 1))
+    late = max(0, min(count, int(config["num_layers"]) - 2) - max(0, deal.first - 1))
     residuals = Crossing("controlnet_block_samples", first, second, late * hidden, True, copies=late)
     return (
         Crossing("hidden_states", first, second, hidden, True),
