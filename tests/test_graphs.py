@@ -112,6 +112,15 @@ def test_a_constant_belongs_to_the_form(net: Net, graphs: DeviceGraphs) -> None:
     assert len(graphs.graphs) == 2
 
 
+def test_a_graph_is_not_replayed_under_another_autocast(net: Net, graphs: DeviceGraphs) -> None:
+    forward = graphed(net, graphs)
+    for dtype in (None, torch.bfloat16):
+        for number in range(3):
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                assert torch.equal(call(forward, **step(number)), call(net.forward, **step(number)))
+    assert len(graphs.graphs) == 2
+
+
 def test_a_factor_is_read_from_memory_by_one_graph_for_all_numbers(
     net: Net, graphs: DeviceGraphs, recorder: Repeating
 ) -> None:

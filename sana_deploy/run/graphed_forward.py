@@ -92,7 +92,8 @@ class GraphedForward(NotCopied):
     ) -> Any:
         self._follow_changes()
         reason = reason or self._unfit(leaves)
-        form = None if reason else (spec, autocast_dtype(self.graphs.device.type), *map(_form, leaves))
+        casts = frozenset(autocast_dtype(one.device.type) for one in tensors)
+        form = None if reason else (spec, *map(_form, leaves), casts)
         places = [self.graphs.place_of(one) for one in tensors]
         key = (self, form, *((i, id(place)) for i, place in enumerate(places) if place is not None))
         reason = reason or self.refused.get(key)
