@@ -107,7 +107,7 @@ def generate_each(
 
 
 def _thread_of(pipeline: DiffusionPipeline) -> ThreadPoolExecutor:
-    return _THREADS.setdefault(pipeline, ThreadPoolExecutor(1, "replica"))
+    return _THREADS.setdefault(pipeline, ThreadPoolExecutor(1, "beside"))
 
 
 @dataclass(frozen=True)
