@@ -36,14 +36,19 @@ class Laps:
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import large libraries in this block: the garbage collector waits, and leaves what they made alone afterwards."""
-    was_on = gc.isenabled()
+    """Import large libraries in this block: the garbage collector waits, and leaves what they made alone afterwards.
+
+    That is for what there is then, and a pipeline must not be among it: its memory would never come back. There is none
+    as long as diffusers is not imported.
+    """
+    was_on, no_pipelines = gc.isenabled(), "diffusers" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
         if was_on:
-            gc.freeze()
+            if no_pipelines:
+                gc.freeze()
             gc.enable()
 
 

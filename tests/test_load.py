@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,17 @@ def test_callbacks_may_change_latents_and_embeddings_given_by_the_caller_work(sm
         negative_prompt_embeds=negative, negative_prompt_attention_mask=negative_mask,
     )  # fmt: skip
     assert np.array_equal(given, draw(pipeline, spec, complex_human_instruction=[]))
+
+
+def test_a_pipeline_that_nobody_holds_gives_its_memory_back_also_where_another_was_loaded_since(small: Small) -> None:
+    plan = compile_spec(small())
+    first = load_pipeline(plan)
+    module = weakref.ref(first.transformer)
+    second = load_pipeline(plan)
+    del first
+    gc.collect()
+    assert module() is None
+    assert second.transformer is not None
 
 
 def test_a_checkpoint_that_changed_since_compiling_is_refused(tiny: Path, small: Small, tmp_path: Path) -> None:
