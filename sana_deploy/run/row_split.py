@@ -40,7 +40,7 @@ from .rows.denoiser import (
     whole_rows_only,
 )
 from .rows.exchange import Band, together
-from .split_tensor import SplitTensor, as_whole
+from .split_tensor import Fetch, SplitTensor, as_whole
 from .traffic import move
 
 
@@ -171,14 +171,17 @@ class RowForward(NotCopied):
     def _output(self, dealt: Sequence[Dealt], parts: Sequence[list[Any]], as_dict: bool) -> Any:
         """What all units made, as one call would have made it."""
         home, traffic = self.teams[0].devices[0], self.border.state.traffic
-        to = functools.partial(functools.partial, move, traffic=traffic, name=self.output)
-        fetch = to(device=home)
+
+        def to(device: torch.device) -> Fetch:
+            return functools.partial(move, device=device, traffic=traffic, name=self.output)
+
+        fetch = to(home)
         if self.name == self.border.pipeline.denoiser:
             joined = [torch.cat([fetch(part) for part in team], dim=2) for team in parts]
             made: Any = torch.cat(joined) if len(joined) > 1 else joined[0]
         else:
             teams = [
-                [SplitTensor(samples, to(device=samples[0].device), 1) for samples in zip(*team, strict=True)]
+                [SplitTensor(samples, to(samples[0].device), 1) for samples in zip(*team, strict=True)]
                 for team in parts
             ]
             made = [SplitTensor(pair, fetch) for pair in zip(*teams, strict=True)] if len(teams) > 1 else teams[0]
