@@ -33,7 +33,7 @@ def dealt(rows: int, speeds: Sequence[float], most: Sequence[int]) -> tuple[int,
     return tuple(found[i] for i in range(count))
 
 
-def in_proportion(rows: int, shares: Sequence[int]) -> tuple[int, ...]:
+def in_proportion(rows: int, shares: Sequence[float]) -> tuple[int, ...]:
     """Deal rows in the proportion of `shares`, at least one to each; to fewer where there are fewer rows."""
     count = min(len(shares), rows)
     total = sum(shares[:count])

@@ -14,11 +14,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...plan.row_shares import in_proportion
 
 
 @dataclass(frozen=True)
@@ -177,13 +179,8 @@ class Group:
         """Deal `rows` by shares, at least one to each band; fewer bands than devices where there are fewer rows."""
         count = min(len(self.devices), rows)
         if not self.shares:  # the first is the largest: it works while all others are at their fullest
-            edges = [-(-rows * i // count) for i in range(count + 1)]
-            return _between(edges)
-        shares = self.shares[:count]
-        edges = [round(rows * sum(shares[:i]) / sum(shares)) for i in range(count + 1)]
-        for i in range(1, count):
-            edges[i] = min(max(edges[i], edges[i - 1] + 1), rows - (count - i))
-        return _between(edges)
+            return _between([-(-rows * i // count) for i in range(count + 1)])
+        return _between([*accumulate(in_proportion(rows, self.shares), initial=0)])
 
     def move(self, x: Tensor, source: int, target: int) -> Tensor:
         """`x`, of the band `source`, on the device of the band `target`; itself where it is there."""
