@@ -68,7 +68,7 @@ def transformer_layers(
 ) -> tuple[Crossing, ...]:
     """What the second unit of the transformer gets and returns in a step, in bytes; also residuals of a ControlNet."""
     config, size = configs["transformer"], DTYPE_BYTES[dtypes["transformer"]]
-    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    width = hidden_size(config)
     cells = workload.height * workload.width // (VAE_FACTOR * int(config["patch_size"])) ** 2
     hidden, row = width * cells * deal.rows * size, deal.rows * size
     first, second = "transformer", "transformer.1"

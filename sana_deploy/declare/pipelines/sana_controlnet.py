@@ -43,7 +43,7 @@ def crossings(configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype])
     vae, net = (DTYPE_BYTES[dtypes[name]] for name in ("vae", "controlnet"))
     heads = configs["controlnet"]
     layers = int(heads["num_layers"])
-    residual = int(heads["num_attention_heads"]) * int(heads["attention_head_dim"]) * layers
+    residual = hidden_size(heads) * layers
     # Residual i, counted from 0, is added after block i + 1 of the transformer.
     needed = min(1.0, (layers + 1) / int(configs["transformer"]["num_layers"]))
     control = latents_bytes(configs, workload, rows, dtypes["vae"])

@@ -14,7 +14,7 @@ from typing import Any
 from ..formats import DTYPE_BYTES, Dtype
 from ..workload import VAE_FACTOR, Workload
 from .base import Bands, BandWork, Configs, Crossing
-from .parts import MAX_TOKENS
+from .parts import MAX_TOKENS, hidden_size
 from .row_bands import STEP_EXCHANGES
 
 _SUM_BYTES = 4
@@ -26,10 +26,6 @@ _OPERATIONS = 6
 def row_pixels(configs: Configs) -> int:
     """The height in pixels that is dealt: a row of tokens."""
     return VAE_FACTOR * int(configs["transformer"]["patch_size"])
-
-
-def _inner(config: Mapping[str, Any]) -> int:
-    return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
 
 def _named(component: str, number: int) -> str:
@@ -62,7 +58,7 @@ class RowUnits:
     def edge_elements(self, config: Mapping[str, Any], workload: Workload, teams: int) -> int:
         """Elements of one row of tokens where the depthwise convolution reads it."""
         width = workload.width // (VAE_FACTOR * int(config["patch_size"]))
-        return self.images(workload, teams) * 2 * int(config["mlp_ratio"] * _inner(config)) * width
+        return self.images(workload, teams) * 2 * int(config["mlp_ratio"] * hidden_size(config)) * width
 
     def crossings(
         self, configs: Configs, workload: Workload, dtypes: Mapping[str, Dtype], rows: Sequence[int], teams: int = 1
@@ -101,7 +97,7 @@ class RowUnits:
         # Of the rows that are perturbed, which come last, nothing is summed.
         kept = images - images // self.rows_each[workload.guided] if self.perturbed else images
         summed = images * (layers - self.perturbed) + kept * self.perturbed
-        sums = summed * _inner(config) * (int(config["attention_head_dim"]) + 1) * _SUM_BYTES
+        sums = summed * hidden_size(config) * (int(config["attention_head_dim"]) + 1) * _SUM_BYTES
         edges = layers * self.edge_elements(config, workload, teams) * item
         for src, dst in permutations(units, 2):
             yield Crossing(STEP_EXCHANGES.sums, src, dst, sums, True, copies=layers)
@@ -139,7 +135,7 @@ class RowUnits:
         """
         layers, item, images = int(config["num_layers"]), DTYPE_BYTES[dtype], self.images(workload, teams)
         edge = self.edge_elements(config, workload, teams) * item
-        attention = images * _inner(config) * workload.width // (VAE_FACTOR * int(config["patch_size"])) * item
+        attention = images * hidden_size(config) * workload.width // (VAE_FACTOR * int(config["patch_size"])) * item
         return BandWork(layers * _OPERATIONS, layers * edge * (2 * rows + 2), 4 * edge - rows * attention)
 
     @property
@@ -151,4 +147,4 @@ class RowUnits:
 def _residuals(configs: Configs, workload: Workload, images: int, item: int) -> int:
     """Bytes of a ControlNet's results for one row of tokens."""
     config = configs["controlnet"]
-    return int(config["num_layers"]) * _inner(config) * images * (workload.width // row_pixels(configs)) * item
+    return int(config["num_layers"]) * hidden_size(config) * images * (workload.width // row_pixels(configs)) * item
