@@ -92,7 +92,7 @@ class GraphedForward(NotCopied):
     ) -> Any:
         self._follow_changes()
         reason = reason or self._unfit(leaves)
-        casts = frozenset(autocast_dtype(one.device.type) for one in tensors)
+        casts = frozenset(map(autocast_dtype, {one.device.type for one in tensors}))
         form = None if reason else (spec, *map(_form, leaves), casts)
         places = [self.graphs.place_of(one) for one in tensors]
         key = (self, form, *((i, id(place)) for i, place in enumerate(places) if place is not None))
