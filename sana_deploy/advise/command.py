@@ -8,9 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from ..declare.advising import Advising, goals_of
 from ..declare.compose import compose_config, spec_from_config
@@ -75,8 +73,7 @@ def main(arguments: Sequence[str], compile_spec: Compile) -> int:
     wanted, arguments = named(arguments, list(KINDS), "advise")
     given = _checked(arguments)
     config = compose_config(arguments)
-    asked = Advising.from_mapping(cast("dict[str, Any]", OmegaConf.to_container(config.advise, resolve=True)))
-    serving = Serving.from_mapping(cast("dict[str, Any]", OmegaConf.to_container(config.serve, resolve=True)))
+    asked, serving = Advising.from_config(config), Serving.from_config(config)
     spec, goals = _declared(spec_from_config(config, given)), goals_of(asked.goal)
     if wanted:
         check_weights(spec.model)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from .._models import Declared
 from ..errors import InvalidSpecError, did_you_mean
-from .explain import first_error
+from .command_group import CommandGroup
 from .knobs import Exactness
 
 WHERE = "advise.goal"
@@ -123,7 +121,7 @@ def _goal(text: str) -> Goal:
     return Goal(name, bound)
 
 
-class Advising(Declared):
+class Advising(CommandGroup):
     """How machines are ranked.
 
     Attributes:
@@ -136,6 +134,7 @@ class Advising(Declared):
         gpus_by: how `--export kubernetes` asks for GPUs.
     """
 
+    group: ClassVar[str] = "advise"
     goal: str | None = None
     exactness: Exactness = "rounding"
     prices: str | None = None
@@ -143,21 +142,3 @@ class Advising(Declared):
     rehearse: Count = 0
     show: Annotated[int, Field(ge=1, le=1000)] = 10
     gpus_by: Literal["claim", "limits"] = "claim"
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Advising:
-        """Validate the composed group.
-
-        Raises:
-            InvalidSpecError: naming the first offending key and the rule it breaks.
-        """
-        try:
-            return _Composed.model_validate({"advise": values}).advise
-        except ValidationError as problem:
-            raise first_error(problem) from None
-
-
-class _Composed(Declared):
-    """The group where it stands in the configuration, so that errors name its keys in full."""
-
-    advise: Advising

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from .._models import Declared
 from .._units import parse_bytes
-from .explain import first_error
+from .command_group import CommandGroup
 from .sizes import Size
 from .workload import Steps
 
@@ -55,7 +54,7 @@ class KubeRay(Declared):
     claim: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)] | None = None
 
 
-class Serving(Declared):
+class Serving(CommandGroup):
     """How a plan is served.
 
     Attributes:
@@ -82,6 +81,7 @@ class Serving(Declared):
         max_pixels: pixels of the largest control image.
     """
 
+    group: ClassVar[str] = "serve"
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     keys: str | None = None
@@ -150,21 +150,3 @@ class Serving(Declared):
                 f"from {bounds.min_replicas} to {bounds.max_replicas}"
             )
         return self
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Serving:
-        """Validate the composed group.
-
-        Raises:
-            InvalidSpecError: naming the first offending key and the rule it breaks.
-        """
-        try:
-            return _Composed.model_validate({"serve": values}).serve
-        except ValidationError as problem:
-            raise first_error(problem) from None
-
-
-class _Composed(Declared):
-    """The group where it stands in the configuration, so that errors name its keys in full."""
-
-    serve: Serving

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from ..declare.compose import compose_config, spec_from_config
 from ..declare.free_text import key_of
@@ -134,7 +132,7 @@ def _declared(arguments: Sequence[str]) -> tuple[DeploySpec, Serving]:
         if key.partition(".")[0] in _OF_A_RUN:
             raise UsageError(f"{key} is of a single run, a service has no use for it", where=key, hint="leave it out")
     config = compose_config(arguments)
-    options = Serving.from_mapping(cast("dict[str, Any]", OmegaConf.to_container(config.serve, resolve=True)))
+    options = Serving.from_config(config)
     others = [one for one in arguments if key_of(one).partition(".")[0] != "serve"]
     return spec_from_config(config, others), options
 
