@@ -155,8 +155,9 @@ class Options:
         """A plan with `changes` of the group `hardware`, or why there is none."""
         found = self._planned_within(gpus, {**self._kept, **changes})
         if isinstance(found, InfeasibleError) and "split" in self._kept:
-            for split in (name for name, one in SPLITS.items() if one.last):
-                found = self._planned_within(gpus, {**self._kept, **changes, "split": split})
+            last = [split for split, one in SPLITS.items() if one.last]
+            tried = (self._planned_within(gpus, {**self._kept, **changes, "split": split}) for split in last)
+            found = next((one for one in tried if not isinstance(one, InfeasibleError)), found)
         if isinstance(found, InfeasibleError):
             nearest = found.plan.considered.closest if found.plan else None
             return nearest.message if nearest else found.message
