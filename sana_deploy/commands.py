@@ -11,19 +11,20 @@ from typing import NoReturn
 
 from . import sweep
 from ._version import __version__
-from .advise import command as advising
 from .api import compile_plan, compile_spec
 from .declare import completion
 from .declare.compose import command_error
 from .errors import UsageError, did_you_mean
-from .report import compare, doctor
 from .report import terminal as report
 from .run.outcome import Outcome, document, failure_of
-from .serve import command as serving
+
+# A command is imported when it is called: a run, and a completion, start without the others.
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    return serving.main(arguments, compile_spec)
+    from .serve import command
+
+    return command.main(arguments, compile_spec)
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,20 @@ class Command:
 
 
 def _advise(arguments: Sequence[str]) -> int:
-    return advising.main(arguments, compile_spec)
+    from .advise import command
+
+    return command.main(arguments, compile_spec)
+
+
+def _diff(arguments: Sequence[str]) -> int:
+    from .report import compare
+
+    return compare.main(arguments)
 
 
 def _doctor(arguments: Sequence[str]) -> int:
+    from .report import doctor
+
     return doctor.main(arguments, compile_plan)
 
 
@@ -49,7 +60,7 @@ COMMANDS = (
     Command("run", "plan a deployment and draw", None, configured=True),
     Command("serve", "answer requests over HTTP", _serve, configured=True),
     Command("advise", "which machine to rent", _advise, configured=True),
-    Command("diff", "compare two plans", compare.main),
+    Command("diff", "compare two plans", _diff),
     Command("doctor", "what is here, what is missing", _doctor, configured=True),
     Command("summary", "sum up a sweep", sweep.main),
 )
